@@ -55,7 +55,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "distill": ("posttrain.distill:main", "train a student on a teacher's next-token distributions"),
     "sample": ("posttrain.sample:main", "sample completions and keep the good ones as dialogues (rejection sampling)"),
     "rl compare": (
-        "posttrain.algorithms.compare:main",
+        "posttrain.algorithms.compare_dialects:main",
         "compare loss, gradient and clipping of a recorded batch under every dialect",
     ),
     "export": ("export.huggingface:main", "write a checkpoint as a Hugging Face directory, and verify it"),

@@ -40,7 +40,7 @@ class OnlineSection(Section):
 
 
 class PreferenceSection(Section):
-    """The loss; posttrain/preference/losses.py writes out each formula."""
+    """The loss; posttrain/preference/preference_losses.py writes out each formula."""
 
     loss: Literal["dpo", "conservative", "robust", "ipo", "ipo_mean", "hinge", "orpo", "simpo", "kto"] = "dpo"
     """The formula; ipo takes log-probabilities of whole answers, ipo_mean those per token."""

@@ -16,7 +16,7 @@ class SealError(Failure):
 
 
 class VersionError(SealError):
-    """A file whose version this code cannot read."""
+    """Error for a file whose format version this code cannot read."""
 
 
 @dataclass(frozen=True)

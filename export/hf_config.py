@@ -6,7 +6,7 @@ What a key means, and what transformers takes where it is absent, is in the fami
 from typing import Any
 
 from configs.model import ModelConfig
-from export.conversion.registry import family_of, family_of_config
+from export.conversion.family_registry import family_of, family_of_config
 from export.conversion.walk import ConversionError
 
 

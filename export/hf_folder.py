@@ -18,7 +18,7 @@ from configs.files import file_sha256
 from configs.loader import ConfigError
 from configs.model import ModelConfig
 from data_pipeline.tokens.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, SPACE, Tokenizer
-from export.conversion.registry import family_of_config
+from export.conversion.family_registry import family_of_config
 from export.conversion.table import Family
 from export.conversion.walk import KEPT, ConversionError, Fit, convert, embedding_name, fit, head_name, modules_in
 from export.publishing import RECORD

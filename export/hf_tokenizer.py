@@ -131,7 +131,7 @@ def convert(model: Any) -> "tokenizers.Tokenizer":
 
 
 def _add_bos(fast: "tokenizers.Tokenizer", bos: str, bos_id: int) -> None:
-    """Makes `fast` put `bos` in front of a text if add_special_tokens is True; with an empty `bos`, nothing."""
+    """Sets what `fast` puts in front of a text if add_special_tokens is True: `bos`, or nothing if `bos` is empty."""
     from tokenizers import processors
 
     # The form is the one that transformers makes from add_bos_token.

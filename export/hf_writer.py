@@ -17,9 +17,9 @@ from configs.loader import ConfigError, plain, validate
 from configs.model import ModelConfig
 from configs.reward_model import RewardSection
 from export.checks import Reference
-from export.conversion.parameters import parameters
-from export.conversion.registry import family_of
+from export.conversion.family_registry import family_of
 from export.conversion.table import Family
+from export.conversion.tensor_shapes import parameters
 from export.conversion.values import labelled
 from export.conversion.walk import ConversionError, convert, entries, problems
 from export.hf_config import to_hf_config

@@ -102,7 +102,7 @@ def read_texts(source: "ModelSource", config: ExportConfig, console: Any) -> Tex
 
     Raises ConfigError if a continuation would be longer than the model's context, ValueError as `heldout_passages`.
     """
-    from export.heldout_text import heldout_passages
+    from export.heldout_passages import heldout_passages
 
     if source.tokenizer is None and source.architecture is not None:
         return _drawn_texts(source, config, console)

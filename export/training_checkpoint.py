@@ -13,7 +13,7 @@ import torch
 
 from configs.model import ModelConfig
 from export.conversion.families.checkpoints import MEGATRON, MEGATRON_SPLIT, TORCHTITAN
-from export.conversion.registry import family_of_config
+from export.conversion.family_registry import family_of_config
 from export.conversion.table import Family
 from export.conversion.walk import ConversionError, embedding_name, fit, head_name
 from export.dcp_folder import METADATA, DcpFolder

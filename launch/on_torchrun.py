@@ -13,7 +13,7 @@ from pathlib import Path
 
 from configs.launch import LaunchConfig
 from configs.loader import ConfigError
-from launch.command import LaunchedCommand
+from launch.launched_command import LaunchedCommand
 from launch.processes import ProcessGroup
 from launch.slurm_submit import python_of
 

@@ -27,8 +27,8 @@ from configs.launch import LaunchConfig
 from configs.loader import ConfigError, from_overrides, load
 from configs.signals import INTERRUPTED, STOPPED
 from launch import on_mpi, on_torchrun, slurm_submit
-from launch.command import SINGLE, command_of, is_command, module_of, read_command
 from launch.environment import DEFAULT_PORT, ClusterEnvironment
+from launch.launched_command import SINGLE, command_of, is_command, module_of, read_command
 from launch.processes import ProcessGroup, cores
 from launch.slurm_submit import Submission
 

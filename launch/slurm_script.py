@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.launch import LaunchConfig
-from launch.command import LaunchedCommand
+from launch.launched_command import LaunchedCommand
 
 HEADER = """\
 # Written by `trivium launch --on slurm`. It can be submitted again with sbatch; the run then goes on where it was.

@@ -17,7 +17,7 @@ from configs.folders import check_writable
 from configs.launch import LaunchConfig
 from configs.loader import ConfigError, load
 from configs.recipe import RecipeConfig
-from launch.command import LaunchedCommand
+from launch.launched_command import LaunchedCommand
 from launch.slurm_script import SlurmJob
 from launch.snapshot import snapshot
 
@@ -99,7 +99,7 @@ def _check(asked: Submission) -> None:
 
 
 def _numbered(place: Path, dry_run: bool) -> Path:
-    """Makes the folder of this submission, `place`/1 for the first, and returns it; a dry run only says which."""
+    """Makes the folder of this submission in `place`, numbered from 1, and returns it; a dry run makes none."""
     for number in itertools.count(1):
         folder = place / str(number)
         if dry_run and not folder.exists():

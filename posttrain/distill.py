@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.distillation.distill_loss import DistillLoss
     from posttrain.distillation.distill_source import DistillSource, HeldoutDivergence
-    from posttrain.distillation.opening import opened
+    from posttrain.distillation.distill_start import opened
     from posttrain.distillation.teacher import Teacher
     from posttrain.rl.policy_copy import PolicyCopy
     from posttrain.tasks.task_accuracy import TaskAccuracy

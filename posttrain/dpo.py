@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry_run:
         check_run_dir(config.run.dir)
     # torch takes seconds to import, so it is imported after the config has been checked.
-    from posttrain.initial_model import InitialChatModel
-    from posttrain.preference.examples import read_rows
+    from posttrain.initial_chat_model import InitialChatModel
     from posttrain.preference.online_run import opened_online
+    from posttrain.preference.preference_examples import read_rows
     from posttrain.preference.preference_source import HeldoutPreference, PreferenceLoss, PreferenceSource
     from pretrain.data.batch_source import BatchSource
     from pretrain.heldout_loss import Evaluator

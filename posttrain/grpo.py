@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.rl.group_credit import GroupCredit
     from posttrain.rl.logprob_check import LogprobCheck
-    from posttrain.rl.opening import opened
     from posttrain.rl.policy_copy import PolicyCopy
     from posttrain.rl.policy_loss import PolicyLoss
     from posttrain.rl.record_rollouts import record_rollouts
+    from posttrain.rl.rl_start import opened
     from posttrain.rl.rollout_source import RolloutSource
     from posttrain.tasks.task_accuracy import TaskAccuracy
     from pretrain.parallel import groups

@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.pretraining_text import PretrainingText
     from posttrain.rl.critic import Critic, critic_start
     from posttrain.rl.logprob_check import LogprobCheck
-    from posttrain.rl.opening import opened
     from posttrain.rl.policy_copy import PolicyCopy
     from posttrain.rl.policy_loss import PolicyLoss
+    from posttrain.rl.rl_start import opened
     from posttrain.rl.rollout_source import RolloutSource
     from posttrain.rl.text_rows import TextRows
     from posttrain.tasks.task_accuracy import TaskAccuracy

@@ -20,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from configs.loader import ConfigError
-from posttrain.chat.chat import UntrainedEnd
+from posttrain.chat.format_interface import UntrainedEnd
 from posttrain.tasks.task import fraction
 
 T = TypeVar("T")

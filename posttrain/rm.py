@@ -23,7 +23,7 @@ from configs.reward_model import RewardModelConfig, RewardSection
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 
 if TYPE_CHECKING:
-    from posttrain.initial_model import InitialChatModel
+    from posttrain.initial_chat_model import InitialChatModel
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry_run:
         check_run_dir(config.run.dir)
     # torch takes seconds to import, so it is imported after the config has been checked.
-    from posttrain.initial_model import InitialChatModel
-    from posttrain.preference.packing import PackedSource, pack
+    from posttrain.initial_chat_model import InitialChatModel
+    from posttrain.preference.group_packing import PackedSource, pack
     from posttrain.reward_model.calibration import HeldoutJudgement
-    from posttrain.reward_model.examples import read_examples
-    from posttrain.reward_model.losses import loss_of
+    from posttrain.reward_model.judged_examples import read_examples
+    from posttrain.reward_model.reward_losses import loss_of
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer
 

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry_run:
         check_run_dir(config.run.dir)
     # torch takes seconds to import, so it is imported after the config has been checked.
-    from posttrain.rejection.run import SampleRunner
+    from posttrain.rejection.rejection_run import SampleRunner
 
     return SampleRunner(config, ClusterEnvironment.read()).run(args.dry_run)
 

@@ -40,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_run_dir(config.run.dir)
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.chat import mask_xray
-    from posttrain.chat.chat import UntrainedEnd
     from posttrain.chat.dialogues import read_data, read_demonstrations
+    from posttrain.chat.format_interface import UntrainedEnd
     from posttrain.chat.sft_data import SFTSource, TextShare
-    from posttrain.initial_model import InitialChatModel
+    from posttrain.initial_chat_model import InitialChatModel
     from posttrain.pretraining_text import PretrainingText
     from posttrain.records import TooManySetAside
     from posttrain.tasks.lengths import check_answers

@@ -20,7 +20,7 @@ from configs.model import ModelConfig
 from configs.train import Precision, TrainerConfig
 from pretrain import determinism
 from pretrain.checkpoint import storage
-from pretrain.checkpoint.base import base_facts, keep_bases
+from pretrain.checkpoint.adapter_base import base_facts, keep_bases
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.saving import Saver
 from pretrain.companion import Companion

@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.model import ModelConfig
 from configs.model_parts import RopeScalingConfig
-from export.conversion.keys import Draft
+from export.conversion.config_keys import Draft
 
 _NAMES = {"original_max_position_embeddings": "original_length"}
 _ORIGINAL = "original_max_position_embeddings"

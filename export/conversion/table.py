@@ -6,7 +6,7 @@ from typing import Any
 
 from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
-from export.conversion.keys import ConfigKey, Draft, Watched
+from export.conversion.config_keys import ConfigKey, Draft, Watched
 from export.conversion.operations import Copy, Operation
 
 COPY = Copy()

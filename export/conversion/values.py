@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from configs.model import ModelConfig
-from export.conversion.keys import Custom, Draft
+from export.conversion.config_keys import Custom, Draft
 from export.conversion.table import Family, Rule
 
 HEAD, THEIR_HEAD = "value_head.weight", "score.weight"

@@ -14,8 +14,8 @@ import torch
 
 from configs.model import ModelConfig
 from export.conversion.operations import Operation, Shape, their_shapes
-from export.conversion.parameters import parameters
 from export.conversion.table import Family, Rule
+from export.conversion.tensor_shapes import parameters
 
 KEPT = "kept."  # begins the names of tensors of an imported file that Trivium computes nothing with
 SHOWN = 20  # names of one kind in a message

@@ -28,7 +28,7 @@ from export.model_source import ModelSource, open_source
 from export.peft import folder
 from export.peft.adapter import Base, OwnAdapter
 from export.peft.forms import form_of_kind
-from pretrain.checkpoint.base import base_of
+from pretrain.checkpoint.adapter_base import base_of
 from pretrain.checkpoint.storage import Reader, read_manifest
 from pretrain.model.adapters import is_adapter
 

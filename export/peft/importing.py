@@ -13,7 +13,7 @@ from configs.files import write_atomic
 from configs.initial import InitConfig
 from configs.loader import ConfigError, plain, toml
 from data_pipeline.tokens.foreign import template_in
-from export.conversion.registry import family_of
+from export.conversion.family_registry import family_of
 from export.model_source import ModelSource, open_source
 from export.peft import folder
 from export.peft.adapter import Base, OwnAdapter
@@ -21,7 +21,7 @@ from export.peft.folder import BaseRecord
 from export.peft.forms import form_of_config
 from export.publishing import partly_written
 from pretrain.checkpoint import storage
-from pretrain.checkpoint.base import keep_bases, named_base
+from pretrain.checkpoint.adapter_base import keep_bases, named_base
 from pretrain.run.initial_model import InitialModel, initial_weights
 
 

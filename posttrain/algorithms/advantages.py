@@ -9,9 +9,9 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from posttrain.algorithms.critic import discounted_returns
 from posttrain.algorithms.normalisation import Moments, whiten
 from posttrain.algorithms.token_batch import TokenBatch
+from posttrain.algorithms.value_loss import discounted_returns
 
 GDPO_EPSILON = 1e-4  # added to standard deviations, as the authors' code for TRL does
 

@@ -18,10 +18,10 @@ from posttrain.algorithms.advantages import (
     reinforce_pp,
 )
 from posttrain.algorithms.aggregation import Aggregation, aggregate
-from posttrain.algorithms.critic import gae
 from posttrain.algorithms.normalisation import whiten
 from posttrain.algorithms.policy import TokenLoss, cispo, gspo, ppo_clip
 from posttrain.algorithms.token_batch import TokenBatch
+from posttrain.algorithms.value_loss import gae
 
 DAPO_CLIP_HIGH = 0.28
 VERL_DUAL_CLIP = 3.0

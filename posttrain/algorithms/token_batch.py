@@ -70,7 +70,7 @@ class TokenBatch:
         return torch.where(self.mask, x, 0)
 
     def but(self, **changes: Tensor) -> "TokenBatch":
-        """Returns a batch with some of its tensors changed."""
+        """Returns a copy of the batch in which the tensors named by `changes` are replaced."""
         return replace(self, **changes)
 
     def sequence_sum(self, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import numpy as np
 
 from data_pipeline.tokens.chat_template import REASONING_KEYS
 from data_pipeline.tokens.tokenizer import FIM_CONTROLS, SPECIALS, Tokenizer
-from posttrain.chat.chat import Chat, Sample, UntrainedEnd
+from posttrain.chat.format_interface import Chat, Sample, UntrainedEnd
 from posttrain.chat.messages import BrokenDialogue, Message, check_order, is_trained
 
 BOS, END = "<s>", "<|end|>"

@@ -11,7 +11,7 @@ import numpy as np
 
 from configs.sft import DialogueConfig
 from configs.tasks import DemonstrationConfig
-from posttrain.chat.chat import Chat, Sample, UntrainedEnd
+from posttrain.chat.format_interface import Chat, Sample, UntrainedEnd
 from posttrain.chat.messages import BrokenDialogue, Message, check_order
 from posttrain.chat.thinking import with_switches
 from posttrain.preference.pairs import as_messages

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from posttrain.chat.chat import Chat, UntrainedEnd
 from posttrain.chat.dialogues import Example
+from posttrain.chat.format_interface import Chat, UntrainedEnd
 from posttrain.records import Records, TooManySetAside
 from pretrain.report.mask_page import visible
 

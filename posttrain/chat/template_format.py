@@ -16,8 +16,8 @@ import numpy as np
 from data_pipeline.tokens.chat_encoder import ANSWER, USER, ChatEncoder, ForgedToken
 from data_pipeline.tokens.chat_template import Span, TemplateRefusal
 from data_pipeline.tokens.tokenizer import Tokenizer
-from posttrain.chat.chat import Chat, Sample, UntrainedEnd
 from posttrain.chat.completeness import dropped
+from posttrain.chat.format_interface import Chat, Sample, UntrainedEnd
 from posttrain.chat.messages import BrokenDialogue, check_order, is_trained
 
 TODAY = date(2024, 7, 26)  # that a template is told, so that the same data give the same tokens on every day

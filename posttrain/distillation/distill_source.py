@@ -15,17 +15,17 @@ from typing import Any
 
 from configs.train import TrainSection
 from data_pipeline.core.integrity import Expected
-from posttrain.chat.chat import Chat
+from posttrain.chat.format_interface import Chat
 from posttrain.distillation.distill_loss import DistillLoss
 from posttrain.distillation.teacher import Teacher
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.rollout import Rollout, sample
-from posttrain.rl.rows import rollout_rows
+from posttrain.rl.rollout_rows import rollout_rows
 from posttrain.tasks.task import Task
 from pretrain.data.batch_source import BatchSource, micro_batches
 from pretrain.heldout_loss import batches_of_rank
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.messages import gather_rows
+from pretrain.parallel.rank_messages import gather_rows
 
 OWN = "own samples"  # the source of what the student wrote
 

@@ -158,7 +158,7 @@ class _KeptStates:
         return _KeptHead(batch, self, scale, num_sources)
 
     def __call__(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns zeros."""
+        """Returns zeros of the teacher's outputs, since the teacher is run for its hidden states and not for a loss."""
         return torch.zeros_like(outputs), {}
 
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from configs.layout import Layout
 from configs.loader import ConfigError
 from configs.preference import PreferenceConfig
-from posttrain.initial_model import InitialChatModel
+from posttrain.initial_chat_model import InitialChatModel
 from posttrain.preference.online_source import OnlinePreferenceSource, check_room
-from posttrain.rl.opening import source_state
 from posttrain.rl.policy_copy import PolicyCopy, check_way
-from posttrain.rl.reference import check_reference
+from posttrain.rl.reference_policy import check_reference
+from posttrain.rl.rl_start import source_state
 from posttrain.rl.rollout_source import SamplingPlan
 from posttrain.tasks.lengths import check_answers
 from posttrain.tasks.preflight import check_task

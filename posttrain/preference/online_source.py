@@ -16,20 +16,20 @@ import numpy as np
 from configs.loader import Failure
 from configs.preference import OnlineSection, PreferenceSection
 from configs.train import TrainSection
-from posttrain.preference import reference
-from posttrain.preference.examples import rows_of_pairs
-from posttrain.preference.packing import PackedRow
+from posttrain.preference import reference_logprobs
+from posttrain.preference.group_packing import PackedRow
 from posttrain.preference.pairs import Dialogue, Pair
+from posttrain.preference.preference_examples import rows_of_pairs
 from posttrain.preference.trained_loss import PairPreference
 from posttrain.rl.policy_copy import PolicyCopy
-from posttrain.rl.reference import ReferencePolicy
+from posttrain.rl.reference_policy import ReferencePolicy
 from posttrain.rl.rollout import Rollout, sample
 from posttrain.rl.rollout_source import SamplingPlan
 from posttrain.tasks.verifiable_tasks import made_from
 from pretrain.checkpoint.lineage import Pin
 from pretrain.data.batch_source import BatchSource
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.messages import gather_rows
+from pretrain.parallel.rank_messages import gather_rows
 
 NAME = "pairs"
 
@@ -102,8 +102,8 @@ class OnlinePreferenceSource(BatchSource):
             if self._reference is None:
                 self._reference = ReferencePolicy(engine, self._initial)
             with self._reference.in_place():
-                known = reference.compute(engine, rows)
-            rows = reference.with_reference(rows, known)
+                known = reference_logprobs.compute(engine, rows)
+            rows = reference_logprobs.with_reference(rows, known)
         # The places of pairs that are missing have rows without weight.
         empty = replace(rows[0], loss_mask=np.zeros_like(rows[0].loss_mask))
         self._rows = [*rows, *[empty] * (wanted - len(rows))]

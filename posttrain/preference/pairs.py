@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.chat.chat import Chat, UntrainedEnd
+from posttrain.chat.format_interface import Chat, UntrainedEnd
 from posttrain.chat.messages import BrokenDialogue, Message
 from posttrain.records import TOO_LONG, Records, Unusable, needed, read_split
 

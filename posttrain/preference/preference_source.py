@@ -9,10 +9,10 @@ import numpy as np
 
 from configs.loader import ConfigError
 from configs.preference import PreferenceSection
-from posttrain.preference import reference
-from posttrain.preference.examples import PreferenceRows
-from posttrain.preference.losses import kl_reference_point
-from posttrain.preference.packing import PackedRow, PackedSource
+from posttrain.preference import reference_logprobs
+from posttrain.preference.group_packing import PackedRow, PackedSource
+from posttrain.preference.preference_examples import PreferenceRows
+from posttrain.preference.preference_losses import kl_reference_point
 from posttrain.preference.trained_loss import AnswerPreference, LogRatio, PairPreference
 from pretrain.checkpoint import storage
 from pretrain.data.batch_source import micro_batches, share_of_rank
@@ -43,7 +43,7 @@ class PreferenceSource(PackedSource):
         self.heldout, self._mismatched = rows.heldout, rows.mismatched
         self.loss: PreferenceLoss = (AnswerPreference if section.loss == "kto" else PairPreference)(section)
         held = hashlib.sha256(b"".join(row.tokens.tobytes() for row in rows.heldout)).hexdigest()
-        self.file = reference.file_of(run_dir, model_sha256, f"{self.fingerprint} {held}")
+        self.file = reference_logprobs.file_of(run_dir, model_sha256, f"{self.fingerprint} {held}")
         self.has_reference = not section.has_reference
         self._found: np.ndarray | None = None
 
@@ -54,9 +54,9 @@ class PreferenceSource(PackedSource):
         """
         if not self.has_reference:
             beside = storage.run_of(checkpoint) / self.file.parent.name / self.file.name
-            self._found = reference.load(self.file, self._shape)
+            self._found = reference_logprobs.load(self.file, self._shape)
             if self._found is None:
-                self._found = reference.load(beside, self._shape)
+                self._found = reference_logprobs.load(beside, self._shape)
             self._check(self._found)
 
     def _check(self, known: np.ndarray | None) -> None:
@@ -82,20 +82,20 @@ class PreferenceSource(PackedSource):
     def _take_reference(self, engine: Engine, step: int) -> None:
         """Loads log-probabilities of all rows or, in a run that begins, computes and publishes them."""
         rows = [*self._rows, *self._mismatched, *self.heldout]
-        known = reference.load(self.file, self._shape)
+        known = reference_logprobs.load(self.file, self._shape)
         if step > 0:
             if known is None and self._found is not None and engine.mesh.is_main:
-                reference.save(self.file, self._found)
+                reference_logprobs.save(self.file, self._found)
             known = self._found if known is None else known
             self._check(known)
         elif not all(engine.mesh.gather_json(known is not None)):
             with engine.without_adapters() if engine.adapters_are_new else nullcontext():
-                known = reference.compute(engine, rows)
+                known = reference_logprobs.compute(engine, rows)
             if engine.mesh.is_main:
-                reference.save(self.file, known)
+                reference_logprobs.save(self.file, known)
             engine.mesh.gather_json(None)  # no rank goes on before the file is there
         assert known is not None
-        rows = reference.with_reference(rows, known)
+        rows = reference_logprobs.with_reference(rows, known)
         first, second = len(self._rows), len(self._rows) + len(self._mismatched)
         self._rows, self._mismatched, self.heldout = rows[:first], rows[first:second], rows[second:]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from configs.preference import PreferenceSection
-from posttrain.preference.examples import DESIRABLE
-from posttrain.preference.losses import Pairs, kto, pair_loss
+from posttrain.preference.preference_examples import DESIRABLE
+from posttrain.preference.preference_losses import Pairs, kto, pair_loss
 from pretrain.model.batch import Batch
 
 REFERENCE = "ref_logprobs"  # the name in `Batch.extra`

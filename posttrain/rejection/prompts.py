@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from configs.loader import ConfigError
 from configs.sample import SampleConfig
 from configs.tasks import TaskConfig
-from posttrain.chat.chat import Chat
+from posttrain.chat.format_interface import Chat
 from posttrain.rewards.reward import WeightedRewards
 from posttrain.tasks.file_task import FileTask
 from posttrain.tasks.lengths import check_answers

@@ -128,5 +128,5 @@ def _ends(key: str, names: Sequence[str]) -> bool:
 
 
 def write_facts(run_dir: Path, facts: Mapping[str, Any]) -> None:
-    """Writes what decides the samples of a run."""
+    """Writes the facts that a run's samples depend on, such as model and settings, into its folder."""
     write_atomic(run_dir / FOLDER / FACTS, json.dumps(facts, indent=1, sort_keys=True).encode())

@@ -17,8 +17,8 @@ from configs.sample import SampleConfig
 from configs.sampling import SamplingConfig
 from configs.train import TrainSection
 from launch.environment import ClusterEnvironment
-from posttrain.chat.chat import Chat
-from posttrain.initial_model import InitialChatModel
+from posttrain.chat.format_interface import Chat
+from posttrain.initial_chat_model import InitialChatModel
 from posttrain.rejection.prompts import Prompt, Prompts
 from posttrain.rejection.samples import DrawnSample
 from posttrain.rejection.text_measures import repeated_share
@@ -26,10 +26,10 @@ from posttrain.rl.rollout import judge
 from pretrain.generation.sampling import SampledModel, generate
 from pretrain.model import Decoder, LayerContext
 from pretrain.model.adapters import add_adapters
-from pretrain.model.weights import load_weights
+from pretrain.model.initial_weights import load_weights
 from pretrain.parallel import groups
 from pretrain.parallel.groups import Mesh
-from pretrain.parallel.messages import gather_json
+from pretrain.parallel.rank_messages import gather_json
 from pretrain.parallel.split_decoder import SplitDecoder
 from pretrain.precision import choose_dtype
 from pretrain.run.initial_model import initial_weights

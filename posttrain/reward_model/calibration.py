@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from data_pipeline.mixture.rows import Row
-from posttrain.reward_model.losses import JudgedLoss
+from posttrain.reward_model.reward_losses import JudgedLoss
 from pretrain.heldout_loss import batches_of_rank
 from pretrain.model.batch import Batch
 from pretrain.parallel.engine import Engine
@@ -20,7 +20,10 @@ SUMS = ("share", "confidence", "accuracy")  # of a bin
 
 
 class BinnedLoss:
-    """A loss that also logs, for each bin of confidence, the share of decisions, and their confidence and success."""
+    """Loss that also logs how well confidence matches success.
+
+    For each bin of confidence it logs the share of the decisions that fall into it, their mean confidence, and how
+    many of them are right."""
 
     temperature = 1.0
     is_linear = False

@@ -8,13 +8,13 @@ import torch
 
 from configs.loader import ConfigError
 from launch.environment import is_main
-from posttrain.chat.chat import Chat
+from posttrain.chat.format_interface import Chat
 from posttrain.chat.messages import Message
-from posttrain.initial_model import InitialChatModel, NamedModel
-from pretrain.checkpoint.base import content_of
+from posttrain.initial_chat_model import InitialChatModel, NamedModel
+from pretrain.checkpoint.adapter_base import content_of
 from pretrain.checkpoint.lineage import Pin
 from pretrain.model import Decoder
-from pretrain.model.weights import load_weights
+from pretrain.model.initial_weights import load_weights
 from pretrain.run.initial_model import initial_weights
 
 BATCH_TOKENS = 8192  # of a batch of dialogues, with padding

@@ -54,7 +54,7 @@ class WeightedRewards:
 
     @property
     def made_from(self) -> dict[str, Mapping[str, str]]:
-        """Files outside the config, by reward, that decide values; only rewards that have such files."""
+        """Files beside the config that a reward's values depend on, by reward; rewards without any are left out."""
         return {name: reward.made_from for name, reward in self.rewards.items() if reward.made_from}
 
     @property

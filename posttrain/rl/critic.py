@@ -15,16 +15,16 @@ from configs.differences import words
 from configs.loader import ConfigError, plain
 from configs.model import ModelConfig
 from configs.rl import PPOSection, RLSection
-from posttrain.algorithms.critic import gae, value_loss
 from posttrain.algorithms.normalisation import whiten
 from posttrain.algorithms.token_batch import TokenBatch, sequences_of
-from posttrain.initial_model import NamedModel
+from posttrain.algorithms.value_loss import gae, value_loss
+from posttrain.initial_chat_model import NamedModel
 from posttrain.rl.group_credit import token_batch
 from posttrain.rl.rollout import Rollout
-from posttrain.rl.rows import rollout_rows
+from posttrain.rl.rollout_rows import rollout_rows
 from posttrain.rl.token_values import token_values
 from pretrain.checkpoint import state, storage
-from pretrain.checkpoint.base import base_facts
+from pretrain.checkpoint.adapter_base import base_facts
 from pretrain.checkpoint.lineage import Pin
 from pretrain.checkpoint.resume import model_changes
 from pretrain.model.batch import Batch

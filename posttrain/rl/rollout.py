@@ -15,8 +15,8 @@ import torch
 
 from configs.sampling import SamplingConfig
 from posttrain.algorithms.advantages import equal_groups
-from posttrain.chat.chat import Chat
-from posttrain.tasks.environment import Environment, Transcript, play
+from posttrain.chat.format_interface import Chat
+from posttrain.tasks.episode_environment import Environment, Transcript, play
 from posttrain.tasks.task import Attempt, Problem, Task, TaskScore, truncated
 from pretrain.generation.sampling import Completion, SampledModel, generate
 

@@ -23,18 +23,18 @@ from configs.train import TrainSection
 from data_pipeline.core.integrity import Expected
 from data_pipeline.mixture import earlier
 from posttrain.algorithms.aggregation import Aggregation, step_factor, token_weight
-from posttrain.chat.chat import Chat
+from posttrain.chat.format_interface import Chat
 from posttrain.rl import rollout_file
 from posttrain.rl.logprob_check import LogprobCheck
 from posttrain.rl.phases import Phases
 from posttrain.rl.policy_copy import PolicyCopy
-from posttrain.rl.reference import ReferencePolicy
+from posttrain.rl.reference_policy import ReferencePolicy
 from posttrain.rl.rollout import METRICS, PART, Rollout, sample
 from posttrain.rl.rollout_file import Recorded
-from posttrain.rl.rows import RolloutRow, rollout_rows
+from posttrain.rl.rollout_rows import RolloutRow, rollout_rows
 from posttrain.rl.text_rows import TextRows
 from posttrain.rl.token_values import token_values
-from posttrain.tasks.environment import Environment, environments
+from posttrain.tasks.episode_environment import Environment, environments
 from posttrain.tasks.task import Task
 from posttrain.tasks.verifiable_tasks import made_from
 from pretrain.checkpoint import storage
@@ -42,7 +42,7 @@ from pretrain.checkpoint.lineage import Pin
 from pretrain.data.batch_source import BatchSource
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
-from pretrain.parallel.messages import gather_rows
+from pretrain.parallel.rank_messages import gather_rows
 
 DRAWN = (*METRICS, "drawn_groups")  # metrics of all that was drawn, also of what was replaced
 ROLLOUTS = "rollouts"  # folder in run.dir of the rollouts that a resume may need

@@ -13,7 +13,7 @@ from configs.loader import ConfigError
 from data_pipeline.mixture.rows import Row
 from posttrain.pretraining_text import PretrainingText
 from posttrain.rl.policy_loss import PTX
-from posttrain.rl.rows import RolloutRow
+from posttrain.rl.rollout_rows import RolloutRow
 
 
 @dataclass(frozen=True)

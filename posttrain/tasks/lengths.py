@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from configs.loader import ConfigError
 from configs.train import ParallelConfig
-from posttrain.chat.chat import Chat, UntrainedEnd
+from posttrain.chat.format_interface import Chat, UntrainedEnd
 from posttrain.tasks.task import Problem, Split, Task, available
 
 DRAWN = 10_000  # the maximum number of prompts of each split whose lengths are measured

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from configs.loader import ConfigError
-from posttrain.chat.chat import Chat
+from posttrain.chat.format_interface import Chat
 from posttrain.rewards.reward import Reward
 from posttrain.tasks.file_task import FileTask
 from posttrain.tasks.task import Attempt, Problem, Task, TaskScore

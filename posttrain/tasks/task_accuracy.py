@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 
 from configs.sampling import SamplingConfig
-from posttrain.chat.chat import Chat
+from posttrain.chat.format_interface import Chat
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.rollout import written
-from posttrain.tasks.environment import Environment
+from posttrain.tasks.episode_environment import Environment
 from posttrain.tasks.task import Task, available
 from pretrain.generation.sampling import SampledModel
 from pretrain.parallel.engine import Engine

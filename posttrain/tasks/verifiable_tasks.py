@@ -8,7 +8,7 @@ from typing import Any
 
 from configs.loader import ConfigError
 from configs.tasks import TaskConfig, TaskPartConfig
-from posttrain.rewards.registry import make_rewards
+from posttrain.rewards.reward_registry import make_rewards
 from posttrain.tasks.countdown import CountdownTask
 from posttrain.tasks.file_task import FileTask
 from posttrain.tasks.task import Attempt, Problem, Split, Task, TaskScore, split_of

@@ -24,7 +24,7 @@ from configs.train import CheckpointConfig
 from pretrain.checkpoint import pruning, state, storage
 from pretrain.checkpoint.storage import CheckpointError, Piece
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.messages import broadcast_json, gather_json
+from pretrain.parallel.rank_messages import broadcast_json, gather_json
 
 # The slowest rank's write must end within this time after the fastest's.
 AGREEMENT_MINUTES = 60

@@ -21,7 +21,7 @@ from configs.differences import changes
 from configs.loader import ConfigError, plain
 from configs.reference import toml_value
 from pretrain.checkpoint import storage
-from pretrain.checkpoint.base import base_of
+from pretrain.checkpoint.adapter_base import base_of
 from pretrain.checkpoint.storage import CheckpointError, Piece, Reader
 from pretrain.checkpoint.whole_model import WholeTensors, open_model
 from pretrain.model import value_head

@@ -65,7 +65,10 @@ class OtherVersionError(ConfigError):
 
 @dataclass(frozen=True)
 class Piece:
-    """The flat range [start, start + length) of the box at `offset` of `shape` in a global tensor."""
+    """Part of a global tensor that one rank stores.
+
+    A rank holds the box that begins at `offset` and has `shape`; of its elements, flattened, the piece is the range
+    [start, start + length)."""
 
     name: str
     global_shape: tuple[int, ...]

@@ -15,7 +15,7 @@ from configs.adapters import AdapterConfig
 from configs.loader import validate
 from configs.model import ModelConfig
 from pretrain.checkpoint import storage
-from pretrain.checkpoint.base import base_of, content_of
+from pretrain.checkpoint.adapter_base import base_of, content_of
 from pretrain.checkpoint.lineage import Pin
 from pretrain.checkpoint.storage import CheckpointError, Reader
 from pretrain.model import value_head
@@ -67,7 +67,7 @@ class WholeTensors(Protocol):
     adapter: AdapterConfig | None
 
     def read(self, name: str) -> torch.Tensor:
-        """Reads a whole tensor."""
+        """Reads the tensor of a global name as it is on one rank, whatever layout wrote it."""
         ...
 
 

@@ -15,7 +15,7 @@ from pretrain.logs.metrics_file import read_metrics
 
 
 def after_run(run_dir: Path) -> Iterator[Finding]:
-    """Yields what the folder of a training run tells of its end."""
+    """Yields findings about how a training run ended, from the files in its folder."""
     config = _config(run_dir)
     steps = config.get("train", {}).get("steps", 0)
     metrics = read_metrics(run_dir / "metrics.jsonl")

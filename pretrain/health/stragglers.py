@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from configs.train import WatchdogConfig
 from pretrain.health.not_finite import position
 from pretrain.parallel.groups import Mesh
-from pretrain.watchdog.messages import count_messages
+from pretrain.watchdog.message_counts import count_messages
 
 STEPS = 10  # one after another, in which a rank must be slow
 AGAIN = 1000  # such steps until it is told again

@@ -31,7 +31,7 @@ class Activities:
         self.counts: Counter[str] = Counter()
 
     def begin(self, name: str, step: int) -> None:
-        """Ends the activity of the moment, and begins `name` for step `step`."""
+        """Ends the current activity of this rank, and begins activity `name`, which belongs to `step`."""
         now = time.monotonic()
         with self.lock:
             seconds = now - self.began

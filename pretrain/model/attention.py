@@ -15,14 +15,14 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from configs.model import LayerConfig
-from pretrain.model import scores
+from pretrain.model import attention_scores
+from pretrain.model.attention_scores import ScoreRule, alibi_slopes
 from pretrain.model.context import ForwardContext
 from pretrain.model.documents import Documents
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.layer_context import LayerContext
 from pretrain.model.layers import Norm, RMSNorm, is_recomputing, norm_of, normalized, recomputed
 from pretrain.model.rotary import rotate, yarn_mscale
-from pretrain.model.scores import ScoreRule, alibi_slopes
 from pretrain.model.slices import Marks, TensorSplit, mark
 from pretrain.model.tensor_parallel import ColumnLinear, Region, RowLinear, WholeLinear, columns
 
@@ -69,11 +69,11 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Computes attention of this rank's heads over whole sequences; outputs are [T, B, N, D]."""
         if self.largest_logit is not None and not is_recomputing():
-            found = scores.largest_logit(q, k, documents, self.rule, virtual)
+            found = attention_scores.largest_logit(q, k, documents, self.rule, virtual)
             self.largest_logit = torch.maximum(self.largest_logit, found)
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(scores.attend, q, k, v, documents, self.rule, virtual)
-        return scores.attend(q, k, v, documents, self.rule, virtual)
+            return recomputed(attention_scores.attend, q, k, v, documents, self.rule, virtual)
+        return attention_scores.attend(q, k, v, documents, self.rule, virtual)
 
     def over_documents(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: ForwardContext

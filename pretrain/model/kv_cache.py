@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from configs.model import ModelConfig
+from pretrain.model.attention_scores import ScoreRule, attend, attend_cached
 from pretrain.model.documents import Documents
-from pretrain.model.scores import ScoreRule, attend, attend_cached
 
 Tables = dict[str, tuple[torch.Tensor, torch.Tensor]]  # cos and sin [S, B, 1, rotated elements] by the kind of a layer
 SLOTS = 16  # fp32 numbers in the widest vector register of a CPU

@@ -88,7 +88,7 @@ def norm_of(config: NormConfig, size: int, context: LayerContext, partial: Parti
 
 
 def normalized(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """Divides by the root mean square of the last dimension, in fp32 or better."""
+    """Returns `x` divided by the root mean square of its last dimension, computed in fp32 or better."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 

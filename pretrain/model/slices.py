@@ -111,7 +111,7 @@ class Marks:
 
 
 def mark(parameter: nn.Parameter, marks: Marks) -> None:
-    """Records what a parameter is.
+    """Attaches `marks` to a parameter: how it is split, drawn and updated.
 
     DeepSpeed looks for `tensor_model_parallel` when it takes the grad norm; megatron-core's layers have set it.
     """
@@ -119,7 +119,7 @@ def mark(parameter: nn.Parameter, marks: Marks) -> None:
 
 
 def marks_of(parameter: nn.Parameter) -> Marks:
-    """Returns what was recorded of a parameter. Raises AttributeError if nothing was, which is a bug."""
+    """Returns the marks of a parameter. Raises AttributeError if it has none, which is a bug."""
     known: Any = parameter
     return known.marks
 

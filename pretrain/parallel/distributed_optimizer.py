@@ -95,7 +95,7 @@ class Bucket:
             self.reduction = None
 
     def start_gathering(self) -> None:
-        """Starts giving every rank the weights of all parts, from the master weights."""
+        """Starts an all-gather of the bucket's weights: each rank sends its part, copied from its master weights."""
         self.wait_for_weights()
         part = self.weights[self.own]
         if part.data_ptr() != self.master.data_ptr():

@@ -24,7 +24,7 @@ from pretrain.megatron import parallel_state
 from pretrain.model.slices import Slices, is_expert, tp_split
 from pretrain.parallel import staged_gloo
 from pretrain.parallel.deepspeed_import import deepspeed, redirect_to_cpu
-from pretrain.parallel.messages import gather_json
+from pretrain.parallel.rank_messages import gather_json
 
 RECORDED = "2000"  # the last collectives that torch's flight recorder keeps on each rank; the watchdog reads them
 

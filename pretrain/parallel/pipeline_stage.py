@@ -69,7 +69,7 @@ class PipelineStage(nn.Module):
         return chunk(*args, **kwargs)
 
     def named_global_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields (name in checkpoints and init, parameter) for all chunks."""
+        """Yields (global name, parameter) of this rank's chunks; checkpoints and initial weights go by the name."""
         for chunk in self.chunks:
             yield from chunk.named_global_parameters()
 

@@ -60,7 +60,7 @@ class RankBudget:
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """Takes what was measured into the importance, and their l from the triplets beyond the budget. Collective.
+        """Updates the importance of all triplets, and sets lambda of those beyond the budget to 0. Collective.
 
         It is not called after a step that changed no weight because its gradient was too large or not finite.
         """

@@ -21,8 +21,8 @@ from torch import nn
 
 from configs.layout import Layout
 from configs.train import OptimizerConfig, TrainSection
+from pretrain.model.initial_weights import Drawing
 from pretrain.model.slices import marks_of
-from pretrain.model.weights import Drawing
 from pretrain.parallel import distributed_optimizer
 from pretrain.parallel.deepspeed_import import deepspeed, device_as_local_rank
 from pretrain.parallel.distributed_optimizer import DistributedOptimizer, Fragment

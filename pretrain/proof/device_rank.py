@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from configs.train import PretrainConfig
 from data_pipeline.mixture.rows import Row
 from pretrain.model import Decoder, LayerContext, Slices, init_weights
+from pretrain.model.initial_weights import Drawing
 from pretrain.model.slices import WHOLE
-from pretrain.model.weights import Drawing
 from pretrain.parallel import groups, zero
 from pretrain.parallel.engine import Engine
 from pretrain.proof.bounds import COMPANION, companion_of

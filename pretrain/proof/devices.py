@@ -72,7 +72,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def config_of(name: str, run_dir: Path) -> dict[str, Any]:
-    """Returns the config of one of `CASES`; its data.plan names the kind of rows."""
+    """Returns the config of case `name` of `CASES`; instead of a path its data.plan has the kind of rows to make."""
     model, rows = CASES[name]
     return {
         "run": {"dir": str(run_dir)},

@@ -205,7 +205,7 @@ def shrink(drawn: Draw, failures_of: Callable[[Draw], list[str]]) -> tuple[Draw,
 
 
 def simpler(drawn: Draw) -> Iterator[Draw]:
-    """Yields simpler draws: first those of which all sizes are small, then some that are simpler by one thing each."""
+    """Yields draws to try when `draw` fails: first with all sizes small, then each with one feature less."""
     model, train = drawn.model, drawn.train
     sizes = {"vocab_size": 16, "num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_heads": 2}
     small: dict[str, Any] = {**sizes, "num_kv_heads": 2, "init_std": model["init_std"]}

@@ -350,7 +350,7 @@ def attention_across_documents() -> AbstractContextManager[Any]:
     def planted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: Documents) -> torch.Tensor:
         return attend_rows(q, k, v, None)
 
-    return mock.patch("pretrain.model.scores.attend_documents", planted)
+    return mock.patch("pretrain.model.attention_scores.attend_documents", planted)
 
 
 INJECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {

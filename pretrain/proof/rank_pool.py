@@ -95,7 +95,7 @@ class ProofRanks:
     def _start(self, rank: int) -> tuple[subprocess.Popen[str], IO[str]]:
         log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed by `close`
         process = subprocess.Popen(
-            [sys.executable, "-m", "pretrain.proof.rank", str(rank)],
+            [sys.executable, "-m", "pretrain.proof.pool_rank", str(rank)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -42,11 +42,11 @@ from pretrain.model.batch import Batch
 from pretrain.model.losses import NextToken, SquaredValues
 from pretrain.parallel import expert_balance, groups, zero
 from pretrain.parallel.engine import Engine
+from pretrain.proof.activation_hooks import ExpertChoices, NormTerms, Recorder, Slice, Trace
 from pretrain.proof.bounds import COMPANION, companion_of
-from pretrain.proof.exact import differing_replicas, gathered_norm, moment
+from pretrain.proof.exact_facts import differing_replicas, gathered_norm, moment
 from pretrain.proof.injections import INJECTIONS
 from pretrain.proof.step_reader import RecordedStep
-from pretrain.proof.trace import ExpertChoices, NormTerms, Recorder, Slice, Trace
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 SOURCES = 2

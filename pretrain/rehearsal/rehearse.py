@@ -26,7 +26,7 @@ from pages import duration
 from pretrain.rehearsal.distinct_ranks import distinct_micro_batches, distinct_ranks, place_of, smallest_world
 
 if TYPE_CHECKING:
-    from pretrain.rehearsal.rank import RehearsedRank
+    from pretrain.rehearsal.rehearsal_rank import RehearsedRank
 
 DEVICES = ("gpu", "cpu")
 FAILED = 1
@@ -156,7 +156,7 @@ def _rehearsed(
     """Yields what each rank did; with one process, in this one. Raises Failure if a process dies."""
     # Before torch is imported: it sees no GPU then, and its C++ parts print no warnings.
     os.environ.update(CUDA_VISIBLE_DEVICES="", TORCH_CPP_LOG_LEVEL="ERROR")
-    from pretrain.rehearsal.rank import rehearse
+    from pretrain.rehearsal.rehearsal_rank import rehearse
 
     one = partial(rehearse, config, config.model, layout, on_cpu=on_cpu)
     # Forked, so that libraries are imported once, and this process joins no group.
@@ -173,7 +173,7 @@ def _report(done: "Sequence[RehearsedRank]", layout: Layout, repeated: Fraction,
     """Prints the tables and the verdict; returns the exit status."""
     from rich.console import Console
 
-    from pretrain.rehearsal import tables
+    from pretrain.rehearsal import rehearsal_tables
     from pretrain.rehearsal.comparison import mismatch
 
     if failed := next((rank for rank in done if rank.failure), None):
@@ -189,9 +189,9 @@ def _report(done: "Sequence[RehearsedRank]", layout: Layout, repeated: Fraction,
         "Stand-ins for data: every row is one document of train.seq_length trained tokens, and routers spread tokens "
         "evenly over experts.\n"
     )
-    console.print(tables.traffic(done, repeated))
+    console.print(rehearsal_tables.traffic(done, repeated))
     print()
-    console.print(tables.memory(done))
+    console.print(rehearsal_tables.memory(done))
     print("\nWithout activations, and without buffers of NCCL and of kernels.")
     if found := mismatch({rank.rank: rank.calls for rank in done}):
         print(f"error: {found}", file=sys.stderr)

@@ -297,7 +297,7 @@ def _ranks(run_dir: Path) -> str:
 
 
 def composition(run_dir: Path) -> dict[str, float]:
-    """Returns the trained tokens of each source, as the newest checkpoint's manifest has them."""
+    """Returns the number of tokens of each source that were trained on, from the newest checkpoint's manifest."""
     folders = (run_dir / "checkpoints").glob("step_*/manifest.json")
     newest = max(folders, key=lambda path: int(path.parent.name.split("_")[1]), default=None)
     ledger = read_json(newest).get("ledger", {}) if newest else {}

@@ -1,7 +1,7 @@
 """Report of what a rank does at the moment, for the watchdog: its activity, its stacks and its collectives.
 
 Collectives are those of torch's flight recorder, which `groups.start` turns on. NCCL's kernels are in it as gloo's
-calls are, but not gloo's messages between two ranks (see `messages`).
+calls are, but not gloo's messages between two ranks; `message_counts` counts those.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d
 
-from pretrain.watchdog.messages import COUNTS
+from pretrain.watchdog.message_counts import COUNTS
 
 _PROJECT = Path(__file__).parents[2]
 # Names of functions on the main thread's stack, by what they say of the step; the first that is on it counts.

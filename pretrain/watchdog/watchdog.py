@@ -25,9 +25,9 @@ from configs.signals import HUNG
 from configs.train import WatchdogConfig
 from pretrain.logs.activities import END, EVALUATION, Activities
 from pretrain.parallel.engine import Engine
-from pretrain.watchdog.messages import count_messages
+from pretrain.watchdog.hang_verdict import verdict
+from pretrain.watchdog.message_counts import count_messages
 from pretrain.watchdog.rank_report import RankReport, report_of, stacks
-from pretrain.watchdog.verdict import verdict
 
 FOLDER = "hang"  # in run.dir, with a numbered folder for each hang
 LONGEST_GRACE = 30.0  # seconds that ranks wait for each other's reports

@@ -69,7 +69,7 @@ def _saved(model: ModelConfig, train: TrainSection, batch: Batch, dtype: torch.d
 
     moved = batch.to(META)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, mock.patch("pretrain.model.scores.attend_documents", _attend):
+    with hooks, mock.patch("pretrain.model.attention_scores.attend_documents", _attend):
         context = ForwardContext.of_batch(model, moved)
         loss = HeadLoss(moved, NextToken(), 1.0, 1)
         decoder(moved.tokens, moved.positions, moved.segments, wanted=moved.trained, context=context, loss=loss)

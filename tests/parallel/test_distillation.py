@@ -55,7 +55,7 @@ def gradients(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Gradi
 
 @pytest.fixture(scope="module")
 def expected(gradients: Gradients) -> Found:
-    """Gradients by one rank in one micro-batch."""
+    """Gradients and logged values that one rank computes in one micro-batch, to which all layouts are held."""
     return gradients(1, {}, 8)
 
 

@@ -122,10 +122,10 @@ def test_in_fp64_all_is_fp64(ranks: RanksOf, tmp_path: Path) -> None:
     settings = config("deepseek", tmp_path, {"tp": 2, "sp": True})
     meant = {
         *("batch_source.py:collate", "batch_source.py:stack"),  # the loss mask
-        *("weights.py:_draw", "weights.py:_fill", "slices.py:cut"),
+        *("initial_weights.py:_draw", "initial_weights.py:_fill", "slices.py:cut"),
         *("rotary.py:rotary_angles", "rotary.py:rotary_frequencies"),
         "batch.py:weightless",  # the loss mask of an evaluation's batches that fill up a pipeline
-        *("recorded_step.py:_unbalance", "trace.py:keep"),  # the balance of experts, which is fp32
+        *("recorded_step.py:_unbalance", "activation_hooks.py:keep"),  # the balance of experts, which is fp32
         *("balance.py:__init__", "balance.py:finish"),  # the bias on the choice of experts
     }
     for functions in ranks(2).run(

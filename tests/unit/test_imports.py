@@ -109,7 +109,7 @@ RULES = (
         "pretrain.run.initial_model", ours=("configs", "pretrain", "export.hf_folder", *TOKEN_STORE), never=LIBRARIES
     ),
     ImportRule("pretrain.checkpoint.whole_model", ours=("configs", "pretrain", "export.hf_folder"), never=LIBRARIES),
-    ImportRule("pretrain.checkpoint.base", ours=("configs", "pretrain", "export.hf_folder"), never=LIBRARIES),
+    ImportRule("pretrain.checkpoint.adapter_base", ours=("configs", "pretrain", "export.hf_folder"), never=LIBRARIES),
     ImportRule("posttrain", ours=("configs", "pretrain", "posttrain", *LAUNCH, *TOKEN_STORE), never=LIBRARIES),
     ImportRule(  # near-duplicates among completions are found as among documents
         "posttrain.rejection.text_measures", ours=("posttrain", "data_pipeline.scan.minhash"), never=LIBRARIES
@@ -128,7 +128,13 @@ RULES = (
 )
 
 
-def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+@functools.cache
+def imports(source: str, module: str, is_package: bool) -> tuple[tuple[int, str], ...]:
+    """Returns (line, dotted name) of everything that a module imports; `from a import b` gives a.b."""
+    return tuple(_imports(source, module, is_package))
+
+
+def _imports(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
     """Yields (line, dotted name) of everything that a module imports.
 
     `from a import b` gives a.b; relative names are made absolute.
@@ -301,12 +307,13 @@ def test_ranks_load_no_loggers_of_megatrons() -> None:
 
 @functools.cache
 def missing(name: str) -> bool:
-    """Whether a dotted name of this repository is neither a module nor a name that its parent's file mentions."""
+    """Whether a dotted name of this repository is neither a module nor a word in its parent's code."""
     path = ROOT.joinpath(*name.split("."))
     if path.is_dir() or path.with_suffix(".py").is_file():
         return False
     files = [file for file in (path.parent.with_suffix(".py"), path.parent / "__init__.py") if file.is_file()]
-    return not files or not re.search(rf"\b{path.name}\b", files[0].read_text(encoding="utf-8"))
+    code = re.sub(r'^""".*?"""', "", files[0].read_text(encoding="utf-8"), flags=re.DOTALL) if files else ""
+    return not re.search(rf"\b{path.name}\b", code)
 
 
 def test_every_import_of_ours_exists() -> None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from configs.model import ModelConfig
+from export.conversion.config_keys import Custom, Draft, Fixed, MappedKey
 from export.conversion.families.llama import ENDS, FFN, MLP, NORMS, OLD_ROTARY, OURS, THEIRS, named
-from export.conversion.keys import Custom, Draft, Fixed, MappedKey
 from export.conversion.operations import Join, Rotary, chain
 from export.conversion.table import Family, Rule
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from configs.model import ModelConfig
+from export.conversion.config_keys import REQUIRED, ConfigKey, Custom, Draft, Fixed, MappedKey
 from export.conversion.families.llama import (
     BOTH,
     ENDS,
@@ -17,7 +18,6 @@ from export.conversion.families.llama import (
     named,
     sizes,
 )
-from export.conversion.keys import REQUIRED, ConfigKey, Custom, Draft, Fixed, MappedKey
 from export.conversion.operations import Operation, Rotary
 from export.conversion.rope_keys import Rope, rope_type
 from export.conversion.table import COPY, Family, Rule

@@ -3,9 +3,9 @@
 from typing import Any
 
 from configs.model import ModelConfig
+from export.conversion.config_keys import ConfigKey, Custom, Draft, Fixed, MappedKey
 from export.conversion.families.llama import ATTENTION, ENDS, FFN, GATED, MLP, QK_NORM, head_dim, named, sizes
 from export.conversion.families.windows import FULL, SLIDING, alternating
-from export.conversion.keys import ConfigKey, Custom, Draft, Fixed, MappedKey
 from export.conversion.rope_keys import Rope, read_scaling, written_scaling
 from export.conversion.table import Family
 

@@ -1,5 +1,6 @@
 """ChatGLM2, ChatGLM3 and GLM-4 (GlmForCausalLM), GLM-4-0414 (glm4), GLM-4.5 (glm4_moe)."""
 
+from export.conversion.config_keys import MappedKey
 from export.conversion.families.deepseek import (
     CHOOSING_BIAS,
     FURTHER_LAYERS,
@@ -23,7 +24,6 @@ from export.conversion.families.llama import (
     named,
     sizes,
 )
-from export.conversion.keys import MappedKey
 from export.conversion.operations import Join, Rotary
 from export.conversion.rope_keys import Rope
 from export.conversion.table import Family, Rule

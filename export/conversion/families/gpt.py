@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from configs.model import ModelConfig
+from export.conversion.config_keys import ConfigKey, Custom, Draft, Fixed, MappedKey
 from export.conversion.families.llama import BOTH, OURS
-from export.conversion.keys import ConfigKey, Custom, Draft, Fixed, MappedKey
 from export.conversion.operations import Chain, HeadByHead, Join, Operation, Rotary, RowOffset, Transpose, chain
 from export.conversion.rope_keys import Rope
 from export.conversion.table import COPY, Family, Rule

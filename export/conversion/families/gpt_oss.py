@@ -1,5 +1,6 @@
 """gpt-oss: sinks, windows on every other layer, experts with biases and a clamped SwiGLU."""
 
+from export.conversion.config_keys import Draft, Fixed, MappedKey
 from export.conversion.families.llama import (
     ATTENTION,
     AUXILIARY,
@@ -13,7 +14,6 @@ from export.conversion.families.llama import (
     sizes,
 )
 from export.conversion.families.windows import alternating
-from export.conversion.keys import Draft, Fixed, MappedKey
 from export.conversion.operations import Interleave, Transpose, chain
 from export.conversion.rope_keys import Rope
 from export.conversion.table import Family, Rule

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from configs.model import ModelConfig
-from export.conversion.keys import REQUIRED, ConfigKey, Custom, Draft, Fixed, MappedKey
+from export.conversion.config_keys import REQUIRED, ConfigKey, Custom, Draft, Fixed, MappedKey
 from export.conversion.operations import Rotary, SplitExperts
 from export.conversion.rope_keys import Rope
 from export.conversion.table import Family, Rule

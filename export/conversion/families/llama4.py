@@ -4,8 +4,8 @@ from typing import Any
 
 from configs.model import ModelConfig
 from configs.model_parts import TemperatureConfig
+from export.conversion.config_keys import Custom, Draft, Fixed, MappedKey, shortest_pattern
 from export.conversion.families.llama import AUXILIARY, BOTH, ENDS, NORMS, OURS, THEIRS, head_dim, named, sizes
-from export.conversion.keys import Custom, Draft, Fixed, MappedKey, shortest_pattern
 from export.conversion.operations import Join, Rotary, Transpose, chain
 from export.conversion.rope_keys import Rope
 from export.conversion.table import Family, Rule

@@ -3,10 +3,10 @@
 from typing import Any
 
 from configs.model import ModelConfig
+from export.conversion.config_keys import Custom, Draft, MappedKey
 from export.conversion.families.gemma import FULL, SLIDING
 from export.conversion.families.llama import ATTENTION, ENDS, FFN, MLP, QK_NORM, named, sizes
 from export.conversion.families.windows import alternating
-from export.conversion.keys import Custom, Draft, MappedKey
 from export.conversion.rope_keys import Rope, read_scaling, written_scaling
 from export.conversion.table import Family
 

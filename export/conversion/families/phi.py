@@ -1,7 +1,7 @@
 """Phi-3: LLaMA with queries, keys and values in one projection, gate and up in one, and longrope."""
 
+from export.conversion.config_keys import Fixed, MappedKey
 from export.conversion.families.llama import ENDS, FFN, NORMS, OURS, THEIRS, named, sizes, window
-from export.conversion.keys import Fixed, MappedKey
 from export.conversion.operations import Join, Rotary, chain
 from export.conversion.rope_keys import Rope
 from export.conversion.table import Family, Rule

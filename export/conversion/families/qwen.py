@@ -3,6 +3,7 @@
 from typing import Any
 
 from configs.model import ModelConfig
+from export.conversion.config_keys import ConfigKey, Custom, Draft, MappedKey, shortest_pattern
 from export.conversion.families.llama import (
     ATTENTION,
     AUXILIARY,
@@ -17,7 +18,6 @@ from export.conversion.families.llama import (
     named,
     sizes,
 )
-from export.conversion.keys import ConfigKey, Custom, Draft, MappedKey, shortest_pattern
 from export.conversion.rope_keys import Rope
 from export.conversion.table import Family
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from configs.model import ModelConfig
-from export.conversion.keys import Custom, Draft, shortest_pattern
+from export.conversion.config_keys import Custom, Draft, shortest_pattern
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 Types = Callable[[int, int], bool]  # (index of a layer, distance between full ones): whether it has a window

@@ -18,10 +18,10 @@ from pretrain.model.tensor_parallel import ColumnLinear, RowLinear, WholeLinear
 
 
 def add_adapters(decoder: Decoder, config: AdapterConfig, context: LayerContext, std: float = 0.0) -> None:
-    """Gives every layer that the config names its adapter. The adapters' parameters are not drawn yet.
+    """Adds the adapters that the config names to the layers of a model, with parameters that are drawn later.
 
-    With a `std` above 0 they will change what the model computes from the start. Raises ConfigError if the model lacks
-    such layers.
+    If the config has a `std` above 0, the model with adapters differs from the base from the start. Raises ConfigError
+    if the model lacks such layers.
     """
     _ADD[config.kind](decoder, config, context, std)
 

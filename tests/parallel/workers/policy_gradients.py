@@ -14,7 +14,7 @@ from posttrain.chat.dialogues import Example
 from posttrain.chat.sft_data import pack
 from posttrain.rl.logprob_check import LogprobCheck
 from posttrain.rl.policy_loss import PolicyLoss
-from posttrain.rl.rows import RolloutRow
+from posttrain.rl.rollout_rows import RolloutRow
 from pretrain.data.batch_source import micro_batches
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero

@@ -12,8 +12,8 @@ import torch
 
 from configs.loader import ConfigError
 from data_pipeline.tokens.tokenizer import file_name
-from posttrain.preference import reference
-from posttrain.preference.packing import PackedRow
+from posttrain.preference import reference_logprobs
+from posttrain.preference.group_packing import PackedRow
 from posttrain.rl.policy_copy import PolicyCopy, Way
 from pretrain.checkpoint.lineage import Lineage
 from tests.parallel.workers.layouts import make_engine, rows
@@ -66,7 +66,7 @@ def logprobs_on_and_off(
     """Returns digests of the log-probabilities of a model with its adapters, with these off, and with them again."""
 
     def digest() -> str:
-        return hashlib.sha256(reference.compute(engine, packed).tobytes()).hexdigest()
+        return hashlib.sha256(reference_logprobs.compute(engine, packed).tobytes()).hexdigest()
 
     engine = make_engine(model, parallel, adapter=adapter)
     packed = [

@@ -22,7 +22,7 @@ from pretrain.parallel import groups
 from pretrain.parallel.engine import Engine, StepSums
 from pretrain.proof import recorded_step
 from pretrain.proof.device_rank import prove_device
-from pretrain.proof.exact import differing_replicas
+from pretrain.proof.exact_facts import differing_replicas
 from pretrain.proof.injections import INJECTIONS
 from pretrain.proof.recorded_step import SOURCES, packed_rows, prove_step
 from tests.parallel.forks import REPOSITORY

@@ -15,7 +15,7 @@ from pretrain.model.moe.router import Router
 from pretrain.parallel import collectives, gradients, groups
 from pretrain.parallel.groups import Mesh
 from pretrain.proof.shared_groups import forget_groups
-from pretrain.rehearsal import rank as rehearsal
+from pretrain.rehearsal import rehearsal_rank as rehearsal
 from pretrain.rehearsal.collective_calls import GroupCall, recorded
 from pretrain.rehearsal.comparison import mismatch
 

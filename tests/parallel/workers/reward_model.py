@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from configs.loader import plain, validate
 from configs.model import ModelConfig
-from posttrain.preference.packing import Segment, pack
-from posttrain.reward_model.losses import MARGIN, PreferenceLoss
+from posttrain.preference.group_packing import Segment, pack
+from posttrain.reward_model.reward_losses import MARGIN, PreferenceLoss
 from pretrain.checkpoint import state, storage
 from pretrain.checkpoint.whole_model import open_model
 from pretrain.data.batch_source import micro_batches

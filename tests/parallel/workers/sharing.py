@@ -12,7 +12,7 @@ from torch import nn
 
 from pretrain.data.batch_source import micro_batches, share_of_rank
 from pretrain.model import Decoder
-from pretrain.model import weights as drawing
+from pretrain.model import initial_weights as drawing
 from pretrain.model.batch import Batch
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups, zero

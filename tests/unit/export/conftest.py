@@ -21,7 +21,7 @@ from configs.model import ModelConfig
 from configs.model_parts import NormConfig, PositionConfig
 from configs.moe import MoEConfig
 from export import huggingface
-from export.conversion.parameters import parameters
+from export.conversion.tensor_shapes import parameters
 from export.model_source import ModelSource, Weights
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage

@@ -14,7 +14,7 @@ from configs.files import file_sha256
 from configs.loader import ConfigError, load
 from configs.model import ModelConfig
 from export import huggingface, tensors
-from export.conversion.registry import computation
+from export.conversion.family_registry import computation
 from export.hf_config import from_hf_config, to_hf_config
 from export.hf_tokenizer import write_tokenizer
 from export.import_hf import import_directory, main

@@ -16,7 +16,7 @@ from configs.adapters import AdapterConfig
 from configs.initial import InitConfig
 from configs.loader import ConfigError
 from export import huggingface
-from export.conversion.registry import family_of
+from export.conversion.family_registry import family_of
 from export.hf_folder import FolderTensors, open_hf_folder
 from export.import_hf import main
 from export.model_source import open_source

@@ -15,7 +15,7 @@ from configs.export import ExportConfig
 from configs.loader import plain, validate
 from configs.model import ModelConfig
 from export import huggingface
-from export.conversion.parameters import parameters
+from export.conversion.tensor_shapes import parameters
 from export.import_hf import import_directory
 from export.model_source import open_source
 from pretrain.checkpoint import storage

@@ -14,7 +14,7 @@ import pytest
 from configs.launch import LaunchConfig
 from configs.loader import ConfigError
 from launch import ranks
-from launch.command import LaunchedCommand
+from launch.launched_command import LaunchedCommand
 from launch.on_mpi import mpirun_words
 from launch.on_torchrun import torchrun_words
 

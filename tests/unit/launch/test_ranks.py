@@ -15,7 +15,7 @@ import pytest
 
 from launch import ranks
 from launch.bootstrap import ON_RANKS, TRAINING
-from launch.command import module_of
+from launch.launched_command import module_of
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -10,7 +10,7 @@ import pytest
 from configs.launch import LaunchConfig
 from configs.loader import ConfigError, load
 from launch import ranks, snapshot
-from launch.command import read_command
+from launch.launched_command import read_command
 
 ROOT = Path(__file__).resolve().parents[3]
 ODD = 'l\'été $(touch x) `touch y` "50%" #1; *'  # a name that a shell would take apart unless it is quoted

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from configs.loader import ConfigError
-from posttrain.algorithms import compare
+from posttrain.algorithms import compare_dialects
 from posttrain.algorithms.advantages import (
     AdvantageDialect,
     batch_normalised,
@@ -16,7 +16,6 @@ from posttrain.algorithms.advantages import (
     group_advantages,
 )
 from posttrain.algorithms.aggregation import aggregate
-from posttrain.algorithms.critic import discounted_returns, gae
 from posttrain.algorithms.dialects import DIALECTS
 from posttrain.algorithms.kl import KLEstimator, Sampling, kl_estimate, kl_penalty, rewards_with_kl
 from posttrain.algorithms.normalisation import Moments, whiten
@@ -24,6 +23,7 @@ from posttrain.algorithms.policy import cispo, gspo, ppo_clip
 from posttrain.algorithms.rewards import overlong_penalty, reward_at_last_token
 from posttrain.algorithms.rollout_correction import Correction, Level, rollout_weights
 from posttrain.algorithms.token_batch import TokenBatch, sequences_of
+from posttrain.algorithms.value_loss import discounted_returns, gae
 
 LENGTHS = (5, 3, 4, 2)  # of the completions of two prompts
 
@@ -350,7 +350,7 @@ def test_a_batch_is_compared_under_every_dialect(tmp_path: Path, capsys: pytest.
     rewards = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0] * 4])
     lp = torch.full((2, 4), -1.0)
     batch = TokenBatch(lp, mask, sequences, old_logprobs=lp, rewards=rewards, groups=groups)
-    found = {one.dialect: one for one in compare.compare(batch, max_length=4)}
+    found = {one.dialect: one for one in compare_dialects.compare(batch, max_length=4)}
     assert found.keys() == DIALECTS.keys()
     # Advantages of Dr.GRPO are +.5 and -.5: (-.5 * 2 + .5 * 4) / (2 * 4), a slope of .5 / 8 for each of 6 tokens.
     assert found["dr_grpo"].loss == pytest.approx(0.125)
@@ -359,10 +359,10 @@ def test_a_batch_is_compared_under_every_dialect(tmp_path: Path, capsys: pytest.
     assert found["rloo"].loss == pytest.approx((-2 + 4) / 6)
     assert "has no values" in found["ppo"].lacks
     batch.save(tmp_path / "batch.safetensors")
-    assert compare.main([str(tmp_path / "batch.safetensors"), "--drift", "1"]) == 0
+    assert compare_dialects.main([str(tmp_path / "batch.safetensors"), "--drift", "1"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in DIALECTS) and "6 sampled tokens in 2 completions" in said
-    moved = {one.dialect: one for one in compare.compare(compare.drifted(batch, 1.0))}
+    moved = {one.dialect: one for one in compare_dialects.compare(compare_dialects.drifted(batch, 1.0))}
     assert moved["grpo@trl"].clipped > 0 and moved["cispo@minimax"].live == 1 > moved["grpo@trl"].live
     for argv, message in (
         ([str(tmp_path / "none")], "cannot be read as a recorded batch"),
@@ -370,4 +370,4 @@ def test_a_batch_is_compared_under_every_dialect(tmp_path: Path, capsys: pytest.
         ([str(tmp_path / "batch.safetensors"), "--max-length", "0"], "--max-length 0 is no number of tokens"),
     ):
         with pytest.raises(ConfigError, match=message):
-            compare.main(argv)
+            compare_dialects.main(argv)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from posttrain.chat.chat_format import ChatFormat
-from posttrain.tasks.environment import ToolEnvironment, Transcript, play
+from posttrain.tasks.episode_environment import ToolEnvironment, Transcript, play
 from posttrain.tasks.task import Problem, TaskScore
 from posttrain.tasks.tools import calculator, python
 from posttrain.tasks.verifiable_tasks import SortTask

@@ -16,11 +16,11 @@ from configs.loader import ConfigError, plain, validate
 from configs.model import ModelConfig
 from configs.rewards import RewardConfig
 from configs.sealed import CHECKPOINT
-from posttrain.initial_model import InitialChatModel
+from posttrain.initial_chat_model import InitialChatModel
 from posttrain.reward_model.score import found_again
-from posttrain.rewards.registry import make_rewards
+from posttrain.rewards.reward_registry import make_rewards
 from posttrain.rl.critic import critic_start
-from posttrain.rl.reference import check_reference
+from posttrain.rl.reference_policy import check_reference
 from pretrain.checkpoint import pruning, storage
 from pretrain.checkpoint.lineage import Lineage, Pin
 from tests.remedies import remedies

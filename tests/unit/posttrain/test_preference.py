@@ -12,10 +12,11 @@ from torch.nn.functional import logsigmoid
 from configs.loader import ConfigError, validate
 from configs.preference import PreferenceConfig, PreferenceSection
 from posttrain.chat.chat_format import ChatFormat
-from posttrain.preference import reference
-from posttrain.preference.examples import Answer, read_answers, read_rows, rows_of_answers, rows_of_pairs
-from posttrain.preference.losses import LOSSES
+from posttrain.preference import reference_logprobs
 from posttrain.preference.pairs import Pair, read_pairs
+from posttrain.preference.preference_examples import Answer, read_answers, read_rows, rows_of_answers, rows_of_pairs
+from posttrain.preference.preference_losses import LOSSES
+from posttrain.preference.reference_logprobs import file_of, with_reference
 from posttrain.preference.trained_loss import REFERENCE, AnswerPreference, PairPreference
 from posttrain.records import Records
 from pretrain.data.batch_source import collate
@@ -167,7 +168,7 @@ def step(pairs: list[Pair], loss: str, seq_length: int, micro_batch: int) -> tup
     total, weight, squares, sums = 0.0, 0.0, 0.0, dict.fromkeys(function.metrics, 0.0)
     for i in range(0, len(rows), micro_batch):
         batch = collate(rows[i : i + micro_batch])
-        known = reference.with_reference(rows[i : i + micro_batch], logprobs_of(batch, 0.5).numpy())
+        known = with_reference(rows[i : i + micro_batch], logprobs_of(batch, 0.5).numpy())
         batch = collate(known)
         lp = logprobs_of(batch, 0.0).requires_grad_()
         loss_BS, metrics = function(lp, batch)
@@ -197,7 +198,7 @@ def test_each_pair_counts_once_however_rows_are_packed(loss: str) -> None:
 
 def test_at_the_reference_dpo_is_log_two_exactly() -> None:
     rows = rows_of_pairs(some_pairs(4), 64, pad_id=0)
-    batch = collate(reference.with_reference(rows, logprobs_of(collate(rows), 0.0).numpy()))
+    batch = collate(with_reference(rows, logprobs_of(collate(rows), 0.0).numpy()))
     loss, metrics = PairPreference(PreferenceSection())(logprobs_of(batch, 0.0), batch)
     mask = batch.loss_mask > 0
     assert torch.equal(loss[mask], torch.full_like(loss[mask], float(np.log(2))))
@@ -224,7 +225,7 @@ def test_kto_of_packed_answers_and_their_mismatched_rows() -> None:
         function = AnswerPreference(PreferenceSection(loss="kto", beta=0.3, undesirable_weight=1.5))
         function.reference_point = 0.2
         for row in rows:
-            batch = collate(reference.with_reference([row], logprobs_of(collate([row]), 0.5).numpy()))
+            batch = collate(with_reference([row], logprobs_of(collate([row]), 0.5).numpy()))
             loss, metrics = function(logprobs_of(batch, 0.0), batch)
             total, weight = total + float((loss * batch.loss_mask).sum()), weight + float(batch.loss_mask.sum())
             assert metrics["kl"][batch.loss_mask > 0] == pytest.approx(0.2)
@@ -239,17 +240,17 @@ def test_kto_of_packed_answers_and_their_mismatched_rows() -> None:
 
 
 def test_reference_logprobs_are_kept_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = reference.file_of(str(tmp_path), "model", "data")
-    assert path != reference.file_of(str(tmp_path), "model", "other") != reference.file_of(str(tmp_path), "x", "data")
-    assert reference.load(path, (2, 3)) is None
+    path = file_of(str(tmp_path), "model", "data")
+    assert path != file_of(str(tmp_path), "model", "other") != file_of(str(tmp_path), "x", "data")
+    assert reference_logprobs.load(path, (2, 3)) is None
     values = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
-    reference.save(path, values)
-    found = reference.load(path, (2, 3))
+    reference_logprobs.save(path, values)
+    found = reference_logprobs.load(path, (2, 3))
     assert found is not None and np.array_equal(found, values)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
-    assert reference.load(path, (3, 3)) is None
+    assert reference_logprobs.load(path, (3, 3)) is None
     whole = path.read_bytes()
     for damaged in (whole[:-4], whole[:-1] + bytes([whole[-1] ^ 1]), whole.replace(b"sha256", b"sha255")):
         path.write_bytes(damaged)  # the second is a safetensors file without fault, but for a bit of a number
-        assert reference.load(path, (2, 3)) is None
-    assert REFERENCE in reference.with_reference(rows_of_pairs(some_pairs(1), 24, 0), np.zeros((1, 24)))[0].extra
+        assert reference_logprobs.load(path, (2, 3)) is None
+    assert REFERENCE in with_reference(rows_of_pairs(some_pairs(1), 24, 0), np.zeros((1, 24)))[0].extra

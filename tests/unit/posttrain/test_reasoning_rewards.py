@@ -7,7 +7,7 @@ import pytest
 from configs.loader import ConfigError, validate
 from configs.rewards import RewardConfig
 from configs.tasks import TaskConfig
-from posttrain.rewards.registry import make_rewards
+from posttrain.rewards.reward_registry import make_rewards
 from posttrain.tasks.task import Attempt, Problem, TaskScore
 
 

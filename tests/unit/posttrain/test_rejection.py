@@ -12,8 +12,8 @@ from configs.loader import ConfigError, validate
 from configs.sample import KeepSection, SampleConfig
 from launch.recipe_results import describe_samples, measurement
 from posttrain.chat.chat_format import ChatFormat
-from posttrain.rejection.dialogues import publish
 from posttrain.rejection.keeping import NotKept, kept_of_prompt
+from posttrain.rejection.kept_dialogues import publish
 from posttrain.rejection.prompts import open_prompts
 from posttrain.rejection.samples import DrawnSample, SampleFiles, check_facts
 from posttrain.rejection.text_measures import longest_paragraph, repeated_share, script_share

@@ -16,11 +16,11 @@ from configs.loader import ConfigError, validate
 from configs.reward_model import ExamplesConfig, RewardModelConfig, RewardSection
 from data_pipeline.mixture.rows import Row
 from posttrain.chat.chat_format import ChatFormat
-from posttrain.preference.packing import Segment, pack
+from posttrain.preference.group_packing import Segment, pack
 from posttrain.preference.pairs import read_pairs
 from posttrain.reward_model.calibration import BINS, BinnedLoss
-from posttrain.reward_model.examples import read_examples
-from posttrain.reward_model.losses import MARGIN, ClassLoss, PreferenceLoss, bradley_terry
+from posttrain.reward_model.judged_examples import read_examples
+from posttrain.reward_model.reward_losses import MARGIN, ClassLoss, PreferenceLoss, bradley_terry
 from pretrain.data.batch_source import collate
 
 USER = {"role": "user", "content": "how are you?"}

@@ -12,7 +12,7 @@ import pytest
 from configs.loader import ConfigError
 from configs.rewards import RewardConfig
 from posttrain.rewards.instructions import INSTRUCTIONS, instructions
-from posttrain.rewards.registry import make_rewards
+from posttrain.rewards.reward_registry import make_rewards
 from posttrain.rewards.unscorable import Unscorable
 from posttrain.rewards.worker import Call, WorkerReward
 from posttrain.tasks.task import Attempt, Problem, TaskScore

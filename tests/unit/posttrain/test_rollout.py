@@ -26,8 +26,8 @@ from posttrain.rl.phases import Phases
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.policy_loss import PolicyLoss
 from posttrain.rl.rollout import Rollout, judge, sample
+from posttrain.rl.rollout_rows import rollout_rows
 from posttrain.rl.rollout_source import RolloutSource, SamplingPlan
-from posttrain.rl.rows import rollout_rows
 from posttrain.tasks.task import Problem, TaskScore
 from posttrain.tasks.verifiable_tasks import SortTask
 from pretrain.data.batch_source import collate

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.tokens.chat_encoder import ChatEncoder
 from data_pipeline.tokens.tokenizer import Tokenizer
-from posttrain.chat.chat import UntrainedEnd
+from posttrain.chat.format_interface import UntrainedEnd
 from posttrain.chat.messages import BrokenDialogue
 from posttrain.chat.template_format import TODAY, TemplateFormat, open_chat
 from tests.chat_templates import CHATML, ENDS, GEMMA, LLAMA3, MARKED, PHI3, QWEN3, unmarked, write

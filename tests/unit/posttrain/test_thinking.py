@@ -10,9 +10,9 @@ from tokenizers import pre_tokenizers
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data_pipeline.tokens.tokenizer import Tokenizer
-from posttrain.chat.chat import Chat
 from posttrain.chat.chat_format import ChatFormat, jinja_template
 from posttrain.chat.dialogues import read_dialogues
+from posttrain.chat.format_interface import Chat
 from posttrain.chat.messages import BrokenDialogue
 from posttrain.chat.template_format import TemplateFormat
 from posttrain.chat.thinking import with_switches

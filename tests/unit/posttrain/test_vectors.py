@@ -13,15 +13,15 @@ from torch import Tensor
 
 from posttrain.algorithms.advantages import AdvantageDialect, group_advantages
 from posttrain.algorithms.aggregation import Aggregation, aggregate, step_factor, token_weight
-from posttrain.algorithms.critic import gae, value_loss
 from posttrain.algorithms.kl import NEMO_CLAMP, KLEstimator, kl_estimate
 from posttrain.algorithms.normalisation import whiten
 from posttrain.algorithms.policy import TokenLoss, cispo, gspo, ppo_clip
 from posttrain.algorithms.rewards import overlong_penalty
 from posttrain.algorithms.rollout_correction import Correction, Level, rollout_weights
 from posttrain.algorithms.token_batch import TokenBatch
-from posttrain.preference.losses import Pairs, kl_reference_point, kto, pair_loss
-from posttrain.reward_model.losses import bradley_terry
+from posttrain.algorithms.value_loss import gae, value_loss
+from posttrain.preference.preference_losses import Pairs, kl_reference_point, kto, pair_loss
+from posttrain.reward_model.reward_losses import bradley_terry
 
 
 def batch(ratios: list[float], advantages: list[float], **more: list[float]) -> TokenBatch:

@@ -9,7 +9,7 @@ from configs.loader import ConfigError
 from data_pipeline import command
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.report import ledger_tables as report
-from export.heldout_text import heldout_passages
+from export.heldout_passages import heldout_passages
 from pretrain.heldout_loss import HeldoutLoss
 from tests.small_sources import write_config
 

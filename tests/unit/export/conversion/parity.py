@@ -65,7 +65,7 @@ def export_again(source: ModelSource, folder: Path) -> TensorFolder:
     """Writes weights and config.json of an imported model into a folder, and returns its tensors."""
     import json
 
-    from export.conversion.registry import family_of
+    from export.conversion.family_registry import family_of
 
     folder.mkdir()
     family = family_of(source.model, source.architecture)

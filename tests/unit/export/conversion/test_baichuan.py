@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from configs.model import ModelConfig
-from export.conversion.registry import WITHOUT_CLASS, family_of, family_of_config
+from export.conversion.family_registry import WITHOUT_CLASS, family_of, family_of_config
 from export.conversion.walk import ConversionError, convert, entries
 from export.hf_config import from_hf_config
 from export.hf_writer import reader_as, with_plain_head, write_weights

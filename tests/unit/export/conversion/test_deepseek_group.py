@@ -14,8 +14,8 @@ from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
 from configs.model_parts import HeadConfig
 from export import huggingface
-from export.conversion.parameters import parameters
-from export.conversion.registry import differences, family_of
+from export.conversion.family_registry import differences, family_of
+from export.conversion.tensor_shapes import parameters
 from export.conversion.walk import ConversionError
 from export.hf_config import from_hf_config, to_hf_config
 from export.hf_writer import without_modules

@@ -12,7 +12,7 @@ from configs import presets
 from configs.loader import validate
 from configs.model import ModelConfig
 from configs.sampling import GREEDY
-from export.conversion.registry import family_of
+from export.conversion.family_registry import family_of
 from export.conversion.walk import ConversionError
 from export.hf_config import from_hf_config, to_hf_config
 from export.import_hf import import_directory

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from configs import presets
 from configs.loader import load
 from configs.model import ModelConfig
-from export.conversion.registry import FAMILIES, computation, differences, family_of
+from export.conversion.family_registry import FAMILIES, computation, differences, family_of
 from export.hf_config import from_hf_config, to_hf_config
 
 CLASSES = {

@@ -11,8 +11,8 @@ from transformers import AutoConfig
 
 from configs.loader import validate
 from configs.model import ModelConfig
-from export.conversion.parameters import parameters
-from export.conversion.registry import FAMILIES, computation, differences, family_of, family_of_config
+from export.conversion.family_registry import FAMILIES, computation, differences, family_of, family_of_config
+from export.conversion.tensor_shapes import parameters
 from export.conversion.walk import ConversionError, entries
 from export.hf_config import from_hf_config, to_hf_config
 from pretrain.model import Decoder

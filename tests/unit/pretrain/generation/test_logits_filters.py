@@ -124,7 +124,7 @@ def test_draws_follow_the_filtered_distribution() -> None:
 
 
 def test_draws_stay_on_their_device() -> None:
-    """A tensor made on the host fails beside meta tensors."""
+    """Draws from meta tensors, beside which a tensor made on the host would fail."""
     logits, at = torch.empty(3, 200, device="meta"), {"device": "meta", "dtype": torch.int64}
     sampling = SamplingConfig(1.5, 0.8, 40, 0.9, 0.05)
     points = torch.empty(5, device="meta", dtype=torch.float64)

@@ -15,9 +15,9 @@ from pretrain.data.batch_source import micro_batches, with_contexts
 from pretrain.evaluation.likelihood import likelihoods
 from pretrain.generation.sampling import generate
 from pretrain.model import Decoder, init_weights
+from pretrain.model.attention_scores import ScoreRule, alibi_slopes, attend
 from pretrain.model.context import ForwardContext
 from pretrain.model.documents import Documents
-from pretrain.model.scores import ScoreRule, alibi_slopes, attend
 from pretrain.proof.recorded_step import packed_rows
 
 MODEL: dict[str, Any] = {

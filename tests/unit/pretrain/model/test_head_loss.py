@@ -49,7 +49,7 @@ def batch(trained: float = 0.6) -> Batch:
 
 
 def expected(x: torch.Tensor, weight: torch.Tensor, batch: Batch, loss_fn: LossFunction, scale: float) -> Any:
-    """Computes the loss, the losses of both sources and the logprobs of all logits at once."""
+    """Computes the loss, the losses of both sources and the logprobs from all logits, without chunks."""
     logprobs_N = (x @ weight.t() / loss_fn.temperature).log_softmax(-1)
     logprobs_N = logprobs_N.gather(1, batch.labels.flatten()[batch.trained][:, None])[:, 0]
     logprobs_BS = x.new_zeros(batch.labels.numel()).index_copy(0, batch.trained, logprobs_N).view_as(batch.labels)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from configs.loader import plain, validate
 from configs.model import ModelConfig
-from export.conversion.parameters import parameters
+from export.conversion.tensor_shapes import parameters
 from pretrain.checkpoint.whole_model import _without_modules
 from pretrain.data.batch_source import micro_batches
 from pretrain.flops import flops_per_token

@@ -1,7 +1,8 @@
-"""The model makes all tensors on its device: one made on the host fails beside tensors that have no values.
+"""The model makes every tensor on its own device, and never asks a device for values.
 
-They are meta tensors, and with a CUDA build of torch also fake tensors that say that they are on a GPU, so that the
-forward pass takes the code for GPUs; autograd wants a real one. Code that asks the device for values fails, too.
+It is run with tensors that have shapes and no values: meta tensors, and with a CUDA build of torch fake CUDA tensors,
+which take the code for GPUs in the forward pass. A tensor made on the host fails beside them. The backward pass is run
+on meta tensors alone, since autograd needs a real GPU for CUDA tensors.
 """
 
 from collections.abc import Iterator

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from pretrain.model.attention_scores import ScoreRule, largest_logit
 from pretrain.model.documents import Documents
-from pretrain.model.scores import ScoreRule, largest_logit
 from pretrain.parallel.details import described
 
 HEADS, DIM, LENGTH = 4, 10, 37
@@ -19,7 +19,7 @@ HEADS, DIM, LENGTH = 4, 10, 37
 def test_the_largest_logit_is_that_of_all_pairs_that_see_each_other(
     rule: ScoreRule, reach: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pretrain.model.scores.QUERIES", 8)  # documents of several parts
+    monkeypatch.setattr("pretrain.model.attention_scores.QUERIES", 8)  # documents of several parts
     for seed in range(6):
         draw = torch.Generator().manual_seed(seed)
         cuts = (torch.rand(3, LENGTH, generator=draw) < 0.1).long()

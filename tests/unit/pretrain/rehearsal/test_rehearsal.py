@@ -17,7 +17,7 @@ from pretrain.rehearsal import rehearse
 from pretrain.rehearsal.collective_calls import Group, GroupCall
 from pretrain.rehearsal.comparison import mismatch
 from pretrain.rehearsal.distinct_ranks import distinct_micro_batches, distinct_ranks, place_of, smallest_world
-from pretrain.rehearsal.rank import RehearsedRank
+from pretrain.rehearsal.rehearsal_rank import RehearsedRank
 
 DEMO = "configs/pretrain/demo.toml"
 DEMO_MOE = "configs/pretrain/demo_moe.toml"

@@ -57,9 +57,10 @@ def compare(batch: TokenBatch, max_length: int | None = None) -> list[Compared]:
 
 
 def drifted(batch: TokenBatch, nats: float, seed: int = 0) -> TokenBatch:
-    """Returns a batch whose policy has moved: each log-probability by a normal deviate of `nats`, at most to 0.
+    """Returns a batch as if the policy had been updated since it was sampled.
 
-    What it moved from is the batch's old policy from then on.
+    Each log-probability is moved by a normal deviate with standard deviation `nats`, and stays at most 0. The batch's
+    own log-probabilities become those of the old policy, if it has none yet.
     """
     noise = torch.randn(batch.logprobs.shape, generator=torch.Generator().manual_seed(seed)) * nats
     old = batch.logprobs if batch.old_logprobs is None else batch.old_logprobs

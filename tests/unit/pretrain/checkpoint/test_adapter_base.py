@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from configs.sealed import CHECKPOINT
-from pretrain.checkpoint import base as bases
+from pretrain.checkpoint import adapter_base as bases
 from pretrain.checkpoint import pruning, storage
-from pretrain.checkpoint.base import base_of, content_of, keep_bases
+from pretrain.checkpoint.adapter_base import base_of, content_of, keep_bases
 from pretrain.checkpoint.lineage import Pin
 
 

@@ -17,9 +17,9 @@ from configs.loader import ConfigError, plain
 from configs.run_lock import locked
 from configs.sample import SampleConfig
 from launch.environment import ClusterEnvironment
-from posttrain.initial_model import InitialChatModel
-from posttrain.rejection.dialogues import DIALOGUES, Counts, publish
+from posttrain.initial_chat_model import InitialChatModel
 from posttrain.rejection.keeping import NotKept
+from posttrain.rejection.kept_dialogues import DIALOGUES, Counts, publish
 from posttrain.rejection.prompts import Prompts, open_prompts
 from posttrain.rejection.samples import DrawnSample, SampleFiles, check_facts, recorded_facts, write_facts
 from posttrain.rejection.writer import Writer, layout_of, opened_writer, said_of

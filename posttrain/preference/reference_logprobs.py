@@ -17,7 +17,7 @@ from safetensors.numpy import save as as_file
 from torch import Tensor
 
 from configs.files import write_atomic
-from posttrain.preference.packing import PackedRow
+from posttrain.preference.group_packing import PackedRow
 from posttrain.preference.trained_loss import REFERENCE
 from pretrain.heldout_loss import batches_of_rank
 from pretrain.model.batch import Batch

@@ -87,8 +87,8 @@ def attend(
 ) -> torch.Tensor:
     """Computes attention within each document, [T, B, N, D], from q [T, B, N, D] and k and v [T, B, K, D].
 
-    The first `virtual` keys of a row belong to virtual tokens, which stand before each of its documents; there are so
-    many keys more than queries where virtual tokens have no queries.
+    The first `virtual` keys of a row belong to virtual tokens, which every document of the row sees. Virtual tokens may
+    have queries as well (prompt tuning) or not (prefix tuning); then there are `virtual` fewer queries than keys.
     """
     has_contexts = rule.pattern == "prefix" and documents is not None and documents.contexts is not None
     if documents is None or (documents.is_whole and not has_contexts):
@@ -125,7 +125,9 @@ def _one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Score
 def _after_virtual_tokens(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents: Documents, rule: ScoreRule, count: int
 ) -> torch.Tensor:
-    """Computes attention of virtual tokens, if they have queries, and of each document to them and to itself."""
+    """Computes attention in a row that begins with `count` virtual tokens.
+
+    Each document sees the virtual tokens and itself. Virtual tokens see one another, if they have queries."""
     first_q, q = q.split((len(q) - len(k) + count, len(k) - count))
     first_k, k = k.split((count, len(k) - count))
     first_v, v = v.split((count, len(v) - count))

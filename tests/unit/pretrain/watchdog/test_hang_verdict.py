@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from pretrain.watchdog.hang_verdict import verdict
 from pretrain.watchdog.rank_report import Collective, RankReport
-from pretrain.watchdog.verdict import verdict
 
 GROUPS = {
     0: {"1": ("tensor model parallel group", [0, 1]), "3": ("data parallel group", [0, 2])},

@@ -15,7 +15,7 @@ from posttrain.chat.dialogues import Example, read_data, read_demonstrations
 from posttrain.chat.sft_data import SFTSource
 from posttrain.distillation.distill_source import StudentSampling
 from posttrain.distillation.teacher import OpenedTeacher, check_length, check_template, open_teacher
-from posttrain.initial_model import InitialChatModel
+from posttrain.initial_chat_model import InitialChatModel
 from posttrain.records import Records
 from posttrain.rejection.prompts import open_task
 from posttrain.rl.policy_copy import check_way

@@ -13,8 +13,8 @@ import numpy as np
 
 from configs.preference import PreferenceConfig
 from data_pipeline.mixture.packing import best_fit
-from posttrain.chat.chat import Chat
-from posttrain.preference.packing import PackedRow, Segment, pack
+from posttrain.chat.format_interface import Chat
+from posttrain.preference.group_packing import PackedRow, Segment, pack
 from posttrain.preference.pairs import Pair, as_messages, first_question, read_pairs, rendered_answer
 from posttrain.records import TOO_LONG, Records, Unusable, needed, read_split
 

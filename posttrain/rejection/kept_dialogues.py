@@ -13,7 +13,7 @@ from typing import Any
 
 from configs.files import write_atomic
 from configs.sample import SampleConfig
-from posttrain.chat.chat import Chat, UntrainedEnd
+from posttrain.chat.format_interface import Chat, UntrainedEnd
 from posttrain.chat.messages import BrokenDialogue, Message
 from posttrain.rejection.keeping import NotKept, kept_of_prompt
 from posttrain.rejection.prompts import Prompt, Prompts

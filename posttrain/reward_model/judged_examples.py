@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from configs.reward_model import ExamplesConfig, RewardSection
-from posttrain.chat.chat import Chat
-from posttrain.preference.packing import Segment
+from posttrain.chat.format_interface import Chat
+from posttrain.preference.group_packing import Segment
 from posttrain.preference.pairs import Pair, as_messages, first_question, read_pairs, rendered
 from posttrain.records import TOO_LONG, Records, Unusable, needed, read_split
-from posttrain.reward_model.losses import MARGIN
+from posttrain.reward_model.reward_losses import MARGIN
 
 Unit = list[Segment]  # the documents of one example, which stay in one row
 FILES = "data.files"

@@ -10,11 +10,11 @@ from configs.loader import ConfigError
 from configs.rl import GRPOConfig, GRPOSection, PPOConfig, PPOSection
 from launch.environment import ClusterEnvironment
 from posttrain.algorithms.dialects import Dialect
-from posttrain.initial_model import InitialChatModel
+from posttrain.initial_chat_model import InitialChatModel
 from posttrain.rl import rollout_file
 from posttrain.rl.method import chosen_dialect
 from posttrain.rl.policy_copy import check_way
-from posttrain.rl.reference import check_reference
+from posttrain.rl.reference_policy import check_reference
 from posttrain.rl.rollout_source import SamplingPlan
 from posttrain.tasks.lengths import check_answers, check_rows, longest_answer
 from posttrain.tasks.preflight import check_task

@@ -7,7 +7,7 @@ from fractions import Fraction
 from rich.table import Table
 
 from pretrain.rehearsal.collective_calls import GroupCall
-from pretrain.rehearsal.rank import RehearsedRank
+from pretrain.rehearsal.rehearsal_rank import RehearsedRank
 
 GB = 1e9
 ONCE = Fraction(1)

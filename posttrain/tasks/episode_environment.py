@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from configs.rl import EnvironmentConfig
-from posttrain.chat.chat import Chat
+from posttrain.chat.format_interface import Chat
 from posttrain.chat.messages import Message
 from posttrain.tasks.task import Attempt, Problem, Task, TaskScore, truncated
 from posttrain.tasks.tools import TOOLS, call_in

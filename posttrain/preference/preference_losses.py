@@ -48,7 +48,9 @@ def dpo(pairs: Pairs, beta: float = 0.1) -> Tensor:
 
 
 def conservative(pairs: Pairs, beta: float = 0.1, smoothing: float = 0.1) -> Tensor:
-    """Computes DPO's loss where a share `smoothing` of the labels is wrong: their mean over both orders.
+    """Computes DPO's loss for labels of which a share `smoothing` is taken to be wrong.
+
+    It is the mean of the losses of both orders of a pair, weighted by that share.
 
     Mitchell 2023, "A note on DPO with noisy preferences", eq. 3 (cDPO).
     """

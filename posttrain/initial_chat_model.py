@@ -6,7 +6,7 @@ from pathlib import Path
 
 from configs.initial import InitConfig
 from configs.loader import ConfigError
-from posttrain.chat.chat import Chat
+from posttrain.chat.format_interface import Chat
 from posttrain.chat.template_format import open_chat
 from pretrain.checkpoint import storage
 from pretrain.run import initial_model

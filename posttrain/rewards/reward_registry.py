@@ -5,7 +5,7 @@ from typing import Any
 
 from configs.rewards import RewardConfig
 from posttrain.rewards.behind import BehindReward
-from posttrain.rewards.exact import exact
+from posttrain.rewards.exact_answer import exact
 from posttrain.rewards.expression import expression
 from posttrain.rewards.instructions import instructions
 from posttrain.rewards.judge_model import ModelReward
