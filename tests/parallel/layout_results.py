@@ -21,6 +21,11 @@ def check_replicas(found: Results) -> None:
         del gradients["grad/lm_head.weight"]  # the last stage's copy of a tied embedding
     norm = float(torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt())
     assert results[0]["norms"][0] == pytest.approx(norm, rel=1e-6)
+    check_slices(results)
+
+
+def check_slices(results: list[dict[str, Any]]) -> None:
+    """Holds ranks, bit by bit, to the same master weights wherever they hold the same slice."""
     held: dict[str, set[str]] = {}
     for result in results:
         for name, digest in result["slices"].items():

@@ -1,4 +1,4 @@
-"""Starts training runs in ranks, and reads their logs, their checkpoints and the documents they were trained on."""
+"""Starts training runs and steps of proofs in ranks; reads logs, checkpoints and the documents that runs trained on."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,8 @@ from data_pipeline.mixture.earlier import find
 from data_pipeline.provenance import trace
 from data_pipeline.provenance.lookup import data_spans, steps
 from pretrain.checkpoint import storage
-from tests.parallel.harness import Ranks
+from pretrain.proof.fuzz import Run
+from tests.parallel.harness import Ranks, RanksOf
 from tests.parallel.matrix import MODELS, parts_of
 
 TRAIN = "tests.parallel.workers.training:train"
@@ -31,6 +32,16 @@ def train(
         parallel=parallel,
         **{"steps": 6, **options},
     )
+
+
+def steps_recorded_on(ranks: RanksOf) -> Run:
+    """Returns a function that records the steps of a fuzzer's draw on the ranks of the tests."""
+
+    def run(world: int, config: dict[str, Any], precision: str, inject: str | None, reference: Path | None) -> None:
+        settings = {"config": config, "precision": precision, "inject": inject, "reference": reference}
+        ranks(world).run("tests.parallel.workers.proof:prove", process_group=False, **settings)
+
+    return run
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

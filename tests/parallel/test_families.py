@@ -1,13 +1,20 @@
-"""Every family of published models trains for 20 steps as on one rank, split in each way, in fp32 and in bf16."""
+"""Every family of published models is proven, and trains for 20 steps as on one rank, split in each way.
 
-from collections.abc import Callable
+Both are done in fp32 and in bf16. `-k "deepseek-v3 and proven"` chooses a family's proofs.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from pretrain.proof.fuzz import Draw, Prover
 from tests.parallel.family_models import FAMILIES
 from tests.parallel.harness import RanksOf
+from tests.parallel.layout_results import check_slices
 from tests.parallel.matrix import world_of
+from tests.parallel.runs import steps_recorded_on
+from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH
 
 STEPS = 20
 PAIRS = [(name, layout) for name, model in FAMILIES.items() for layout in ("tp2", "pp2", *["ep2"] * ("moe" in model))]
@@ -36,10 +43,30 @@ def run(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> RunFamily:
             )
             for key in ("losses", "norms"):  # ranks that clip by different norms drift apart
                 assert all(result[key] == results[0][key] for result in results)
+            check_slices(results)
             done[name, layout, dtype] = results[0]
         return done[name, layout, dtype]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def prover(ranks: RanksOf) -> Iterator[Prover]:
+    """Prover that keeps the results of one rank, with which all layouts of a family are compared."""
+    prover = Prover(steps_recorded_on(ranks))
+    yield prover
+    prover.close()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "layout"), PAIRS)
+def test_a_family_is_proven(prover: Prover, name: str, layout: str, precision: str) -> None:
+    world, parallel = world_of(layout)
+    degrees = {"dp": world if layout == "ep2" else 1, **parallel}
+    train = {"micro_batch_size": MICRO_BATCH, "seq_length": SEQ_LENGTH}
+    micro_batches = GLOBAL_BATCH // (MICRO_BATCH * degrees["dp"])
+    assert prover.failures(Draw(FAMILIES[name], train, {"lr": 0.01}, degrees, precision, micro_batches)) == []
 
 
 @pytest.mark.full

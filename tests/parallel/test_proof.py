@@ -16,13 +16,14 @@ from configs.section import Section, section_in
 from configs.train import PretrainConfig
 from pretrain.proof.candidate import Candidate
 from pretrain.proof.compare import compare
-from pretrain.proof.fuzz import NOT_DRAWN, Draw, Run, draw
+from pretrain.proof.fuzz import NOT_DRAWN, Draw, draw
 from pretrain.proof.injections import INJECTIONS
 from pretrain.proof.prove import fuzz
 from pretrain.proof.prove import main as prove_main
 from pretrain.proof.verdict import Verdict
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import BASE, MODELS, parts_of
+from tests.parallel.runs import steps_recorded_on
 from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH
 
 Prove = Callable[..., Verdict]
@@ -358,12 +359,12 @@ def test_the_fuzzer_draws_what_only_combinations_of_keys_make() -> None:
 
 
 def test_the_fuzzer_draws_legal_layouts_that_all_pass(ranks: RanksOf, tmp_path: Path) -> None:
-    assert fuzz(3, 53, tmp_path, fuzzed_on(ranks)) == 0
+    assert fuzz(3, 53, tmp_path, steps_recorded_on(ranks)) == 0
 
 
 @pytest.mark.full
 def test_a_hundred_draws_pass(ranks: RanksOf, tmp_path: Path) -> None:
-    assert fuzz(100, 1, tmp_path, fuzzed_on(ranks)) == 0
+    assert fuzz(100, 1, tmp_path, steps_recorded_on(ranks)) == 0
 
 
 @pytest.mark.full
@@ -371,7 +372,7 @@ def test_the_fuzzer_shrinks_a_failure_to_a_command_that_reproduces_it(
     ranks: RanksOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert draw(1174, 0).candidate.name == "tp2_dp2_ep2" and draw(1174, 0).precision == "bf16"
-    assert fuzz(1, 1174, tmp_path, fuzzed_on(ranks), "qk_norm_gradients_not_summed") == 1
+    assert fuzz(1, 1174, tmp_path, steps_recorded_on(ranks), "qk_norm_gradients_not_summed") == 1
     _, command = capsys.readouterr().out.split("trivium prove ")
     arguments = shlex.split(command.splitlines()[0])
     assert arguments[1:5] == ["--layouts", "tp2_dp1", "--precision", "fp32"]
@@ -379,13 +380,3 @@ def test_the_fuzzer_shrinks_a_failure_to_a_command_that_reproduces_it(
     assert model.attention.qk_norm == "head" and model.moe is None and model.num_layers == 1
     assert prove_main([*arguments, "--out", str(tmp_path / "again")]) == 1
     assert ".q_norm.weight" in capsys.readouterr().out
-
-
-def fuzzed_on(ranks: RanksOf) -> Run:
-    """Returns a function that records the fuzzer's steps on the ranks of the tests."""
-
-    def run(world: int, config: dict[str, Any], precision: str, inject: str | None, reference: Path | None) -> None:
-        settings = {"config": config, "precision": precision, "inject": inject, "reference": reference}
-        ranks(world).run("tests.parallel.workers.proof:prove", process_group=False, **settings)
-
-    return run

@@ -130,7 +130,7 @@ LLAMA_4 = Family(
         head_dim(absent=128),
         MappedKey("attention_bias", ("attention.qkv_bias", "attention.output_bias"), absent=False),
         MappedKey("num_local_experts", "moe.num_experts", absent=16),
-        MappedKey("num_experts_per_tok", "moe.top_k", absent=1),
+        Fixed("num_experts_per_tok", 1, accepted=(None,)),
         MappedKey("intermediate_size", "moe.ffn_hidden_size", absent=8192, get=lambda config: config.expert_size),
         Custom(_read_experts, _write_experts),
         Fixed("router_jitter_noise", 0.0, free=True),
@@ -140,7 +140,7 @@ LLAMA_4 = Family(
     ),
     fixed={
         **{"position.layout": "pairs", "moe.gating": "sigmoid", "moe.renormalize": False, "moe.weigh": "input"},
-        **{"moe.num_shared_experts": 1},
+        **{"moe.num_shared_experts": 1, "moe.top_k": 1},
     },
     converted=("position.layout",),
     positions=("max_position_embeddings", 131072),

@@ -75,7 +75,7 @@ def test_every_fourth_layer_has_no_positions_where_nothing_says_so(stated):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"num_experts_per_tok": 2}, "moe.weigh = 'input' multiplies the input of one expert a token"),
+        ({"num_experts_per_tok": 2}, "num_experts_per_tok = 2 is not supported in Llama4ForCausalLM; expected 1"),
         ({"attention_chunk_size": None}, "attention_chunk_size = None is not supported"),
         ({"no_rope_layers": [1, 0]}, r"no_rope_layers = \[1, 0\] is not supported.* expected 4 values"),
         ({"moe_layers": []}, r"moe_layers = \[\] is not supported.* at least one layer with experts"),
