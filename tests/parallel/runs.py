@@ -38,7 +38,7 @@ def steps_recorded_on(ranks: RanksOf) -> Run:
     """Returns a function that records the steps of a fuzzer's draw on the ranks of the tests."""
 
     def run(world: int, config: dict[str, Any], precision: str, inject: str | None, reference: Path | None) -> None:
-        settings = {"config": config, "precision": precision, "inject": inject, "reference": reference}
+        settings: dict[str, Any] = {"config": config, "precision": precision, "inject": inject, "reference": reference}
         ranks(world).run("tests.parallel.workers.proof:prove", process_group=False, **settings)
 
     return run

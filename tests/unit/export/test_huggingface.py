@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import export.checks
 import export.hf_tokenizer
 import export.hf_writer
 import export.tensors
@@ -246,3 +247,29 @@ def test_other_folders_are_left_alone_and_interrupted_ones_healed(tmp_path):
     with pytest.raises(KeyError), publishing.partly_written(tmp_path / "deep/er/new", "out") as partial:
         raise KeyError
     assert not (tmp_path / "deep").exists()
+
+
+def test_what_fp32_rounds_is_allowed(tmp_path, tokenizer_path):
+    """The logits are in the hundreds, so that fp32 has them to about 1e-4."""
+    weights = random_weights(tiny())
+    weights["lm_head.weight"] *= 100
+    status, printed = run(make_source(tiny(), weights, tokenizer_path), tmp_path / "out")
+    assert status == 0
+    assert "8 times what fp32 rounds here" in printed
+
+
+def test_a_fault_is_found_in_its_layer_among_large_hidden_states(tmp_path, tokenizer_path, monkeypatch):
+    """One element of the hidden state is in the tens of thousands, so that fp32 has it to about 1e-3."""
+    original = export.checks.reload
+
+    def reload(*args):
+        hf = original(*args)
+        with torch.no_grad():
+            hf.model.model.layers[2].mlp.up_proj.weight.mul_(1.1)
+        return hf
+
+    monkeypatch.setattr(export.checks, "reload", reload)
+    weights = random_weights(tiny())
+    weights["layers.0.mlp.down_proj.weight"][0] *= 1e3
+    with pytest.raises(ValueError, match=r"first at the output of layers\.2"):
+        run(make_source(tiny(), weights, tokenizer_path), tmp_path / "out")
