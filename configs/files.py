@@ -8,10 +8,17 @@ from pathlib import Path
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
-    """Writes `content` to `path` whole or not at all: to a temporary file in the same folder, with fsync and rename."""
+    """Writes `content` to `path` whole or not at all: to a temporary file in the same folder, with fsync and rename.
+
+    An OSError names `path`, and not the temporary file or, as a write to a full disk does, nothing.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        error.filename = str(path)
+        raise
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
@@ -19,9 +26,11 @@ def write_atomic(path: str | Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
         raise
 
 

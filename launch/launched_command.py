@@ -64,6 +64,15 @@ def module_of(name: str) -> str:
     )
 
 
+def check_input(module: str, arguments: Sequence[str], nproc_per_node: int) -> None:
+    """Raises ConfigError for a module that reads what is typed, which no rank of `trivium launch` can."""
+    if module == "export.chat":
+        raise ConfigError(
+            "export.chat reads what is typed, and the ranks of `trivium launch` have no input; start it as torchrun "
+            f"--nproc-per-node {nproc_per_node} -m {' '.join([module, *arguments])}"
+        )
+
+
 def is_command(word: str) -> bool:
     """Whether a word begins a command that can be launched, or is a config, which says by its keys what command."""
     return word in TRAINING or word in (name.split()[0] for name in SINGLE) or word.endswith(".toml")

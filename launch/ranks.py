@@ -28,7 +28,7 @@ from configs.loader import ConfigError, from_overrides, load
 from configs.signals import INTERRUPTED, STOPPED
 from launch import on_mpi, on_torchrun, slurm_submit
 from launch.environment import DEFAULT_PORT, ClusterEnvironment
-from launch.launched_command import SINGLE, command_of, is_command, module_of, read_command
+from launch.launched_command import SINGLE, check_input, command_of, is_command, module_of, read_command
 from launch.processes import ProcessGroup, cores
 from launch.slurm_submit import Submission
 
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.on == "local":
         return _on_this_machine(args, config)
     command = read_command([args.module, *args.args], config.world_size)
+    if args.on != "torchrun" or config.hosts:  # else its commands are printed, to be started by hand
+        check_input(command.module, command.arguments, config.nproc_per_node)
     if args.on == "slurm":
         return slurm_submit.submit(Submission(command, config, tuple(args.after), args.job_dir, args.dry_run))
     if args.on == "mpi":
@@ -128,11 +130,7 @@ def _on_this_machine(args: argparse.Namespace, config: LaunchConfig) -> int:
         words = " ".join([args.module, *args.args])
         raise ConfigError(f"`{args.module}` is one process on one machine; start it as `trivium {words}`")
     module = module_of(args.module)
-    if module == "export.chat":
-        raise ConfigError(
-            "export.chat reads what is typed, and the ranks of `trivium launch` have no input; start it as torchrun "
-            f"--nproc-per-node {config.nproc_per_node} -m {' '.join([module, *args.args])}"
-        )
+    check_input(module, args.args, config.nproc_per_node)
     args.nproc_per_node, args.nnodes = config.nproc_per_node, config.nnodes
     nnodes, node_rank, address, port = _nodes(args)
     ranks = [

@@ -168,12 +168,13 @@ class _Log:
                 sys.stderr.flush()
 
     def _write(self, line: str) -> None:
-        if self._file is not None:
-            self._file.write(line)
-            self._file.flush()
-        elif self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line)
+        with contextlib.suppress(OSError):  # as on a full disk, which what the task itself writes will say
+            if self._file is not None:
+                self._file.write(line)
+                self._file.flush()
+            elif self._path is not None:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(line)
 
 
 _LOG = _Log()

@@ -17,13 +17,14 @@ from data_pipeline.core.shards import TextWriter, shard_path
 from data_pipeline.core.stage import Stage, file_hashes, replace_folder
 from data_pipeline.core.tables import mask_samples
 from data_pipeline.extraction.blocklist import Blocklist
-from data_pipeline.extraction.extract import Extract, SetAside, bad_shares, shard_record
+from data_pipeline.extraction.extract import Extract, SetAside, bad_shares, set_aside, shard_record
 from data_pipeline.extraction.unique import MADE_UNIQUE, MakeUnique, NoteIds, shared
 from data_pipeline.reading import InputUnit, SourceReader, find_units
 from data_pipeline.reading.files import is_remote
 from data_pipeline.reading.ids import roots_of
 from data_pipeline.reading.keys import check_keys
 from data_pipeline.reading.names import openable
+from data_pipeline.reading.records import BROKEN
 
 
 def extract_stage(context: RunContext) -> Stage:
@@ -129,13 +130,16 @@ def _check_bad_shares(context: RunContext, tally: Tally, folder: Path) -> None:
         shutil.rmtree(texts)  # texts of a failed stage are not used
     replace_folder(folder, failed)
     shares = "; ".join(
-        f"source {source}: {broken:,} of {records:,} records ({broken / records:.1%}) are broken"
+        f"source {source}: {broken:,} of {records:,} records ({broken / records:.1%}) are broken "
+        f"({', '.join(f'{reason} {number:,}' for reason, number in set_aside(tally.of(source), BROKEN).items())})"
         for source, broken, records in bad
     )
     enough = max(math.ceil(1000 * broken / records) for _, broken, records in bad) / 1000
+    # A share of 1 would take a source of which nothing can be read.
+    more = f" or raise extract.max_bad_share to {enough}" if enough < 1 else ""
     raise ValueError(
         f"{shares}: over extract.max_bad_share = {limit}; see {failed}/rejected/ for each one's file and reason, then "
-        f"repair the files or raise extract.max_bad_share to {enough}"
+        f"repair the files{more}"
     )
 
 

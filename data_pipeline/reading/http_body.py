@@ -79,9 +79,11 @@ def _join_chunks(body: bytes, declared: bool) -> bytes:
             return b"".join(parts) if parts or declared else body  # what may follow are trailers
         position = head.end() + size
         parts.append(body[head.end() : position])
-        if not body.startswith(head[2], position):
+        ends = (b"\r\n", b"\n") if head[2] == b"\n" else (head[2],)
+        end = next((end for end in ends if body.startswith(end, position)), None)
+        if end is None:
             break
-        position += len(head[2])
+        position += len(end)
     if not parts or not declared:
         return body  # the archive stores the chunks joined
     if position > len(body) or body[position:].strip():

@@ -41,8 +41,7 @@ def opened(
     initial.check_rows(config.train.seq_length)
     if initial.note and env.is_main:
         print(f"note: {initial.note}")
-    if not initial.continues:
-        rollout_file.check_owner(config.rl.record, config.run.dir)
+    rollout_file.check_owner(config.rl.record, config.run.dir, initial.continues)
     group, begun = section.group_size, source_state(initial).get("rewards", {})
     task, prompts = make_task(config.task, begun), config.train.global_batch_size // group
     if env.is_main:

@@ -7,6 +7,7 @@ also a batch of `posttrain.algorithms.token_batch.TokenBatch`, for `trivium rl c
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +19,13 @@ from safetensors import SafetensorError
 
 from configs.files import write_atomic
 from configs.loader import ConfigError
+from configs.sealed import Format, SealError
 from posttrain.algorithms.token_batch import CHECKSUM, arrays_of, arrays_sha256, file_of
 from posttrain.rl.rollout import Rollout
 
 FORMAT = "trivium rollout 2"
 RECORDED_BY = "recorded_by"  # file in the folder of rl.record: the directory of the run that records there
+OWNER = Format("trivium-recorded-by", version=1, oldest=1)
 
 
 def path_of(folder: Path, number: int) -> Path:
@@ -107,22 +110,32 @@ def read(folder: Path, number: int, otherwise: str) -> Recorded:
     return recorded
 
 
-def check_owner(folder: str | None, run_dir: str | Path) -> None:
-    """Raises ConfigError if rl.record, `folder`, has rollouts of another run than the one in `run_dir`."""
+def check_owner(folder: str | None, run_dir: str | Path, continues: bool = False) -> None:
+    """Raises ConfigError if rl.record, `folder`, has rollouts of another run than the one in `run_dir`.
+
+    A run that continues may have been moved: then the folder that it recorded from is not there any more.
+    """
     if folder is None or not numbers(Path(folder)):
         return
-    file = Path(folder, RECORDED_BY)
-    owner = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if owner != str(Path(run_dir).resolve()):
-        raise ConfigError(
-            f"rl.record = {folder!r} has rollouts of {owner or 'another run'} already; name another folder, or remove "
-            "it"
-        )
+    file, owner = Path(folder, RECORDED_BY), None
+    remedy = "name another folder, or remove it"
+    if file.is_file():
+        try:
+            owner = Path(folder, OWNER.read(file.read_bytes(), file)["run"]).resolve()
+        except (SealError, KeyError, TypeError) as error:
+            raise ConfigError(f"rl.record = {folder!r}: {error}; {remedy}") from None
+    if owner != Path(run_dir).resolve() and not (continues and owner is not None and not owner.exists()):
+        raise ConfigError(f"rl.record = {folder!r} has rollouts of {owner or 'another run'} already; {remedy}")
 
 
 def note_owner(folder: Path, run_dir: Path) -> None:
-    """Notes in a folder of rollouts which run records there."""
-    write_atomic(folder / RECORDED_BY, str(run_dir.resolve()).encode())
+    """Notes in a folder which run records there, before the first rollout, so that none is there without it.
+
+    The run's folder is noted relative to one inside it, since both are then moved and copied together.
+    """
+    run, record = run_dir.resolve(), folder.resolve()
+    run_path = os.path.relpath(run, record) if run in record.parents else str(run)
+    write_atomic(folder / RECORDED_BY, OWNER.write({"run": run_path}))
 
 
 def remove_before(folder: Path, number: int) -> None:

@@ -190,8 +190,8 @@ class RolloutSource(BatchSource):
         self._rollout = self.sample_only(engine, number)
         self._metrics = self._rollout.metrics() | self._metrics
         if engine.mesh.is_main:
-            self._recorded(number).write(folder)
             rollout_file.note_owner(folder, self.folder.parent)
+            self._recorded(number).write(folder)
         return self._rollout
 
     def _begin(self, engine: Engine, number: int) -> None:
@@ -317,9 +317,9 @@ class RolloutSource(BatchSource):
         folders = [self.folder] if self.phases.steps > 1 else []
         folders += [Path(self.settings.record)] if self.settings.record else []
         for folder in folders:
-            recorded.write(folder)
             if folder != self.folder:
                 rollout_file.note_owner(folder, self.folder.parent)
+            recorded.write(folder)
         saved = storage.steps(self.folder.parent)
         rollout_file.remove_before(self.folder, self.phases.rollout_of(saved[0]) if saved else number)
 

@@ -316,8 +316,12 @@ def test_a_free_port_is_none_that_the_system_hands_out(tmp_path: Path, monkeypat
     assert ranks.free_port() >= 1024
 
 
-def test_a_chat_which_has_no_input_here_is_refused_with_the_command_that_has() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--on", "slurm", "--job-dir", "job"], ["--on", "mpi"], ["--on", "torchrun", "--set", "hosts=['a']"]],
+)
+def test_a_chat_which_has_no_input_here_is_refused_with_the_command_that_has(options: list[str]) -> None:
     with pytest.raises(
         ValueError, match=r"start it as torchrun --nproc-per-node 2 -m export\.chat runs/a parallel\.tp=2$"
     ):
-        ranks.main(["--nproc-per-node", "2", "export.chat", "runs/a", "parallel.tp=2"])
+        ranks.main([*options, "--nproc-per-node", "2", "export.chat", "runs/a", "parallel.tp=2"])

@@ -357,6 +357,27 @@ def test_rollouts_are_recorded_over_no_others(rollout: Rollout, tmp_path: Path) 
     rollout_file.check_owner(str(tmp_path / "another"), tmp_path / "other")
 
 
+def test_the_note_of_who_records_moves_with_the_run_and_shows_damage(rollout: Rollout, tmp_path: Path) -> None:
+    inside, outside = tmp_path / "run/rollouts", tmp_path / "record"
+    for folder in (inside, outside):
+        rollout_file.note_owner(folder, tmp_path / "run")
+        rollout_file.Recorded(rollout, 0, 4, {}, "").write(folder)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ConfigError, match=r"has rollouts of .*/run already"):
+        rollout_file.check_owner(str(outside), tmp_path / "other", continues=True)
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    rollout_file.check_owner(str(moved / "rollouts"), moved)
+    rollout_file.check_owner(str(outside), moved, continues=True)
+    with pytest.raises(ConfigError, match=r"has rollouts of .*/run already"):
+        rollout_file.check_owner(str(outside), moved)
+    note = outside / rollout_file.RECORDED_BY
+    whole = note.read_bytes()
+    for at in range(len(whole.strip())):
+        note.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ConfigError, match=r"recorded_by (is damaged|has (format|version)).*; name another folder"):
+            rollout_file.check_owner(str(outside), moved, continues=True)
+
+
 def test_settings_that_a_dialect_does_not_have_are_refused() -> None:
     chosen = chosen_dialect("dapo", GRPOSection(clip_low=0.1, aggregation="fixed_length"), "grpo")
     assert chosen.aggregation == Aggregation.FIXED_LENGTH

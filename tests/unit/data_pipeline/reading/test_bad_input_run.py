@@ -85,7 +85,9 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     expected["prose-loop.jsonl"] = ("symlink_loop", 0)
     command = [str(config), "run.workers=2", "extract.seconds_per_page=1"]
     assert main([*command, "extract.max_bad_share=0.01"]) == 1
-    assert "are broken: over extract.max_bad_share = 0.01" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "(corrupt_gzip 1, cut_gzip 1, expansion_limit 1," in told and "over extract.max_bad_share = 0.01" in told
+    assert "raise extract.max_bad_share to 0." in told
     assert main([*command, "extract.max_bad_share=0.5"]) == 0
     said = capsys.readouterr().out
     rejected = [

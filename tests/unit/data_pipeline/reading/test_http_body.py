@@ -44,6 +44,7 @@ def chunked(body: bytes, size: int = 100) -> bytes:
         (RAW_DEFLATE, {"Content-Encoding": "deflate"}),
         (brotli.compress(PAGE), {"Content-Encoding": "br"}),
         (chunked(PAGE), {"Transfer-Encoding": "chunked"}),
+        (chunked(PAGE).replace(b"value\r\n", b"value\n", 3), {"Transfer-Encoding": "chunked"}),
         (chunked(zipped(PAGE)), {"Transfer-Encoding": "chunked", "Content-Encoding": "gzip"}),
         (chunked(brotli.compress(PAGE), 7), {"Transfer-Encoding": "chunked", "Content-Encoding": "br"}),
         (chunked(zstandard.compress(PAGE)), {"Transfer-Encoding": "Chunked", "Content-Encoding": "zstd"}),
