@@ -8,6 +8,7 @@ dedup:      FindPairs (one task per kind of key and range of keys) -> FindCluste
 
 import json
 import shutil
+import threading
 import tomllib
 from collections.abc import Sequence
 from functools import partial
@@ -16,10 +17,11 @@ from pathlib import Path
 from configs.data import DataConfig
 from configs.loader import ConfigError, plain
 from data_pipeline.core.hashing import digest
+from data_pipeline.core.integrity import DamagedData, check_files
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.run_context import COMPILED_ONCE, RunContext, scan_texts
 from data_pipeline.core.shards import ShardReader
-from data_pipeline.core.stage import Stage, read_manifest
+from data_pipeline.core.stage import Stage, expected_files, read_manifest
 from data_pipeline.core.tables import count_verdicts, shards_of
 from data_pipeline.dedup.clusters import MEMBERS, FindClusters, Population, write_matched
 from data_pipeline.dedup.pairs import EarlierRun, FindPairs, Numbering, key_ranges
@@ -77,6 +79,8 @@ def _dedup(context: RunContext, folder: Path, logs: Path) -> Tally:
     """Runs the steps of the dedup stage, as listed at the top of this module."""
     settings = context.config.dedup
     signatures = str(context.run_dir / "signatures")
+    for run in (context.run_dir, *map(Path, settings.index)):
+        _check_keys(run / "signatures")
     documents = Numbering(context.run_dir / "filter")
     if not documents.documents:
         raise ValueError("no document is left to deduplicate; see the drops of the filter stage before it")
@@ -115,6 +119,14 @@ def _dedup(context: RunContext, folder: Path, logs: Path) -> Tally:
     count_verdicts(folder, tally)
     sample_duplicates(folder, shards_of(folder))
     return tally
+
+
+def _check_keys(folder: Path) -> None:
+    """Raises DamagedData if a file of sorted keys does not match its checksum; tables have checksums of their own."""
+    files = expected_files(folder, read_manifest(folder) or {"files": {}})
+    damaged = check_files((one for one in files if one.path.suffix == ".npy"), threading.Event())
+    if damaged:
+        raise DamagedData(damaged[0])
 
 
 def _write_shingles(context: RunContext, population: Population, pairs: Sequence[str], work: Path, logs: Path) -> str:

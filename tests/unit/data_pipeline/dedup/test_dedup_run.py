@@ -13,6 +13,7 @@ from rich.console import Console
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, validate, write
+from data_pipeline.core.integrity import DamagedData
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.run_context import RunContext
 from data_pipeline.core.stage import Stage, perform, sole_user
@@ -197,6 +198,19 @@ def test_texts_without_words_are_like_no_other_but_their_copies(tmp_path: Path) 
         assert gone.pop(one) == ("exact_duplicate", f"{name} copy" if one == name else name)
     assert {verdict for verdict, _ in gone.values()} == {"near_duplicate"}
     assert {name[:-2] for name in gone} == WORDY.keys() and len(gone) == len(WORDY)
+
+
+@pytest.mark.parametrize("name", ["keys", "rows"])
+def test_damaged_keys_are_named(records: list[dict[str, Any]], tmp_path: Path, name: str) -> None:
+    verdicts(tmp_path, records)
+    file = next((tmp_path / "run/signatures").rglob(f"*.{name}.npy"))
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        DamagedData, match=rf"{re.escape(str(file))}\) does not match its checksum.*; delete the folder"
+    ):
+        perform(stages_of(config_of(tmp_path, 4_000))[5], tmp_path / "run", None)
 
 
 def test_an_index_that_cannot_be_compared_is_refused_and_its_remedies_work(
