@@ -1,8 +1,8 @@
 """The key-value cache of generation, and attention over it. Shape letters: see `decoder.py`.
 
 What a row gets does not depend on the rows beside it: a row's token at position p is in slot p whatever the others'
-lengths, and attention reads a multiple of `SLOTS` slots, so that the sums over a row's keys are taken in the same order
-whatever the longest row is.
+lengths, and our own kernel reads its tokens alone. Where SDPA's is used (`native.cache_attention`), attention reads a
+multiple of `SLOTS` slots, so that the sums over a row's keys are taken in the same order whatever the longest row is.
 """
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from configs.model import ModelConfig
 from pretrain.model.attention_scores import ScoreRule, attend, attend_cached
 from pretrain.model.documents import Documents
+from pretrain.model.native import cache_attention
 
 Tables = dict[str, tuple[torch.Tensor, torch.Tensor]]  # cos and sin [S, B, 1, rotated elements] by the kind of a layer
 SLOTS = 16  # fp32 numbers in the widest vector register of a CPU
@@ -53,7 +54,9 @@ class KVCache:
         self._flat = [[part.view(-1, shape[-1]) for part in layer] for layer in self._stored]
         self._heads = torch.arange(rows * shape[3], device=device).view(rows, shape[3]) * slots
         self._positions_B: torch.Tensor | None = None  # of the tokens that continue rows; None while rows are started
-        self._mask = self._new = self.store
+        self._new, self._slots = self.store, 0
+        self._kernel = cache_attention.kernel(dtype, device)
+        self._mask: torch.Tensor | None = None  # of what SDPA's kernel sees
         self._documents: Documents | None = None
 
     @property
@@ -71,7 +74,10 @@ class KVCache:
             return
         self._positions_B = positions_BS[:, 0]
         self._new = (self._heads[: len(positions_BS)] + positions_BS).flatten()  # in `_flat`
-        slots = torch.arange(whole_slots(self.virtual + self.longest + 1), device=positions_BS.device)
+        self._slots, self._mask = whole_slots(self.virtual + self.longest + 1), None
+        if self._kernel is not None and not torch.is_grad_enabled():
+            return
+        slots = torch.arange(self._slots, device=positions_BS.device)
         mask = torch.zeros(len(positions_BS), len(slots), dtype=self.store.dtype, device=self.store.device)
         self._mask = mask.masked_fill_(slots > positions_BS, float("-inf"))[:, None, None]
 
@@ -98,9 +104,13 @@ class KVCache:
     def attend_stored(self, layer: int, q: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
         """Computes attention of the tokens [1, B, N, D] that continue rows; latent vectors are keys and values both."""
         assert self._positions_B is not None
-        rows, slots = q.shape[1], self._mask.shape[-1]
-        keys, values = (self._stored[layer][part][:rows, :, :slots] for part in (0, -1))
-        if not rule.is_plain(slots):
+        keys, values = self._stored[layer][0], self._stored[layer][-1]
+        is_plain = rule.is_plain(self._slots)
+        if is_plain and self._mask is None:
+            assert self._kernel is not None
+            return self._kernel(q[0].contiguous(), keys, values, self._positions_B)[None]
+        keys, values = (x[: q.shape[1], :, : self._slots] for x in (keys, values))
+        if not is_plain:
             return attend_cached(q[0], keys, values, self._positions_B, rule)[None]
         # The query heads that share a key-value head see the same keys, so they go where several tokens would.
         heads = q[0].unflatten(1, (keys.shape[1], -1))

@@ -1,25 +1,22 @@
-"""Kernels in C++ for CPUs, compiled once and kept with what torch.compile makes.
+"""Kernels in C++ for CPUs, compiled where they are first used; where that fails, SDPA's kernels stay in use.
 
-There is one: `causal_backward.cpp`, the backward pass of causal attention in bf16. SDPA's own takes as long in bf16 as
-in fp32, five to ten times its forward pass. Only runs that compile their blocks use it, since they need a C++ compiler
-anyway; where it cannot be built, SDPA's kernel stays in use.
+`causal_backward.cpp` is the backward pass of causal attention in bf16. SDPA's own takes as long in bf16 as in fp32,
+five to ten times its forward pass. Only runs that compile their blocks use it, since they need a C++ compiler anyway,
+and it is kept with what torch.compile makes. The other kernel is in `cache_attention`.
 """
 
-import fcntl
-import hashlib
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+from pretrain.model.native.building import built
+
 SOURCE = Path(__file__).parent / "causal_backward.cpp"
 # The instructions of every processor that multiplies bf16. The rest lets the compiler make vectors of rounding.
 FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 INSTRUCTIONS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
-COMPILERS = ("g++", "c++", "clang++")
+LIBRARIES = ("c10", "torch_cpu")
 
 _loaded: set[str] = set()  # names of kernels that can be used in this process
 
@@ -72,46 +69,10 @@ def causal_backward(
 
 
 def _built() -> Path:
-    """Returns the library, which is compiled if this source was not compiled for this torch before.
-
-    Of several processes one compiles and the others wait.
-    """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    key = hashlib.sha256(repr((SOURCE.read_bytes(), torch.__version__, FLAGS, INSTRUCTIONS)).encode()).hexdigest()[:16]
-    folder = Path(cache_dir(), "trivium")
-    folder.mkdir(parents=True, exist_ok=True)
-    library = folder / f"{SOURCE.stem}-{key}.so"
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            _compile(library)
-    return library
-
-
-def _compile(library: Path) -> None:
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
-        raise OSError(f"there is no C++ compiler; install one of {', '.join(COMPILERS)}")
-    unfinished = library.with_suffix(f".{os.getpid()}")
     folders = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    command = [
-        compiler,
-        *FLAGS,
-        *INSTRUCTIONS,
-        abi,
-        *folders,
-        str(SOURCE),
-        "-o",
-        str(unfinished),
-        "-lc10",
-        "-ltorch_cpu",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"status {done.returncode}"]
-        raise OSError(errors[0])
-    os.replace(unfinished, library)
+    flags = (*FLAGS, *INSTRUCTIONS, abi, *folders)
+    return built(SOURCE, flags, LIBRARIES, Path(cache_dir(), "trivium"), torch.__version__)

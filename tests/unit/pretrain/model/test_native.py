@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from pretrain.model import native
 from pretrain.model.documents import Documents, attend_documents, attend_rows
+from pretrain.model.native import building
 
 HAS_BF16 = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 # Rows of the numbers of their tokens' documents: one token, an odd number, several blocks of keys and of queries.
@@ -67,7 +68,7 @@ def test_without_a_compiler_kernels_of_torch_are_used(
     monkeypatch.setattr(native, "_loaded", set())
     monkeypatch.setattr(native, "FLAGS", ("--flag-that-no-compiler-has",))  # another library than any that is there
     assert not native.load() and not native.is_loaded()
-    monkeypatch.setattr(native, "COMPILERS", ())
+    monkeypatch.setattr(building, "COMPILERS", ())
     assert not native.load() and not native.is_loaded()
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("attention in bf16 takes torch's slower kernel: causal_backward.cpp was not built (")
