@@ -19,6 +19,8 @@ from pretrain.parallel.distributed_optimizer import DistributedOptimizer
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
 
+PENALTY = "orthogonality_penalty"  # of AdaLoRA, minimized beside the loss
+
 
 class StepDetails:
     """Measures of one step: `begin` before its forward passes, `finish` after its update."""
@@ -77,12 +79,14 @@ def described(found: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
     `activation_rms_by_layer` and `attention_logit_by_layer` have a value for each layer, `attention_logit` is the
     largest of all, and `update_ratio` is `update_norm` divided by `weight_norm`, both over all trained weights.
+    `PENALTY` is in every step of AdaLoRA, also in those that are not detailed.
     """
-    if not found:
-        return {}
+    penalty = {PENALTY: float(found[PENALTY])} if PENALTY in found else {}
+    if "activations" not in found:
+        return penalty
     sums, counts = found["activations"].T
     rms = (sums / counts.clamp(min=1)).sqrt().tolist()
-    record: dict[str, Any] = {"activation_rms_by_layer": {f"layer {i}": value for i, value in enumerate(rms)}}
+    record: dict[str, Any] = penalty | {"activation_rms_by_layer": {f"layer {i}": value for i, value in enumerate(rms)}}
     logits = {f"layer {i}": x for i, x in enumerate(found["logits"].tolist()) if x != -torch.inf}
     if logits:
         record |= {"attention_logit": max(logits.values()), "attention_logit_by_layer": logits}

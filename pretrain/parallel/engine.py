@@ -31,7 +31,7 @@ from pretrain.model.losses import LossFunction, NextToken
 from pretrain.model.moe.balance import LossDenominators
 from pretrain.parallel import expert_balance, zero
 from pretrain.parallel.context_parallel import exchange_around_attention, own_parts
-from pretrain.parallel.details import StepDetails
+from pretrain.parallel.details import PENALTY, StepDetails
 from pretrain.parallel.distributed_optimizer import changes_weights
 from pretrain.parallel.expert_parallel import spread_experts
 from pretrain.parallel.frozen import freeze
@@ -187,7 +187,7 @@ class Engine:
         sum_partial(self.module, mesh)
         zero.average_gradients(self.zero)
         if self.budget is not None:
-            self.budget.add_penalty()
+            self._penalty = self.budget.add_penalty()
         if self.after_backward is not None:
             self.after_backward()
 
@@ -208,6 +208,8 @@ class Engine:
         expert_balance.finish_step(self.module, self.mesh, applied)
         experts = expert_balance.counts(self.module, self.mesh, self.model_config)
         details = self.details.finish(self.model_config) if detailed else {}
+        if self.budget is not None:
+            details[PENALTY] = self._penalty
         return self._sums.of_step(grad_norm, experts, None if largest_norm is None else applied, details)
 
     @torch.no_grad()

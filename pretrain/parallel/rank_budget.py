@@ -2,7 +2,7 @@
 
 In each step the penalty's gradient is added once to that of the loss, before the gradient norm is taken. The importance
 of triplets is measured on the gradients that the optimizer gets, before it clips them. After the optimizer's step the
-triplets of all pipeline stages are compared with one another, from the main rank's numbers, so that all ranks keep the
+triplets of all pipeline stages are compared with one another, each from one rank's numbers, so that all ranks keep the
 same ones. A triplet that has lost its l still has its vectors and may come back until the budget is at its end.
 """
 
@@ -13,7 +13,16 @@ import torch.distributed as dist
 from torch import nn
 
 from configs.adapters import AdapterConfig
-from pretrain.model.adapters.adalora import STATE, TRIPLET, SVDLowRank, budget, most_important, penalty_gradient, smooth
+from pretrain.model.adapters.adalora import (
+    STATE,
+    TRIPLET,
+    SVDLowRank,
+    budget,
+    most_important,
+    penalty,
+    penalty_gradient,
+    smooth,
+)
 from pretrain.model.slices import marks_of
 from pretrain.parallel import zero
 from pretrain.parallel.groups import Mesh
@@ -32,16 +41,27 @@ class RankBudget:
             for name, module in chunk.named_modules()
             if isinstance(module, SVDLowRank)
         }
+        # One rank of each stage speaks for it in sums over all ranks.
+        self._tells = mesh.tp_rank == 0 and dist.get_rank(mesh.zero_group) == 0
+        told = mesh.gather_json(list(self._adapters) if self._tells else [])
+        self._rows = {name: row for row, name in enumerate(sorted(name for names in told for name in names))}
 
     @torch.no_grad()
-    def add_penalty(self) -> None:
-        """Adds the gradient of the penalty on vectors that are not orthonormal. Collective over tensor parallel."""
+    def add_penalty(self) -> torch.Tensor:
+        """Adds the gradient of the penalty on vectors that are not orthonormal, and returns the penalty. Collective.
+
+        The penalty is that of all stages, with its factor, on the device.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         for adapter in self._adapters.values():
             for parameter, is_turned in ((adapter.a, False), (adapter.b, True)):
                 weight = zero.current_weight(parameter)
                 vectors = (weight.t() if is_turned else weight).to(torch.promote_types(weight.dtype, torch.float32))
-                gradient = penalty_gradient(vectors, self._over_ranks(vectors @ vectors.t(), parameter))
+                products = self._over_ranks(vectors @ vectors.t(), parameter)
+                gradient = penalty_gradient(vectors, products)
+                total += penalty(products)
                 zero.add_to_gradient(parameter, self._config.orthogonality * (gradient.t() if is_turned else gradient))
+        return self._mesh.sum_over_world(self._config.orthogonality * total * self._tells)
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -67,7 +87,7 @@ class RankBudget:
         for (name, part), now in self._seen.items():
             sensitivity, uncertainty = (getattr(self._adapters[name], f"{part}_{state}") for state in STATE)
             smooth(sensitivity, uncertainty, now, self._config.beta)
-        step, config = max(self._mesh.gather_json(zero.steps_done(self._zero))), self._config
+        step, config = self._steps_done(), self._config
         due = config.warmup_steps < step <= config.budget_steps
         if due and (step % config.prune_every == 0 or step == config.budget_steps):
             self._choose(step)
@@ -76,19 +96,23 @@ class RankBudget:
         for adapter in self._adapters.values():
             zero.multiply_weight(adapter.lambdas, adapter.kept)
 
+    def _steps_done(self) -> int:
+        """Returns the optimizer's steps; a rank that holds none of the trained weights knows of none."""
+        done = torch.tensor(zero.steps_done(self._zero), device=self._mesh.device)
+        dist.all_reduce(done, op=dist.ReduceOp.MAX)
+        return int(done)
+
     def _choose(self, step: int) -> None:
         """Sets which triplets are kept, on all ranks from the same numbers."""
-        own = {name: self._scores(adapter).tolist() for name, adapter in self._adapters.items()}
-        tells = self._mesh.tp_rank == 0 and dist.get_rank(self._mesh.zero_group) == 0  # one rank of each stage
-        scores: dict[str, list[float]] = {}
-        for told in self._mesh.gather_json(own if tells else {}):
-            scores |= told
-        names = sorted(scores)
-        everything = torch.tensor([score for name in names for score in scores[name]], dtype=torch.float64)
-        kept = most_important(everything, round(budget(step, self._config) * len(names)))
-        for name, part in zip(names, kept.split(self._config.rank), strict=True):
-            if name in self._adapters:
-                self._adapters[name].kept.copy_(part)
+        scores = torch.zeros(len(self._rows), self._config.rank, dtype=torch.float64, device=self._mesh.device)
+        for name, adapter in self._adapters.items():
+            found = self._scores(adapter)  # collective over tensor parallel
+            if self._tells:
+                scores[self._rows[name]] = found
+        everything = self._mesh.sum_over_world(scores).flatten()
+        kept = most_important(everything, round(budget(step, self._config) * len(self._rows))).view_as(scores)
+        for name, adapter in self._adapters.items():
+            adapter.kept.copy_(kept[self._rows[name]])
 
     def _scores(self, adapter: SVDLowRank) -> torch.Tensor:
         """Returns the importance of an adapter's triplets [r] (equation 7)."""

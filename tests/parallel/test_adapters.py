@@ -156,6 +156,13 @@ def test_adalora_shares_a_budget_and_goes_on_bit_by_bit(ranks: RanksOf, tmp_path
     own = storage.directory(straight, 5)
     assert_same_state(own, storage.directory(broken, 5))
 
+    saved = storage.steps(straight)[0]
+    before = storage.read_full(storage.directory(straight, saved))
+    vectors = [t if name.endswith(".a") else t.t() for name, t in before.items() if name.endswith((".adapter.a", ".b"))]
+    missing = sum(float((v @ v.t() - torch.eye(len(v))).square().sum()) for v in vectors)
+    logged = {line["step"]: line["orthogonality_penalty"] for line in metrics(straight) if "loss" in line}
+    assert logged[saved + 1] == pytest.approx(0.1 * missing, rel=1e-4) and logged[saved + 1] > 0
+
     values = storage.read_full(own)
     kept = [name for name in values if name.endswith(".kept")]
     ranks_left = [int(values[name].sum()) for name in kept]

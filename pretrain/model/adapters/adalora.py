@@ -85,6 +85,11 @@ def most_important(scores: torch.Tensor, count: int) -> torch.Tensor:
     return kept
 
 
+def penalty(products: torch.Tensor) -> torch.Tensor:
+    """Returns |V Vᵀ - I|², by which the rows of V miss being orthonormal, from V Vᵀ (equation 4)."""
+    return (products - torch.eye(len(products), dtype=products.dtype, device=products.device)).square().sum()
+
+
 def penalty_gradient(vectors: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
     """Returns the gradient of |V Vᵀ - I|² by the rows of V, of which this may be a part of the columns.
 

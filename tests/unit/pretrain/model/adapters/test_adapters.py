@@ -12,7 +12,7 @@ from configs.model import ModelConfig
 from configs.train import TrainerConfig
 from pretrain.model import Decoder, LayerContext, build_single, init_weights
 from pretrain.model.adapters import add_adapters, is_adapter, merged
-from pretrain.model.adapters.adalora import budget, penalty_gradient
+from pretrain.model.adapters.adalora import budget, penalty, penalty_gradient
 from pretrain.model.adapters.bottleneck import Bottleneck
 
 TINY = {"vocab_size": 32, "num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 24, "num_heads": 4, "num_kv_heads": 2}
@@ -135,8 +135,10 @@ def test_the_budget_of_adalora_falls_with_the_cube_of_time() -> None:
 
 def test_the_penalty_of_adalora_is_that_of_the_paper() -> None:
     vectors = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
-    (vectors @ vectors.t() - torch.eye(3)).square().sum().backward()
+    found = penalty(vectors @ vectors.t())
+    found.backward()
     with torch.no_grad():
+        assert torch.linalg.matrix_norm(vectors @ vectors.t() - torch.eye(3)).square() == pytest.approx(float(found))
         assert torch.allclose(penalty_gradient(vectors, vectors @ vectors.t()), vectors.grad)
 
 
