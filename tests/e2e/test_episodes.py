@@ -1,4 +1,4 @@
-"""GRPO of a tiny model that may call the calculator: episodes of several turns, in several layouts, and resumed."""
+"""GRPO and PPO of a tiny model that may call the calculator: episodes of several turns, in several layouts, resumed."""
 
 import json
 from collections.abc import Callable
@@ -40,13 +40,15 @@ def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     problems = [{"prompt": texts[0], "answer": texts[-1]} for texts in turns]
     (base / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
     task = {"kind": "file", "name": "sums", "files": [str(base / "problems.jsonl")], "max_new_tokens": 32}
-    own = {
-        "task": task | {"eval_prompts": 4},
-        "rl": {"environment": {"tools": ["calculator"], "max_calls": 2}},
-        "grpo": {"group_size": 4},
-        "checkpoint": {"every": 1, "keep": 9},
+    environment = {"tools": ["calculator"], "max_calls": 2}
+    own: dict[str, Any] = {"task": task | {"eval_prompts": 4}, "checkpoint": {"every": 1, "keep": 9}}
+    of_method: dict[str, dict[str, Any]] = {
+        "grpo": {"rl": {"environment": environment}, "grpo": {"group_size": 4}},
+        "ppo": {"rl": {"environment": environment, "kl": "none", "epochs": 2}},
     }
-    (base / "episodes.toml").write_bytes(toml(rl_config(base, "grpo", 3, (16, 8), 128, **own)))
+    for command, sections in of_method.items():
+        config = rl_config(base, command, 3, (16, 8), 128, **own, **sections)
+        (base / f"{command}_episodes.toml").write_bytes(toml(config))
     options = [f"data.dialogues=['{base}/calls.jsonl']", "task.demonstrations=0", "task.eval_prompts=1"]
     argv = [str(base / "sft.toml"), *options, "train.steps=200"]
     assert set(ranks(2).run("posttrain.sft:main", process_group=False, timeout=300, argv=argv)) == {0}
@@ -55,10 +57,10 @@ def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(ranks: RanksOf, base: Path) -> Run:
-    """Runs GRPO into a folder on so many ranks and returns the folder."""
+    """Runs GRPO, or another command, into a folder on so many ranks and returns the folder."""
 
     def run(world: int, folder: Path, *options: str, command: str = "grpo") -> Path:
-        argv = [str(base / "episodes.toml"), f"run.dir={folder}", f"rl.record={folder}/record", *options]
+        argv = [str(base / f"{command}_episodes.toml"), f"run.dir={folder}", f"rl.record={folder}/record", *options]
         assert set(ranks(world).run(f"posttrain.{command}:main", process_group=False, timeout=300, argv=argv)) == {0}
         return folder
 
@@ -141,6 +143,26 @@ def test_a_run_with_episodes_goes_on_bit_identically(trained: Run, one: Path, tm
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     with pytest.raises(RankError, match="environment"):
         trained(1, tmp_path, "rl.environment.max_calls=1", "train.steps=4")
+
+
+def test_ppo_credits_the_models_turns_alone(trained: Run, tmp_path: Path) -> None:
+    """Advantages are those of Schulman et al. (2015) over the sampled tokens as if no reply stood between them."""
+    run = trained(2, tmp_path, "train.steps=2", command="ppo")
+    rollout, gaps = rollout_of(run, 0), 0
+    for i in range(len(rollout)):
+        sampled = np.flatnonzero(rollout.mask[i])
+        gaps += bool((np.diff(sampled) > 1).any())
+        values, advantage, later = rollout.old_values[i][sampled], 0.0, 0.0
+        reward, expected = float(np.nan_to_num(rollout.scores[i])), np.zeros(len(sampled))
+        for t in reversed(range(len(sampled))):
+            advantage = reward + later - values[t] + 0.95 * advantage
+            expected[t], later, reward = advantage, values[t], 0.0
+        np.testing.assert_allclose(rollout.returns[i][sampled] - values, expected, atol=1e-5)
+        assert not rollout.advantages[i][~rollout.mask[i]].any()
+    assert gaps > 4, "the model hardly calls the calculator, so nothing is tested"
+    whitened = rollout.advantages[rollout.mask]
+    assert abs(whitened.mean()) < 1e-4 and whitened.std() == pytest.approx(1, abs=0.01)
+    assert all(line["logprob_difference"] < 1e-5 and line["value_grad_norm"] > 0 for line in steps_of(run))
 
 
 def test_what_does_not_go_with_episodes_is_refused() -> None:
