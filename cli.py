@@ -68,6 +68,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rehearse": ("pretrain.rehearsal.rehearse:main", "run one step of a large job's ranks on this machine"),
     "inspect": ("pretrain.checkpoint.inspection:main", "print a checkpoint's step, config, shapes and norms"),
     "doctor": ("pretrain.doctor.doctor:main", "look for what would end a run, or say why one has ended"),
+    "drill": ("pretrain.drill.drill:main", "break small runs of a config on purpose, and see whether they recover"),
     "launch": ("launch.ranks:main", "start a command that trains or samples as several ranks on this machine"),
     "report": ("pretrain.report.run_report:main", "write a training run's report.html again"),
 }

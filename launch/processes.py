@@ -154,6 +154,7 @@ class ProcessGroup:
     def _pass_on(self, process: subprocess.Popen[bytes], number: int) -> None:
         """Sends one process a signal; the process itself decides whether to pass it on to its children."""
         process.send_signal(number)
+        process.send_signal(signal.SIGCONT)  # a stopped process answers no signal
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and signal.SIGINT in self._signals:

@@ -182,7 +182,9 @@ def _check(words: list[str], where: str) -> None:
         return
     if name in ("launch", "doctor"):
         return
-    kind = dict.fromkeys(("train", "prove", "rehearse", "generate", "chat"), "pretrain").get(name, name.split()[0])
+    kind = dict.fromkeys(("train", "prove", "rehearse", "drill", "generate", "chat"), "pretrain").get(
+        name, name.split()[0]
+    )
     for word in rest:
         if match := re.fullmatch(r"([a-z_]+(?:\.\w+)*)=.*", word):
             keys = [match[1], f"rules.{match[1]}"] if name == "data what-if" else [match[1]]

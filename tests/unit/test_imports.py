@@ -105,6 +105,7 @@ RULES = (
     ImportRule("pretrain", ours=("configs", "pretrain", *LAUNCH, *TOKEN_STORE, *PAGES), never=LIBRARIES),
     ImportRule("pretrain.rehearsal", ours=("configs", "pretrain", "launch", *TOKEN_STORE, *PAGES), never=LIBRARIES),
     ImportRule("pretrain.doctor", ours=("configs", "pretrain", "launch", *PAGES), never=LIBRARIES),
+    ImportRule("pretrain.drill", ours=("configs", "pretrain", "launch", *PAGES), never=LIBRARIES),
     ImportRule(
         "pretrain.run.initial_model", ours=("configs", "pretrain", "export.hf_folder", *TOKEN_STORE), never=LIBRARIES
     ),

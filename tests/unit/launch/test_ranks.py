@@ -100,6 +100,15 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
     assert "rank 1 was killed by signal 9" in output
 
 
+def test_a_stopped_rank_ends_with_the_others(tmp_path: Path) -> None:
+    """A process that SIGSTOP has stopped answers no SIGTERM until it goes on."""
+    process = launcher(tmp_path, UP + "if os.environ['RANK'] == '0': time.sleep(1); sys.exit(76)\ntime.sleep(60)\n")
+    start = time.monotonic()
+    os.kill(wait_for(tmp_path, "up0", "up1")[1], signal.SIGSTOP)
+    process.communicate(timeout=50)
+    assert process.returncode == 76 and time.monotonic() - start < 20
+
+
 @pytest.mark.parametrize(
     ("number", "ends", "status"),
     [

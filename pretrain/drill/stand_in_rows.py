@@ -1,0 +1,47 @@
+"""Rows of random words that stand in for a data plan, made by a data run of their own."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from configs.loader import Failure, toml
+
+DOCUMENTS, WORDS, LONGEST = 400, 300, 120
+TOKENS = 320  # in the vocabulary at most; all bytes are among them
+SEED = 0
+
+
+def make_rows(folder: Path, seq_length: int, samples: int) -> Path:
+    """Writes a plan of `samples` rows below `folder`, and returns the plan's folder. Raises Failure if that fails."""
+    rng = random.Random(SEED)
+    words = ["".join(rng.choices("aeioubdfgklmnprstvz", k=rng.randint(2, 7))) for _ in range(WORDS)]
+    documents = ({"text": " ".join(rng.choices(words, k=rng.randint(20, LONGEST)))} for _ in range(DOCUMENTS))
+    folder.mkdir(parents=True)
+    file, config = folder / "words.jsonl", folder / "data.toml"
+    file.write_text("".join(f"{json.dumps(document)}\n" for document in documents), encoding="utf-8")
+    tree = {
+        "run": {"dir": str(folder / "run"), "workers": 1},
+        "sources": {"words": {"files": [str(file)], "format": "jsonl", "rules": {"any": "all"}}},
+        "rules": {"all": {}},
+        "tokenizer": {"vocab_size": TOKENS},
+        "mixture": {
+            "seq_length": seq_length,
+            "samples": samples,
+            "weights": {"words": 1.0},
+            "packing": "concat",
+            "max_epochs": 10_000,
+        },
+    }
+    config.write_bytes(toml(tree))
+    done = subprocess.run(
+        [sys.executable, "-m", "data_pipeline.command", str(config)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if done.returncode:
+        raise Failure(f"no rows could be made to train on, and this is why: {done.stdout.strip()[-2000:]}")
+    return folder / "run" / "plan"

@@ -1,0 +1,123 @@
+"""`trivium drill` without its runs: how it shrinks a config, what it refuses, and what it makes of numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.loader import ConfigError, load
+from configs.train import PretrainConfig
+from pretrain.drill import drill
+from pretrain.drill.small_config import SmallConfig, default_ranks, fit_layout, given_keys, make_small
+from pretrain.drill.verdicts import SAME, DrillOutcome, Numbers, as_record, summary
+
+DEMO, LLAMA = "configs/pretrain/demo.toml", "configs/pretrain/llama3_8b.toml"
+
+
+def small(config: str, ranks: int, *overrides: str, has_plan: bool = False) -> SmallConfig:
+    made = SmallConfig(load(PretrainConfig, config, overrides), ranks, given_keys(overrides))
+    fit_layout(made)
+    make_small(made, has_plan)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "layout"),
+    [
+        ((), 2, "tp2 sp pp1 dp1 zero1"),
+        (("parallel.pp=2", "parallel.vpp=2"), 4, "tp2 sp pp2 vpp2 dp1 zero1"),
+        (("model=deepseek-v3", "parallel.ep=2"), 4, "tp2 sp pp1 dp2 ep2 zero1"),
+        (("model=gemma-3-1b", "parallel.zero=3"), 4, "tp2 sp pp1 dp2 zero3"),
+    ],
+)
+def test_a_large_model_becomes_small_in_its_own_layout(overrides: tuple[str, ...], ranks: int, layout: str) -> None:
+    made = small(LLAMA, ranks, *overrides)
+    before, after = load(PretrainConfig, LLAMA, overrides).model, made.config.model
+    assert str(made.layout) == layout and after.num_parameters() < 1_000_000
+    assert (after.moe is None) == (before.moe is None)
+    assert {layer.attention.pattern for layer in after.layers} <= {layer.attention.pattern for layer in before.layers}
+    assert after.attention.qk_norm == before.attention.qk_norm and after.position.scaling == before.position.scaling
+    assert (made.layout.grad_accum_steps > 1 and made.layout.kv_copies == 1) or before.num_kv_heads == 1
+
+
+def test_a_plan_keeps_rows_and_vocabulary_and_a_key_that_is_given_its_value() -> None:
+    config = small(LLAMA, 2, "model.num_layers=6", has_plan=True).config
+    assert (config.train.seq_length, config.model.vocab_size, config.model.num_layers) == (8192, 128256, 6)
+    assert small(DEMO, 2).config.model.hidden_size == 128  # which is small enough
+
+
+def test_degrees_are_lowered_until_the_ranks_suffice_and_one_that_is_given_is_not() -> None:
+    config = load(PretrainConfig, LLAMA, ("parallel.tp=8", "parallel.pp=4"))
+    assert default_ranks(config) == 4 and default_ranks(load(PretrainConfig, DEMO)) == 2
+    few = SmallConfig(config, 4, ())
+    fit_layout(few)
+    assert (few.config.parallel.tp, few.config.parallel.pp) == (2, 2) and few.config.parallel.sp
+    alone = SmallConfig(config, 3, ())
+    fit_layout(alone)
+    assert (alone.config.parallel.tp, alone.config.parallel.pp, alone.config.parallel.sp) == (1, 1, False)
+    with pytest.raises(ConfigError, match=r"parallel\.tp=8 and the other degrees need a multiple of 8 ranks"):
+        small(LLAMA, 2, "parallel.tp=8")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--nproc-per-node", "1"], "one rank alone is missed by no other"),
+        (["--nproc-per-node", "17"], "is no number from 2 to 16"),
+        (["--only", "kill,stopp"], "'stopp' is none of kill, stop, nan, disk, torn, node"),
+        (["--only", "node", "--nproc-per-node", "3"], "3 ranks cannot be divided between two nodes"),
+        (["--only", "stop", "watchdog.enabled=false"], "nobody looks for a rank that is stopped"),
+    ],
+)
+def test_what_cannot_be_drilled_is_refused(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        drill.main([DEMO, "--dry-run", *words])
+
+
+def run_of(folder: Path, *losses: float, state: bytes = b"weights") -> Path:
+    lines: list[dict[str, Any]] = [
+        {"step": step, "loss": loss, "grad_norm": 1.0, "tokens_per_s": 100.0 * loss, "memory_bytes": id(folder)}
+        for step, loss in enumerate(losses, 1)
+    ]
+    lines.append({"step": len(losses), "eval": {}})
+    checkpoint = folder / "checkpoints" / f"step_{len(losses)}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "rank_00000.safetensors").write_bytes(state)
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return folder
+
+
+def test_the_last_bit_of_a_step_and_of_a_weight_counts_and_the_clock_does_not(tmp_path: Path) -> None:
+    right = Numbers.of_run(run_of(tmp_path / "a", 3.0, 2.0, 1.0), 3)
+    assert right.difference(Numbers.of_run(run_of(tmp_path / "b", 3.0, 2.0, 1.0), 3)) == ""
+    other = Numbers.of_run(run_of(tmp_path / "c", 3.0, 2.0000000000000004, 1.0), 3)
+    assert right.difference(other) == "from step 2 on: loss is 2.0000000000000004, not 2.0"
+    assert right.difference(other, until=1) == ""
+    short = Numbers.of_run(run_of(tmp_path / "d", 3.0, 2.0), 3)
+    assert right.difference(short) == "step 3 is missing" and short.difference(right) == "step 3 is there too many"
+    changed = Numbers.of_run(run_of(tmp_path / "e", 3.0, 2.0, 1.0, state=b"weightz"), 3)
+    assert right.difference(changed).endswith("at the end, in rank_00000.safetensors")
+    nothing = Numbers.of_run(tmp_path / "f", 3)
+    assert nothing.difference(nothing) == "there is no last checkpoint to compare with"
+
+
+def test_a_difference_fails_the_drill_and_is_told(tmp_path: Path) -> None:
+    right, wrong = (Numbers.of_run(run_of(tmp_path / name, loss), 1) for name, loss in (("a", 1.0), ("b", 2.0)))
+    good = DrillOutcome("kill", "SIGKILL of rank 1", statuses=[[137], [0]], steps_lost=3, seconds=12.34)
+    good.compare(right, right)
+    bad = DrillOutcome("node", "SIGKILL of node 1", statuses=[[1, 137], [0, 0]], steps_lost=3, seconds=1.0)
+    bad.compare(right, wrong)
+    left_out = DrillOutcome("stop", left_out="there is no watchdog")
+    assert good.passed and left_out.passed and not bad.passed
+    first, fault = good.lines()
+    assert first.split() == ["kill", "yes", "137,", "then", "0", "3", "12.3", "s", *SAME.split()]
+    assert fault.strip() == "SIGKILL of rank 1"
+    assert "1 and 137, then 0 and 0" in bad.lines()[0] and " NO " in bad.lines()[0]
+    told = " ".join(line.strip() for line in bad.lines())
+    assert "NOT AS EXPECTED: the numbers are not those of the uninterrupted run: different from step 1 on" in told
+    assert summary([good, left_out]) == "All 1 drills went as expected, 1 left out."
+    assert summary([good, bad]) == "1 of 2 drills did not go as expected: node"
+    record = json.loads(as_record({"ranks": 2}, [good, bad]))
+    assert record["ranks"] == 2 and not record["passed"]
+    assert [one["passed"] for one in record["drills"]] == [True, False]
