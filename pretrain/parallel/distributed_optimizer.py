@@ -3,7 +3,8 @@
 Parameters of one data-parallel group are put into buckets, in the order in which the backward pass finishes them. Every
 rank of the group owns an equal part of each bucket. A step, in any precision:
 
-1. Gradients are accumulated over micro-batches in fp32 (in fp64 for fp64 weights).
+1. Gradients are accumulated over micro-batches in fp32 (in fp64 for fp64 weights): the first micro-batch's are copied
+   over those of the step before, and later ones are added.
 2. As soon as the last micro-batch's backward has finished a bucket, its sum over the group is reduce-scattered, while
    backward goes on with the buckets after it.
 3. The gradient norm is taken over the parts that ranks own, and AdamW updates the fp32 master weights of these parts.
@@ -26,6 +27,7 @@ import torch.distributed as dist
 from torch import nn
 
 from configs.train import OptimizerConfig
+from pretrain.model.cache_parts import in_parts
 from pretrain.model.slices import is_expert, marks_of
 from pretrain.parallel.collectives import Pending, own_part, start_all_gather, start_reduce_scatter
 from pretrain.parallel.groups import Mesh
@@ -65,7 +67,9 @@ class Bucket:
     gradients: torch.Tensor
     master: torch.Tensor
     counted: list[tuple[int, int]]  # ranges of this rank's part that count in the gradient norm
-    waits_for: int = 0  # number of gradients that the step's last backward pass has still to make
+    # Parameters, by identity, whose part of `gradients` is still that of the step before.
+    outdated: dict[int, nn.Parameter] = field(default_factory=dict, repr=False)
+    waits_for: int = 0  # number of gradients that the step's backward passes have still to make
     reduction: Pending | None = field(default=None, repr=False)
     gathering: Pending | None = field(default=None, repr=False)
 
@@ -85,6 +89,9 @@ class Bucket:
         return dist.get_world_size(self.group) > 1
 
     def start_reduction(self) -> None:
+        for parameter in self.outdated.values():  # no micro-batch used it
+            _gradient_in_bucket(parameter).zero_()
+        self.outdated.clear()
         if self.is_shared:
             self.reduction = start_reduce_scatter(self.gradients, self.group, tag=2 * self.index)
 
@@ -147,11 +154,12 @@ class DistributedOptimizer:
             module.register_forward_pre_hook(partial(_wait, list(used.values())))
 
     def begin(self, num_microbatches: int) -> None:
-        """Clears the gradients of the step before, and expects one backward pass for each micro-batch."""
+        """Drops the gradients of the step before, and expects one backward pass for each micro-batch."""
         self._next_to_reduce = 0
         self.wait_for_weights()
         for bucket in self.buckets:
-            bucket.gradients.zero_()
+            bucket.outdated = {id(parameter): parameter for parameter in bucket.parameters}
+            bucket.gradients[sum(parameter.numel() for parameter in bucket.parameters) :].zero_()  # padding
             bucket.waits_for = num_microbatches * len(bucket.parameters)
 
     def finish(self) -> None:
@@ -236,8 +244,6 @@ class DistributedOptimizer:
             parameter.data = view.copy_(parameter.detach())
             vars(parameter)["_location"] = bucket, offset
             parameter.register_post_accumulate_grad_hook(self._take)
-            if wide == parameter.dtype:  # then autograd accumulates in the bucket by itself
-                parameter.grad = bucket.gradients.narrow(0, offset, parameter.numel()).view_as(parameter)
             offset += parameter.numel()
         bucket.master = bucket.weights[bucket.own].to(wide)
         self.buckets.append(bucket)
@@ -246,14 +252,15 @@ class DistributedOptimizer:
 
     def _take(self, parameter: torch.Tensor) -> None:
         """Accumulates the gradient that a backward pass has just made, and reduces the buckets that are complete."""
-        bucket, offset = _location(parameter)
-        kept = bucket.gradients.narrow(0, offset, parameter.numel()).view_as(parameter)
-        assert parameter.grad is not None
-        if parameter.dtype != kept.dtype:
-            kept.add_(parameter.grad)
-            parameter.grad = None
-        else:  # a gradient anywhere else would be missing from the sums, without any other sign
-            assert parameter.grad.data_ptr() == kept.data_ptr(), "a parameter's gradient is no view of its bucket"
+        bucket, _ = _location(parameter)
+        kept, made = _gradient_in_bucket(parameter), parameter.grad
+        assert made is not None
+        parameter.grad = None
+        if bucket.outdated.pop(id(parameter), None) is not None:
+            kept.copy_(made)
+        else:  # in parts, since adding bf16 to fp32 makes a copy in fp32
+            for kept_part, made_part in in_parts(kept, made):
+                kept_part.add_(made_part)
         bucket.waits_for -= 1
         assert bucket.waits_for >= 0, "a parameter got more gradients in a step than there are micro-batches"
         self._reduce()
@@ -326,6 +333,12 @@ def own_elements(parameter: nn.Parameter, gradient: bool) -> tuple[int, torch.Te
 def _location(parameter: torch.Tensor) -> tuple[Bucket, int]:
     """Returns (bucket of `parameter`, offset of its first element in the bucket)."""
     return vars(parameter)["_location"]
+
+
+def _gradient_in_bucket(parameter: torch.Tensor) -> torch.Tensor:
+    """Returns the view of its bucket that keeps the gradient of `parameter`."""
+    bucket, offset = _location(parameter)
+    return bucket.gradients.narrow(0, offset, parameter.numel()).view_as(parameter)
 
 
 def _in_order_of_backward(stage: PipelineStage) -> list[tuple[list[nn.Parameter], bool]]:

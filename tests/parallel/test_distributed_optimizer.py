@@ -18,6 +18,14 @@ def test_sums_are_those_in_order_of_ranks_to_the_bit(ranks: RanksOf, world: int)
             assert result == {"reduced": True, "gathered": True}, dtype
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_is_left_of_the_gradients_of_the_step_before(ranks: RanksOf, dtype: str) -> None:
+    for result in ranks(2).run(
+        "tests.parallel.workers.reductions:taken", process_group=False, model=MODELS["dense"], dtype=dtype
+    ):
+        assert result == {"used": True, "others": True}
+
+
 @pytest.mark.parametrize(
     ("model", "world", "parallel", "dtype"),
     [

@@ -112,6 +112,27 @@ def sent(model: dict[str, Any], parallel: dict[str, Any], dtype: str) -> dict[st
     return result
 
 
+def taken(model: dict[str, Any], dtype: str) -> dict[str, bool]:
+    """Trains a step, then accumulates the gradient of one parameter over two micro-batches, and none of the others."""
+    engine = make_engine(model, {}, dtype)
+    engine.train_step(batches_of(engine), NextToken(), lr=1e-2)
+    engine.zero.begin(2)
+    used, *others = engine.module.parameters()
+    drawn = torch.Generator().manual_seed(0)
+    total = torch.zeros(used.shape)
+    for _ in range(2):
+        gradient = torch.randn(used.shape, generator=drawn).to(used.dtype)
+        (used * gradient).sum().backward()
+        total += gradient
+    engine.zero.finish()
+    result = {
+        "used": torch.equal(zero.full_gradient(used), dist.get_world_size() * total),
+        "others": all(not zero.full_gradient(parameter).any() for parameter in others),
+    }
+    groups.stop()
+    return result
+
+
 class _Late:
     """A collective whose messages are sent only when somebody waits for them."""
 
