@@ -87,7 +87,7 @@ class TaskPartConfig(Section):
             raise ValueError(f"answer_pattern = {self.answer_pattern!r} has no group; put the answer in parentheses")
 
     def _refuse(self, keys: tuple[str, ...]) -> None:
-        """Raises ValueError if a key is set that says nothing of this kind of task."""
+        """Raises ValueError if a key is set that this kind of task does not read."""
         for key in keys:
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} = {getattr(self, key)!r} says nothing of kind {self.kind!r}; leave it out")

@@ -108,24 +108,24 @@ def reload(folder: Path, reference: Reference, tokenizer: Path | None = None) ->
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as shorter:
-        place = folder
+        path = folder
         if reference.compared.num_layers < reference.config.num_layers:
-            place = Path(shorter)
+            path = Path(shorter)
             for file in folder.iterdir():
-                (place / file.name).symlink_to(file.resolve())
-            (place / "config.json").unlink()
+                (path / file.name).symlink_to(file.resolve())
+            (path / "config.json").unlink()
             raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             raw |= reference.family.write(reference.compared, reference.context)
-            (place / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+            (path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
         auto: Any = AutoModelForCausalLM if reference.config.has_logits else AutoModelForSequenceClassification
-        loaded: Any = auto.from_pretrained(place, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+        loaded: Any = auto.from_pretrained(path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     model, loading = loaded
     if has_odd_experts(reference.config) and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     has_one = reference.codec is not None
-    place = tokenizer or folder
+    path = tokenizer or folder
     return Reloaded(
-        model.eval(), AutoTokenizer.from_pretrained(place, local_files_only=True) if has_one else None, loading
+        model.eval(), AutoTokenizer.from_pretrained(path, local_files_only=True) if has_one else None, loading
     )
 
 

@@ -47,7 +47,7 @@ def _baselines(plan: Plan) -> dict[str, dict[str, float]]:
 
 
 def collected(file: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Returns the result with what the file already says of the same model's other tasks and held-out text."""
+    """Returns the result joined with those that the file has of other tasks and held-out text of the same model."""
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
         same = all(before["model"][fact] == result["model"][fact] for fact in ("sha256", "precision"))

@@ -74,7 +74,7 @@ def check_input(module: str, arguments: Sequence[str], nproc_per_node: int) -> N
 
 
 def is_command(word: str) -> bool:
-    """Whether a word begins a command that can be launched, or is a config, which says by its keys what command."""
+    """Whether a word is the first of a command that can be launched, or a config, whose keys tell its command."""
     return word in TRAINING or word in (name.split()[0] for name in SINGLE) or word.endswith(".toml")
 
 

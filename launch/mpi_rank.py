@@ -1,4 +1,4 @@
-"""`mpirun -n N python -m launch.mpi_rank MODULE ARGS...`: one rank of mpirun, which asks MPI itself for its place.
+"""`mpirun -n N python -m launch.mpi_rank MODULE ARGS...`: one rank of mpirun, which asks MPI itself for its number.
 
 Any MPI that mpi4py loads will do, since no variable of a particular mpirun is read. Rank 0 tells the others where ranks
 meet. MPI is finished again before this process becomes `python -m launch.bootstrap MODULE ARGS...`, with torchrun's
@@ -17,19 +17,19 @@ from launch.ranks import free_port
 
 
 def main() -> None:
-    """Finds this rank's place among all and becomes the module that the first argument names."""
+    """Finds this rank's number among all and becomes the module that the first argument names."""
     try:
-        place = find_place()
+        env_of_rank = find_rank()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // place.local_world_size)))
-    env = {**os.environ, **place.as_variables(), "OMP_NUM_THREADS": threads}
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // env_of_rank.local_world_size)))
+    env = {**os.environ, **env_of_rank.as_variables(), "OMP_NUM_THREADS": threads}
     os.execve(sys.executable, [sys.executable, "-m", "launch.bootstrap", *sys.argv[1:]], env)
 
 
-def find_place() -> ClusterEnvironment:
-    """Returns this process's place in the world of MPI, which is begun and ended here.
+def find_rank() -> ClusterEnvironment:
+    """Returns this process's rank in the world of MPI, which is begun and ended here.
 
     Raises ConfigError if the mpirun that started it belongs to another MPI than the one that mpi4py loads.
     """
@@ -58,7 +58,7 @@ def find_place() -> ClusterEnvironment:
         host = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if one_node else socket.gethostname())
         meeting = (host, int(os.environ.get("MASTER_PORT") or free_port()))
     address, port = world.bcast(meeting, root=0)
-    place = ClusterEnvironment(
+    env_of_rank = ClusterEnvironment(
         launcher="torchrun",
         rank=world.Get_rank(),
         world_size=world.Get_size(),
@@ -69,7 +69,7 @@ def find_place() -> ClusterEnvironment:
         master_port=port,
     )
     MPI.Finalize()
-    return place
+    return env_of_rank
 
 
 if __name__ == "__main__":

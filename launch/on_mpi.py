@@ -1,7 +1,7 @@
 """`trivium launch --on mpi`: starts a command's ranks by MPICH's or Open MPI's mpirun, or prints that command.
 
-Each rank is `python -m launch.mpi_rank`, which finds its place through mpi4py. Data runs are started as they are, since
-their own executor speaks MPI.
+Each rank is `python -m launch.mpi_rank`, which finds its number through mpi4py. Data runs are started as they are,
+since their own executor speaks MPI.
 """
 
 import os

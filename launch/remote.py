@@ -25,7 +25,7 @@ def main() -> int:
 
 
 def _pass_signals_on() -> None:
-    """Sends this process the signals that the other side asks for; its group passes them on."""
+    """Sends this process the signals that arrive as numbers over ssh; its group passes them on to the command."""
     for line in sys.stdin:
         os.kill(os.getpid(), int(line))
     os.kill(os.getpid(), signal.SIGTERM)

@@ -36,18 +36,18 @@ class Submission:
 def submit(asked: Submission) -> int:
     """Renders the job or jobs, and submits them unless it is a dry run. Raises ConfigError if that cannot be."""
     _check(asked)
-    place = (Path(asked.job_dir) if asked.job_dir else Path(asked.command.folder or ".", "launch")).absolute()
-    if "\\" in str(place) or not str(place).isprintable():
-        raise ConfigError(f"{str(place)!r} cannot hold the output of a Slurm job; choose another path")
+    jobs = (Path(asked.job_dir) if asked.job_dir else Path(asked.command.folder or ".", "launch")).absolute()
+    if "\\" in str(jobs) or not str(jobs).isprintable():
+        raise ConfigError(f"{str(jobs)!r} cannot hold the output of a Slurm job; choose another path")
     if not asked.dry_run:
-        check_writable(place, "--job-dir" if asked.job_dir else f"the folder of `{asked.command.name}`")
-    folder = _numbered(place, asked.dry_run)
+        check_writable(jobs, "--job-dir" if asked.job_dir else f"the folder of `{asked.command.name}`")
+    folder = _numbered(jobs, asked.dry_run)
     job = SlurmJob(
         command=_with_copied_config(asked.command, folder, asked.dry_run),
         config=asked.config,
         python=python_of(asked.config),
         folder=Path.cwd(),
-        code=snapshot(place / "code", copy=not asked.dry_run),
+        code=snapshot(jobs / "code", copy=not asked.dry_run),
         script=folder / "job.sh",
         after=asked.after,
     )
@@ -98,10 +98,10 @@ def _check(asked: Submission) -> None:
         )
 
 
-def _numbered(place: Path, dry_run: bool) -> Path:
-    """Makes the folder of this submission in `place`, numbered from 1, and returns it; a dry run makes none."""
+def _numbered(jobs: Path, dry_run: bool) -> Path:
+    """Makes the folder of this submission in `jobs`, numbered from 1, and returns it; a dry run makes none."""
     for number in itertools.count(1):
-        folder = place / str(number)
+        folder = jobs / str(number)
         if dry_run and not folder.exists():
             break
         try:

@@ -95,25 +95,25 @@ def read_split(
 ) -> Records[T]:
     """Reads all records of the files that config key `key` names, and splits them.
 
-    `parse` gets a record's place and its values that are not null, and returns what it gives (one item, mostly) and its
-    prompt, or raises Unusable. Messages suggest values of train.seq_length that are multiples of `parts`; where that is
-    0, the run continues and keeps the length of its rows. Raises ConfigError if a file is missing or damaged,
+    `parse` gets a record's location and its values that are not null, and returns what it gives (one item, mostly) and
+    its prompt, or raises Unusable. Messages suggest values of train.seq_length that are multiples of `parts`; where
+    that is 0, the run continues and keeps the length of its rows. Raises ConfigError if a file is missing or damaged,
     TooManySetAside if more than `max_bad_share` of the records are set aside or none is left to train on, and
     UntrainedEnd, naming the record, as `Chat.samples` does.
     """
     found: Records[T] = Records(kind)
-    for place, record in read_records(find_files(paths, key), key):
+    for location, record in read_records(find_files(paths, key), key):
         found.total += 1
         try:
             if isinstance(record, Unusable):
                 raise record
-            kept, prompt = parse(place, {name: value for name, value in record.items() if value is not None})
+            kept, prompt = parse(location, {name: value for name, value in record.items() if value is not None})
         except Unusable as broken:
-            found.set_aside.add(broken.reason, place, broken.details)
+            found.set_aside.add(broken.reason, location, broken.details)
             found.longest = max(found.longest, broken.tokens)
             continue
         except UntrainedEnd as error:
-            raise error.at(key, place) from None
+            raise error.at(key, location) from None
         (found.heldout if fraction(prompt) < heldout_share else found.train).extend(kept)
     _check(found, ", ".join(paths), key, heldout_share, max_bad_share, parts)
     return found

@@ -317,7 +317,7 @@ class Trainer:
         )
 
     def first_not_finite(self, batches: Sequence[Batch]) -> str:
-        """Computes the last step on these micro-batches again, and says what was first not finite; collective."""
+        """Computes the last step again, and describes the first tensor that is not finite. Collective."""
         self.activities.begin(CHECKING, self.step)
         found = first_not_finite(self.engine, batches, self.loss_fn, self.source.describe)
         return f"; {found}" if found else ""

@@ -73,7 +73,7 @@ class ConfigKey(Protocol):
     """A part of config.json that is read into `[model]` and written from it."""
 
     def read(self, draft: Draft) -> None:
-        """Puts what config.json says into the draft."""
+        """Fills the draft's `[model]` section from config.json, key by key."""
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """Returns the keys of config.json for a model, as near as the family comes to it."""

@@ -54,8 +54,8 @@ def open_adapter(source: ModelSource, way: str) -> AdapterOfRun:
             f"adapter = {way!r} writes what a run with an [adapter] section trains, and {source.path} is of none; "
             "set adapter=merge"
         )
-    place = base_of(source.path, manifest)
-    if place is None:
+    base = base_of(source.path, manifest)
+    if base is None:
         raise ConfigError(
             f"adapter = {way!r}: the adapters of {source.path} were trained on random weights, without [init], and "
             "there is no base to load them onto; set adapter=merge"
@@ -66,7 +66,7 @@ def open_adapter(source: ModelSource, way: str) -> AdapterOfRun:
         further = tuple(f"layers.{layer.index}." for layer in source.model.mtp_layers)  # transformers has none of them
         tensors = {name: reader.read(name).float() for name in reader.shapes if not name.startswith(further)}
     own = OwnAdapter(validate(AdapterConfig, config, origin=f"{source.path}, [adapter]"), tensors)
-    return AdapterOfRun(own, open_source(place), manifest["base"]["sha256"])
+    return AdapterOfRun(own, open_source(base), manifest["base"]["sha256"])
 
 
 def write_adapter(

@@ -32,7 +32,7 @@ class BaseRecord:
 
 
 def hashes_of(base: ModelSource) -> set[str]:
-    """Returns the hashes by which a model is known: of itself, of its weights alone, and of what it is an export of."""
+    """Returns SHA-256 hashes that identify a model: its own, its weights', and those of what it was exported from."""
     found = {base.identify()}
     if (base.path / storage.MANIFEST).is_file():  # two imports of one folder have the same files of weights
         files = storage.read_manifest(base.path)["files"].values()

@@ -76,8 +76,8 @@ def _check_base(directory: Path, source: ModelSource, record: BaseRecord) -> Non
     if record.name is None:
         return
     wanted = Path(record.name).name
-    places = [source.path, *([Path(source.imported_from)] if source.imported_from else [])]
-    parts = {part for place in places for part in (*place.parts, *place.resolve().parts)}
+    paths = [source.path, *([Path(source.imported_from)] if source.imported_from else [])]
+    parts = {part for path in paths for part in (*path.parts, *path.resolve().parts)}
     hub = {part.rpartition("--")[2] for part in parts}  # the hub's cache calls a folder models--OWNER--NAME
     if wanted not in parts | hub:
         raise ConfigError(

@@ -15,7 +15,7 @@ from configs.adapters import TARGETS, AdapterConfig
 from configs.loader import ConfigError, validate
 from export.conversion.walk import entries
 from export.peft.adapter import PREFIX, Base, OwnAdapter, PeftAdapter, PeftError
-from export.peft.places import Place, places, shortest_names, target_of
+from export.peft.matrices import AdapterMatrix, adapter_matrices, shortest_names, target_of
 from pretrain.model.adapters.merging import adapter_name, parts_by_target
 
 Parts = Mapping[str, torch.Tensor]
@@ -52,24 +52,24 @@ class LowRankForm:
                 f"the adapter was trained on weights in 4 bits (adapter.base = {config.base!r}), and PEFT's format "
                 "does not say so; export the merged model (adapter=merge)"
             )
-        everywhere = places(base.family, base.model)
-        chosen = [place for place in everywhere if any(name in parts for name in place.ours)]
-        if lacking := sorted(set(parts) - {name for place in chosen for name in place.ours}):
+        everywhere = adapter_matrices(base.family, base.model)
+        chosen = [matrix for matrix in everywhere if any(name in parts for name in matrix.ours)]
+        if lacking := sorted(set(parts) - {name for matrix in chosen for name in matrix.ours}):
             raise PeftError(f"{base.family.architecture} has no place for the adapter of {lacking[0]}")
         tensors: dict[str, torch.Tensor] = {}
         ranks: dict[str, int] = {}
-        for place in chosen:
-            if config.kind == "dora" and not place.by_module:
+        for matrix in chosen:
+            if config.kind == "dora" and not matrix.by_module:
                 raise PeftError(
-                    f"PEFT has no DoRA for {place.key} of {base.family.architecture}, since it takes the layer for one "
-                    "of the experts; export the merged model (adapter=merge), or train without "
-                    f"{', '.join(sorted({str(target_of(name)) for name in place.ours}))} in adapter.targets"
+                    f"PEFT has no DoRA for {matrix.key} of {base.family.architecture}, since it takes the layer for "
+                    "one of the experts; export the merged model (adapter=merge), or train without "
+                    f"{', '.join(sorted({str(target_of(name)) for name in matrix.ours}))} in adapter.targets"
                 )
-            a, b = _joined(place, parts, base)
-            ranks[place.key] = a.shape[-2]
-            tensors |= _theirs(place, a, b)
+            a, b = _joined(matrix, parts, base)
+            ranks[matrix.key] = a.shape[-2]
+            tensors |= _theirs(matrix, a, b)
             if config.kind == "dora":
-                tensors[f"{PREFIX}{place.tensors}.{MAGNITUDE}"] = _magnitude(place, parts, base)
+                tensors[f"{PREFIX}{matrix.tensors}.{MAGNITUDE}"] = _magnitude(matrix, parts, base)
         if HEAD in adapter.tensors:
             tensors[PREFIX + THEIR_HEAD] = adapter.tensors[HEAD]
         return PeftAdapter(_config(config, base, everywhere, chosen, ranks), tensors)
@@ -87,8 +87,8 @@ class LowRankForm:
         left = {name.removeprefix(PREFIX): tensor for name, tensor in adapter.tensors.items()}
         found: dict[str, dict[str, torch.Tensor]] = {}
         scales: dict[str, float] = {}
-        for place in places(base.family, base.model):
-            parts, scale = _found(place, left, config, base)
+        for matrix in adapter_matrices(base.family, base.model):
+            parts, scale = _found(matrix, left, config, base)
             for name, own in parts.items():
                 found[name], scales[name] = own, scale
         head = {HEAD: left.pop(THEIR_HEAD)} if THEIR_HEAD in left and not base.model.has_logits else {}
@@ -103,48 +103,52 @@ class LowRankForm:
         return OwnAdapter(*_of_one_rank(found, scales, kind, config, base, head))
 
 
-def _joined(place: Place, parts: Mapping[str, Parts], base: Base) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns A and B of a place, [..., rank, in] and [..., out, rank], with experts in front."""
-    own = [parts.get(name) for name in place.ours]
+def _joined(matrix: AdapterMatrix, parts: Mapping[str, Parts], base: Base) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns A and B of a matrix, [..., rank, in] and [..., out, rank], with experts in front."""
+    own = [parts.get(name) for name in matrix.ours]
     a = torch.cat([part["a"].float() for part in own if part is not None], -2)
     blocks, start = [], 0
-    for part, shape in zip(own, place.ours.values(), strict=True):
+    for part, shape in zip(own, matrix.ours.values(), strict=True):
         block = torch.zeros(*shape[:-1], a.shape[-2])
         if part is not None:
             rank = part["b"].shape[-1]
             block[..., start : start + rank] = part["b"].float()
             start += rank
         blocks.append(block)
-    (b,) = place.rows.to_theirs(blocks, base.model)
+    (b,) = matrix.rows.to_theirs(blocks, base.model)
     return a, b
 
 
-def _theirs(place: Place, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a place under PEFT's names; it keeps those of stacked experts in one matrix."""
+def _theirs(matrix: AdapterMatrix, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a matrix under PEFT's names; it keeps those of stacked experts in one."""
     if a.ndim == 3:
-        if place.turned:
+        if matrix.turned:
             a, b = b.transpose(1, 2), a.transpose(1, 2)
         a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
-    name = PREFIX + place.tensors
+    name = PREFIX + matrix.tensors
     return {f"{name}.{A}": a.contiguous(), f"{name}.{B}": b.contiguous()}
 
 
-def _magnitude(place: Place, parts: Mapping[str, Parts], base: Base) -> torch.Tensor:
+def _magnitude(matrix: AdapterMatrix, parts: Mapping[str, Parts], base: Base) -> torch.Tensor:
     """Returns DoRA's lengths of the rows, which Trivium keeps as multiples of those of the base."""
     lengths = []
-    for name in place.ours:
+    for name in matrix.ours:
         own = base.read(name).float().square().sum(1).sqrt()
         lengths.append(own * parts[name]["magnitude"].float() if name in parts else own)
-    (joined,) = place.rows.to_theirs(lengths, base.model)
+    (joined,) = matrix.rows.to_theirs(lengths, base.model)
     return joined
 
 
 def _config(
-    config: AdapterConfig, base: Base, everywhere: Sequence[Place], chosen: Sequence[Place], ranks: Mapping[str, int]
+    config: AdapterConfig,
+    base: Base,
+    everywhere: Sequence[AdapterMatrix],
+    chosen: Sequence[AdapterMatrix],
+    ranks: Mapping[str, int],
 ) -> dict[str, Any]:
     """Returns the content of adapter_config.json; names are as short as they can be."""
-    own = {place.key for place in chosen}
-    others = [place.key for place in everywhere if place.key not in own] + _other_modules(base, everywhere)
+    own = {matrix.key for matrix in chosen}
+    others = [matrix.key for matrix in everywhere if matrix.key not in own] + _other_modules(base, everywhere)
     wider = {key: rank for key, rank in ranks.items() if rank != config.rank}
     narrow = [key for key in ranks if key not in wider]
     patterns = {rank: shortest_names([key for key in wider if wider[key] == rank], narrow) for rank in wider.values()}
@@ -157,10 +161,10 @@ def _config(
         "use_rslora": config.rank_stabilized,
         "use_dora": config.kind == "dora",
         # Where PEFT finds a parameter by its own name, it has no dropout.
-        "lora_dropout": config.dropout if all(place.by_module for place in chosen) else 0.0,
+        "lora_dropout": config.dropout if all(matrix.by_module for matrix in chosen) else 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(place.transposed for place in chosen),
-        "target_modules": shortest_names([place.key for place in chosen if place.by_module], others),
+        "fan_in_fan_out": any(matrix.transposed for matrix in chosen),
+        "target_modules": shortest_names([matrix.key for matrix in chosen if matrix.by_module], others),
         "rank_pattern": {re.escape(name): rank for rank, names in patterns.items() for name in names},
         "alpha_pattern": {
             re.escape(name): _number(config.scale * (rank**0.5 if config.rank_stabilized else rank))
@@ -168,7 +172,7 @@ def _config(
             for name in names
         },
     }
-    if parameters := [place.key for place in chosen if not place.by_module]:
+    if parameters := [matrix.key for matrix in chosen if not matrix.by_module]:
         named = [theirs for entry in entries(base.family, base.model) for theirs in entry.theirs]
         found["target_parameters"] = shortest_names(parameters, [name for name in named if name not in parameters])
     if not base.model.has_logits:
@@ -176,9 +180,9 @@ def _config(
     return found
 
 
-def _other_modules(base: Base, everywhere: Sequence[Place]) -> list[str]:
+def _other_modules(base: Base, everywhere: Sequence[AdapterMatrix]) -> list[str]:
     """Returns the names in transformers of modules that can have no adapter here, such as the head."""
-    known = {place.module for place in everywhere}
+    known = {matrix.module for matrix in everywhere}
     named = {theirs.rpartition(".")[0] for entry in entries(base.family, base.model) for theirs in entry.theirs}
     return sorted(named - known)
 
@@ -188,47 +192,47 @@ def _number(value: float) -> float | int:
 
 
 def _found(
-    place: Place, left: dict[str, torch.Tensor], config: Mapping[str, Any], base: Base
+    matrix: AdapterMatrix, left: dict[str, torch.Tensor], config: Mapping[str, Any], base: Base
 ) -> tuple[dict[str, dict[str, torch.Tensor]], float]:
-    """Takes the tensors of a place out of `left`; returns the parts of Trivium's weights, and PEFT's scale."""
-    if place.files and any(f"{name.removesuffix('.weight')}.{A}" in left for name in place.files):
-        return _of_single_experts(place, left, config, base)
-    name = place.tensors
-    if place.inside and f"{name}.{A}" not in left and not _names(config, "down_proj"):
-        name = place.module  # PEFT puts no second wrapper around it
+    """Takes the tensors of a matrix out of `left`; returns the parts of Trivium's weights, and PEFT's scale."""
+    if matrix.files and any(f"{name.removesuffix('.weight')}.{A}" in left for name in matrix.files):
+        return _of_single_experts(matrix, left, config, base)
+    name = matrix.tensors
+    if matrix.inside and f"{name}.{A}" not in left and not _names(config, "down_proj"):
+        name = matrix.module  # PEFT puts no second wrapper around it
     if f"{name}.{A}" not in left:
         return {}, 0.0
     a, b = _pair(left, name)
-    count = next(iter(place.ours.values()))[0] if len(next(iter(place.ours.values()))) == 3 else 0
+    count = next(iter(matrix.ours.values()))[0] if len(next(iter(matrix.ours.values()))) == 3 else 0
     rank = a.shape[0] // max(1, count)
-    scale = _scale(config, place.key, rank)
-    shapes = list(place.ours.values())
-    (wanted_b,) = place.rows.to_theirs([torch.empty(*shape[:-1], rank, device="meta") for shape in shapes], base.model)
+    scale = _scale(config, matrix.key, rank)
+    shapes = list(matrix.ours.values())
+    (wanted_b,) = matrix.rows.to_theirs([torch.empty(*shape[:-1], rank, device="meta") for shape in shapes], base.model)
     size_in, size_out = shapes[0][-1], wanted_b.shape[-2]
     if count:
-        sizes = (size_out, size_in) if place.turned else (size_in, size_out)
+        sizes = (size_out, size_in) if matrix.turned else (size_in, size_out)
         _check(name, A, a, (count * rank, sizes[0]))
         _check(name, B, b, (sizes[1], count * rank))
         a, b = a.view(count, rank, -1), b.view(sizes[1], rank, count).permute(2, 0, 1)
-        if place.turned:
+        if matrix.turned:
             a, b = b.transpose(1, 2), a.transpose(1, 2)
     else:
         _check(name, A, a, (rank, size_in))
         _check(name, B, b, (size_out, rank))
-    own_b = place.rows.to_ours([b], [(*shape[:-1], rank) for shape in shapes], base.model)
+    own_b = matrix.rows.to_ours([b], [(*shape[:-1], rank) for shape in shapes], base.model)
     lengths: list[torch.Tensor] | None = None
     if config.get("use_dora"):
         magnitude = left.pop(f"{name}.{MAGNITUDE}", None)
         if magnitude is None:
             raise PeftError(f"adapter_model.safetensors lacks {name}.{MAGNITUDE}, which use_dora = true needs")
         _check(name, MAGNITUDE, magnitude, (size_out,))
-        lengths = place.rows.to_ours([magnitude.float()], [shape[:1] for shape in shapes], base.model)
+        lengths = matrix.rows.to_ours([magnitude.float()], [shape[:1] for shape in shapes], base.model)
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    for number, ours in enumerate(place.ours):
+    for number, ours in enumerate(matrix.ours):
         own = {"a": a, "b": own_b[number].contiguous()}
         if lengths is not None:
             own["magnitude"] = _multiple(lengths[number], base.read(ours))
-        if len(place.ours) > 1 and bool(b.any()):
+        if len(matrix.ours) > 1 and bool(b.any()):
             trained = own["b"].flatten(0, -2).any(0)  # the columns of this part's own block
             own["a"], own["b"] = a[..., trained, :], own["b"][..., trained]
             if not bool(trained.any()) and (lengths is None or bool((own["magnitude"] == 1).all())):
@@ -243,12 +247,12 @@ def _names(config: Mapping[str, Any], parameter: str) -> bool:
 
 
 def _of_single_experts(
-    place: Place, left: dict[str, torch.Tensor], config: Mapping[str, Any], base: Base
+    matrix: AdapterMatrix, left: dict[str, torch.Tensor], config: Mapping[str, Any], base: Base
 ) -> tuple[dict[str, dict[str, torch.Tensor]], float]:
     """Takes the tensors of experts one by one, as PEFT wrote them while transformers kept experts so."""
-    found, names = {}, iter(place.files)
+    found, names = {}, iter(matrix.files)
     scale = 0.0
-    for ours, (count, size_out, size_in) in place.ours.items():
+    for ours, (count, size_out, size_in) in matrix.ours.items():
         pairs = []
         for module in [next(names).removesuffix(".weight") for _ in range(count)]:
             if f"{module}.{A}" not in left:
@@ -311,8 +315,8 @@ def _of_one_rank(
     targets = {str(target_of(name)) for name in found}
     shapes = {
         name: shape
-        for place in places(base.family, base.model)
-        for name, shape in place.ours.items()
+        for matrix in adapter_matrices(base.family, base.model)
+        for name, shape in matrix.ours.items()
         if target_of(name) in targets
     }
     tensors = dict(head)

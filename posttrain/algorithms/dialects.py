@@ -51,8 +51,8 @@ def from_groups(batch: TokenBatch, dialect: AdvantageDialect) -> Tensor:
 
     Groups may differ in size.
     """
-    rewards, place, last = _matrix(batch)
-    return _to_tokens(batch, group_advantages(rewards, place >= 0, dialect), place, last)
+    rewards, index, last = _matrix(batch)
+    return _to_tokens(batch, group_advantages(rewards, index >= 0, dialect), index, last)
 
 
 def from_decoupled_groups(batch: TokenBatch) -> Tensor:
@@ -61,11 +61,11 @@ def from_decoupled_groups(batch: TokenBatch) -> Tensor:
     The sums are `decoupled`; a batch without them has one reward.
     """
     if batch.decoupled is not None:
-        sums, place, last = _matrix(batch, "decoupled")
+        sums, index, last = _matrix(batch, "decoupled")
     else:
-        rewards, place, last = _matrix(batch)
-        sums = group_advantages(rewards, place >= 0, AdvantageDialect.GRPO_TRL)
-    return _to_tokens(batch, batch_normalised(sums, place >= 0), place, last)
+        rewards, index, last = _matrix(batch)
+        sums = group_advantages(rewards, index >= 0, AdvantageDialect.GRPO_TRL)
+    return _to_tokens(batch, batch_normalised(sums, index >= 0), index, last)
 
 
 def from_batch(batch: TokenBatch, baseline: bool, ddof: int) -> Tensor:
@@ -90,13 +90,13 @@ def _matrix(batch: TokenBatch, name: str = "rewards") -> tuple[Tensor, Tensor, T
     rewards = batch.sequence_sum(batch.need(name))[last]
     _, group = batch.need("groups")[last].unique(return_inverse=True)
     counts = group.bincount(minlength=1)
-    place = torch.full((len(counts), int(counts.max())), -1)
-    found = torch.zeros(place.shape, dtype=rewards.dtype)
+    index = torch.full((len(counts), int(counts.max())), -1)
+    found = torch.zeros(index.shape, dtype=rewards.dtype)
     filled = [0] * len(counts)
     for number, p in enumerate(group.tolist()):
-        place[p, filled[p]], found[p, filled[p]] = number, rewards[number]
+        index[p, filled[p]], found[p, filled[p]] = number, rewards[number]
         filled[p] += 1
-    return found, place, last
+    return found, index, last
 
 
 def _to_tokens(batch: TokenBatch, advantages_PG: Tensor, place_PG: Tensor, last: Tensor) -> Tensor:

@@ -90,12 +90,12 @@ class TokenBatch:
 
     def first_and_last(self) -> tuple[Tensor, Tensor]:
         """Returns bool [B, S] twice: where the first masked token of each sequence is, and where its last one is."""
-        place = torch.arange(self.mask.numel(), device=self.mask.device)
+        tokens = torch.arange(self.mask.numel(), device=self.mask.device)
         here = (self.mask & (self.sequences >= 0)).flatten()
         index = self.sequences.flatten()[here]
         found = torch.zeros(2, self.mask.numel(), dtype=torch.bool, device=self.mask.device)
         for row, how in zip(found, ("amin", "amax"), strict=True):
-            ends = torch.full_like(place, -1).scatter_reduce(0, index, place[here], how, include_self=False)
+            ends = torch.full_like(tokens, -1).scatter_reduce(0, index, tokens[here], how, include_self=False)
             row[ends[ends >= 0]] = True
         return found[0].view_as(self.mask), found[1].view_as(self.mask)
 

@@ -22,7 +22,7 @@ Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class _Part:
-    """A part of a dialogue: what it is, where it is, its value (a text or a number), and the text to be found."""
+    """Part of a dialogue that a chat template must render: name, path in the messages, value, and text to look for."""
 
     said: str
     path: Path  # in {"messages": ..., "tools": ...}
@@ -80,18 +80,18 @@ def _written(encoder: ChatEncoder, messages: Any, tools: Any, parts: Sequence[_P
 
 def _parts(number: int, message: Mapping[str, Any], with_reasoning: bool) -> Iterator[_Part]:
     """Yields the parts of a message that a rendered dialogue must have."""
-    where, place = f"of message {number} ({message['role']})", ("messages", number)
+    where, path_of_message = f"of message {number} ({message['role']})", ("messages", number)
     if content := message.get("content"):
         needle = content if with_reasoning else content.rpartition(END_OF_REASONING)[2]
-        yield _Part(f"content {where}: {content[:_SHOWN]!r}", (*place, "content"), content, needle)
+        yield _Part(f"content {where}: {content[:_SHOWN]!r}", (*path_of_message, "content"), content, needle)
     key = next((key for key in REASONING_KEYS if isinstance(message.get(key), str)), None)
     if with_reasoning and key and message[key].strip():
         reasoning = message[key].rstrip()
-        yield _Part(f"reasoning {where}: {reasoning[:_SHOWN]!r}", (*place, key), reasoning, reasoning)
+        yield _Part(f"reasoning {where}: {reasoning[:_SHOWN]!r}", (*path_of_message, key), reasoning, reasoning)
     given = message.get("tool_calls")
     calls: Sequence[Any] = given if isinstance(given, list | tuple) else ()
     for path, name in _names(calls):
-        own = (*place, "tool_calls", *path)
+        own = (*path_of_message, "tool_calls", *path)
         yield _Part(f"a tool call {where}: {name[:_SHOWN]!r}", own, name, name)
         for leaf, value in _leaves(_at(calls, (*path[:-1], "arguments"))):
             said = f"an argument of a tool call {where}: {str(value)[:_SHOWN]!r}"

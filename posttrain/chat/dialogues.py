@@ -27,19 +27,19 @@ _ANEW = "choose another run.dir for a run with train.seq_length={}"
 class Example:
     """One rendered dialogue; `answer` is True on the tokens to learn, see `Chat.render`.
 
-    `place` is the file and line that it comes from, or the prompt of a task. `unstable` is that of the `Sample`.
+    `location` is the file and line that it comes from, or the prompt of a task. `unstable` is that of the `Sample`.
     """
 
     id: str
     tokens: np.ndarray
     answer: np.ndarray
-    place: str = ""
+    location: str = ""
     unstable: str | None = None
 
     @classmethod
-    def of(cls, name: str, place: str, sample: Sample) -> "Example":
+    def of(cls, name: str, location: str, sample: Sample) -> "Example":
         """Makes the example of a sample."""
-        return cls(name, sample.tokens, sample.answer, place, sample.unstable)
+        return cls(name, sample.tokens, sample.answer, location, sample.unstable)
 
 
 def read_data(data: DialogueConfig, chat: Chat, seq_length: int, parts: int = 1) -> dict[str, Records[Example]]:
@@ -52,7 +52,7 @@ def read_data(data: DialogueConfig, chat: Chat, seq_length: int, parts: int = 1)
         return {"dialogues": found}
     except UntrainedEnd as error:
         where = f"in {data.chat_template}" if data.chat_template else ANOTHER_TEMPLATE
-        raise UntrainedEnd(f"{error} {where}", error.sample, error.place) from None
+        raise UntrainedEnd(f"{error} {where}", error.sample, error.location) from None
 
 
 def read_demonstrations(
@@ -82,15 +82,15 @@ def read_dialogues(
     or /no_think.
     """
 
-    def parse(place: str, record: dict[str, Any]) -> tuple[list[Example], str]:
+    def parse(location: str, record: dict[str, Any]) -> tuple[list[Example], str]:
         messages = _messages(record)
         samples = _samples(chat, messages, record.get("tools"), switches)
         if (longest := max(len(sample.tokens) for sample in samples)) > seq_length:
             raise Unusable(TOO_LONG, f"{longest} tokens", longest)
         first = next(message["content"] for message in messages if message["role"] == "user")
-        number = str(record.get("id", place))
+        number = str(record.get("id", location))
         names = [number] if len(samples) == 1 else [f"{number}/{i}" for i in range(len(samples))]
-        return [Example.of(name, place, sample) for name, sample in zip(names, samples, strict=True)], first
+        return [Example.of(name, location, sample) for name, sample in zip(names, samples, strict=True)], first
 
     return read_split(paths, KEY, "dialogues", parse, heldout_share, max_bad_share, parts)
 
@@ -107,15 +107,15 @@ def demonstrations(
         problem = task.problem(seed, split, index)
         if problem.demonstration is None:
             continue
-        place = f"{task.name}/{split}/{index}"
+        location = f"{task.name}/{split}/{index}"
         answer: Message = {"role": "assistant", "content": problem.demonstration}
         try:
             samples = chat.samples(with_switches([*_read(problem.messages), answer], False))
         except UntrainedEnd as error:
-            raise error.at("task", place) from None
+            raise error.at("task", location) from None
         except BrokenDialogue as broken:
             raise ValueError(f"the demonstration of {problem.id} cannot be learnt: {broken}; correct it") from None
-        examples += [Example.of(place, place, sample) for sample in samples]
+        examples += [Example.of(location, location, sample) for sample in samples]
     longest = max((len(example.tokens) for example in examples), default=0)
     if longest > seq_length:
         fits = f"set train.seq_length={-(-longest // parts) * parts}" if parts else _ANEW.format(longest)

@@ -27,16 +27,16 @@ class UntrainedEnd(ValueError):
     """A loss mask that is all zero or all ones, or that leaves out the end of an answer.
 
     A model trained with it would never learn to stop. `sample` is the dialogue with this mask, if one was made, and
-    `place` the record that it comes from, if that is known.
+    `location` the record that it comes from, if that is known.
     """
 
-    def __init__(self, text: str, sample: Sample | None = None, place: str = "") -> None:
+    def __init__(self, text: str, sample: Sample | None = None, location: str = "") -> None:
         super().__init__(text)
-        self.sample, self.place = sample, place
+        self.sample, self.location = sample, location
 
-    def at(self, key: str, place: str) -> "UntrainedEnd":
-        """Returns the same error with the record's place, a file and line that config key `key` names."""
-        return UntrainedEnd(f"{key}: {place}: {self}", self.sample, place)
+    def at(self, key: str, location: str) -> "UntrainedEnd":
+        """Returns the same error with the record's location, a file and line that config key `key` names."""
+        return UntrainedEnd(f"{key}: {location}: {self}", self.sample, location)
 
 
 class Chat(abc.ABC):

@@ -37,15 +37,15 @@ def describe_fault(error: UntrainedEnd | TooManySetAside, chat: Chat, count: int
     """Returns what `describe` does for data that are refused: of the sample at fault, or of those that were read."""
     if isinstance(error, TooManySetAside):
         return describe({error.found.kind: error.found}, chat, count)
-    example = error.sample and Example.of(error.place, error.place, error.sample)
+    example = error.sample and Example.of(error.location, error.location, error.sample)
     return {"sources": {}, "samples": [described(chat, "refused", example)] if example else []}
 
 
 def described(chat: Chat, source: str, example: Example) -> dict[str, Any]:
-    """Returns one sample: its place, what is to be known of it, and its first tokens, each a text and its weight."""
+    """Returns one sample: its location, what is to be known of it, and its first tokens, each a text and its weight."""
     return {
         "source": source,
-        "place": example.place,
+        "location": example.location,
         "id": example.id,
         "tokens": len(example.tokens),
         "facts": facts(chat, example),
@@ -105,7 +105,7 @@ def _counts(found: Records[Example]) -> dict[str, Any]:
         "tokens": sum(len(example.tokens) for example in every),
         "trained": sum(int(example.answer.sum()) for example in every),
         "unstable": len(unstable),
-        "first_unstable": f"{unstable[0].place}, {unstable[0].unstable}" if unstable else None,
+        "first_unstable": f"{unstable[0].location}, {unstable[0].unstable}" if unstable else None,
         "set_aside": {
             reason: [count, found.set_aside.first[reason]] for reason, count in sorted(found.set_aside.counts.items())
         },
@@ -139,7 +139,9 @@ def _pieces(chat: Chat, example: Example) -> Iterator[list[Any]]:
 
 
 def _printed_sample(sample: Mapping[str, Any], colours: bool) -> str:
-    where = sample["place"] if sample["id"] == sample["place"] else f"{sample['place']} (id {visible(sample['id'])})"
+    where = sample["location"]
+    if sample["id"] != where:
+        where = f"{where} (id {visible(sample['id'])})"
     left = sample["tokens"] - len(sample["pieces"])
     more = f"\n({left} more tokens)" if left else ""
     text = _coloured(sample["pieces"]) if colours else _marked(sample["pieces"])

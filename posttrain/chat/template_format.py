@@ -82,9 +82,9 @@ class TemplateFormat(Chat):
 
     def _sample(self, text: str, spans: Sequence[Span], unstable: str | None = None) -> Sample:
         """Returns a sample that learns the tokens that have any character in the spans."""
-        ids, places = self.encoder.encode(text)
+        ids, ranges = self.encoder.encode(text)
         answer = np.zeros(len(ids), dtype=bool)
-        begins, ends = (np.array([place[side] for place in places], dtype=np.int64) for side in (0, 1))
+        begins, ends = (np.array([range_[side] for range_ in ranges], dtype=np.int64) for side in (0, 1))
         for start, end in spans:
             first = int(np.argmax(ends > start))
             last = len(ids) - int(np.argmax(begins[::-1] < end))

@@ -129,7 +129,7 @@ class Teacher:
         self._states: dict[tuple[int, ...], TeacherStates] = {}
 
     def see(self, batches: Sequence[Batch]) -> None:
-        """Computes what the teacher says of micro-batches, in place of what it said of earlier ones."""
+        """Computes the teacher's hidden states on micro-batches, and forgets those on earlier ones."""
         kept = _KeptStates()
         self._states = {}  # frees the memory of earlier ones first
         self._engine.evaluate(batches, kept)

@@ -53,10 +53,10 @@ def read_pairs(
 ) -> Records[Pair]:
     """Reads the pairs of the files that config key `key` names; see `read_split` for the rest and the errors."""
 
-    def parse(place: str, record: dict[str, Any]) -> tuple[list[Pair], str]:
+    def parse(location: str, record: dict[str, Any]) -> tuple[list[Pair], str]:
         prompt, chosen, rejected = turns_of(record)
         pair = Pair(
-            str(record.get("id", place)),
+            str(record.get("id", location)),
             rendered_answer(chat, prompt, chosen),
             rendered_answer(chat, prompt, rejected),
             _margin(record),

@@ -95,7 +95,7 @@ def read_answers(
 ) -> Records[Answer]:
     """Reads records with `prompt`, `completion` and `label`; see `read_split` for the rest and the errors."""
 
-    def parse(place: str, record: dict[str, Any]) -> tuple[list[Answer], str]:
+    def parse(location: str, record: dict[str, Any]) -> tuple[list[Answer], str]:
         prompt = as_messages(needed(record, "prompt"), "user", "prompt")
         completion = as_messages(needed(record, "completion"), "assistant", "completion")
         label = needed(record, "label")
@@ -106,7 +106,7 @@ def read_answers(
         if len(tokens) > seq_length:
             raise Unusable(TOO_LONG, f"{len(tokens)} tokens", len(tokens))
         first = int(answer.argmax())
-        return [Answer(str(record.get("id", place)), tokens, answer, first, label)], first_question(prompt)
+        return [Answer(str(record.get("id", location)), tokens, answer, first, label)], first_question(prompt)
 
     return read_split(paths, "data.pairs", "completions", parse, heldout_share, max_bad_share, parts)
 

@@ -92,14 +92,14 @@ class _Answers:
         first = torch.arange(rows, device=batch.segments.device)[:, None] * length
         segment = batch.segments.clamp(min=0)
         self.pair = first + segment // of_pair
-        self.place, self.of_pair = self.pair * of_pair + segment % of_pair, of_pair
+        self.slot, self.of_pair = self.pair * of_pair + segment % of_pair, of_pair
         self.mask = batch.loss_mask > 0
 
     def sums(self, x_BS: Tensor) -> Tensor:
         """Returns [B * S, of_pair] in fp64."""
         values = torch.where(self.mask, x_BS.double(), 0.0).flatten()
         nothing = values.new_zeros(values.numel() * self.of_pair)
-        return nothing.index_add(0, self.place.flatten(), values).view(-1, self.of_pair)
+        return nothing.index_add(0, self.slot.flatten(), values).view(-1, self.of_pair)
 
     def spread(self, of_pair: Tensor) -> Tensor:
         """Returns [B, S] in fp32 with each pair's value at its trained tokens."""

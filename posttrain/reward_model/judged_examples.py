@@ -29,7 +29,7 @@ def read_examples(
         return _units(read_pairs(data.files, chat, seq_length, *shares, parts, FILES), model)
     kind, parse_one = ("steps", _steps) if model.kind == "process" else ("texts", _text)
 
-    def parse(place: str, record: dict[str, Any]) -> tuple[list[Unit], str]:
+    def parse(location: str, record: dict[str, Any]) -> tuple[list[Unit], str]:
         segment, prompt = parse_one(record, model, chat)
         if len(segment.tokens) > seq_length:
             raise Unusable(TOO_LONG, f"{len(segment.tokens)} tokens", len(segment.tokens))

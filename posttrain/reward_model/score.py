@@ -128,9 +128,9 @@ def found_again(named: str, key: str, begun: Mapping[str, str]) -> str:
     if named != begun["model"]:
         return named
     checkpoint = Path(begun["checkpoint"])
-    for place in (checkpoint, Path(named), Path(named, "checkpoints", checkpoint.name)):
-        if content_of(place) == begun["sha256"]:
-            return str(place)
+    for path in (checkpoint, Path(named), Path(named, "checkpoints", checkpoint.name)):
+        if content_of(path) == begun["sha256"]:
+            return str(path)
     raise ConfigError(
         f"{key} = {named!r} was {checkpoint} when the run began, and that is gone or was replaced; restore it, or name "
         f"a checkpoint to go on with, such as {key}={named}/checkpoints/step_N"

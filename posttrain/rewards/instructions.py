@@ -49,13 +49,13 @@ def _words(text: str, a: _Arguments) -> bool:
 
 
 def _paragraphs(text: str, a: _Arguments) -> bool:
-    """Returns whether lines of *** divide the text into so many paragraphs; only the first and last may be empty."""
+    """Returns whether lines of *** divide the text into the wanted number of paragraphs, with no empty one inside."""
     parts = [part.strip() for part in re.split(r"\s?\*\*\*\s?", text)]
     return all(parts[1:-1]) and sum(map(bool, parts)) == int(a["num_paragraphs"])
 
 
 def _first_word(text: str, a: _Arguments) -> bool:
-    """Returns whether there are so many paragraphs, with blank lines between, and the nth begins with the word."""
+    """Returns whether the text has the wanted number of paragraphs, and the nth begins with the wanted word."""
     parts, nth = text.split("\n\n"), int(a["nth_paragraph"])
     filled = sum(bool(part.strip()) for part in parts)
     if filled != int(a["num_paragraphs"]) or not 0 < nth <= filled or not parts[nth - 1].strip():

@@ -55,7 +55,7 @@ def _function(settings: RewardConfig) -> Reward:
 
 
 def _judge(settings: RewardConfig, key: str, begun: Mapping[str, str]) -> Reward:
-    """Returns the reward of a reward model; `begun` is what it was made from when a run that goes on began."""
+    """Returns the reward of a reward model; `begun` identifies the model that the run used when it began."""
     from posttrain.reward_model import score  # it loads the model's code, which other rewards do without
 
     named = str(settings.model)

@@ -28,7 +28,7 @@ class GroupCredit:
     names = ("advantages",)
 
     def __call__(self, rollout: Rollout, engine: Engine) -> Rollout:
-        """Returns the rollout with `advantages` [N, S]; `decoupled` [N, S] says what several rewards come to."""
+        """Returns the rollout with `advantages` [N, S]; several rewards are first combined into `decoupled` [N, S]."""
         if len(self.weights) > 1:
             sums_PG = decoupled_sums(*self._by_reward(rollout))
             at_last = reward_at_last_token(sums_PG.flatten(), _ends(rollout), rollout.mask.shape[1])

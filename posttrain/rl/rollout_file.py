@@ -75,7 +75,7 @@ class Recorded:
 
 
 def read(folder: Path, number: int, otherwise: str) -> Recorded:
-    """Reads a rollout. `otherwise` says, for messages, what else to do than to restore its file.
+    """Reads a rollout. `otherwise` is the second remedy in error messages, beside restoring the file.
 
     Raises ConfigError if the file is missing, damaged or of another format.
     """

@@ -62,8 +62,8 @@ class FileTask:
     def problem(self, seed: int, split: Split, index: int) -> Problem:
         """Returns a problem: training ones in a new random order each epoch, held-out ones always in the same order."""
         problems = self.problems[split]
-        epoch, place = divmod(index, len(problems))
-        return problems[place if split == "heldout" else self._order(seed, epoch)[place]]
+        epoch, position = divmod(index, len(problems))
+        return problems[position if split == "heldout" else self._order(seed, epoch)[position]]
 
     def score(self, attempts: Sequence[Attempt]) -> list[TaskScore]:
         """Returns the weighted sum of the rewards of each attempt, and says on stderr why some cannot be judged."""

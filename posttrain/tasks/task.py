@@ -116,7 +116,7 @@ class Task(Protocol):
         ...
 
     def smaller(self) -> "Iterator[tuple[int, Task]]":
-        """Yields (digits, the same task with so many digits) for every lower task.digits, highest first."""
+        """Yields (digits, the task with that task.digits) for every lower value of the key, highest first."""
         ...
 
 

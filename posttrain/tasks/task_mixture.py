@@ -50,16 +50,16 @@ class MixtureTask:
             return None
         index = 0
         while True:
-            part, place = self._place(index)
+            part, own_index = self._part_of(index)
             size = sizes[part]
-            if size is not None and place >= size:
+            if size is not None and own_index >= size:
                 return index
             index += 1
 
     def problem(self, seed: int, split: Split, index: int) -> Problem:
-        part, place = self._place(index)
+        part, own_index = self._part_of(index)
         name = list(self.parts)[part]
-        return replace(self.parts[name].problem(seed, split, place), task=name)
+        return replace(self.parts[name].problem(seed, split, own_index), task=name)
 
     def score(self, attempts: Sequence[Attempt]) -> list[TaskScore]:
         """Returns the score that each attempt's own task gives, with the task's name before those of its rewards."""
@@ -79,7 +79,7 @@ class MixtureTask:
     def __str__(self) -> str:
         return f"{self.name} of {', '.join(f'{s:.0%} {p}' for p, s in zip(self.parts, self._shares, strict=True))}"
 
-    def _place(self, index: int) -> tuple[int, int]:
+    def _part_of(self, index: int) -> tuple[int, int]:
         while len(self._places) <= index:
             total = len(self._places) + 1
             behind = [share * total - count for share, count in zip(self._shares, self._counts, strict=True)]

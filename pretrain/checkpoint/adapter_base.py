@@ -43,12 +43,12 @@ def base_of(path: Path, manifest: dict[str, Any]) -> Path | None:
     if not base:
         return None
     first = Path(base["checkpoint"])
-    places = [first]
+    candidates = [first]
     for run in (storage.run_of(path), storage.run_of(path.resolve().parent)):  # a critic is in a checkpoint's folder
-        places += [Path(os.path.normpath(run / base["relative"])), _kept(run, base)]
-    for place in places:
-        if content_of(place) == base["sha256"]:
-            return place
+        candidates += [Path(os.path.normpath(run / base["relative"])), _kept(run, base)]
+    for candidate in candidates:
+        if content_of(candidate) == base["sha256"]:
+            return candidate
     said = "is another model now" if content_of(first) else "is gone"
     raise CheckpointError(
         f"{path} holds only what was trained on top of {first}, which {said}; put the model back there, whose "
@@ -59,32 +59,32 @@ def base_of(path: Path, manifest: dict[str, Any]) -> Path | None:
 def keep_bases(run_dir: Path, bases: Iterable[dict[str, Any] | None], say: Callable[[str], None]) -> None:
     """Keeps the files of bases in the run, with those of their own bases; says so where that is not possible."""
     for base in filter(None, bases):
-        place = base_of(run_dir / "checkpoints" / "next", {"base": base})
+        path = base_of(run_dir / "checkpoints" / "next", {"base": base})
         try:
-            _keep(run_dir, base, place)
+            _keep(run_dir, base, path)
         except OSError as error:
             say(
                 f"note: the weights that are not trained stay in {base['checkpoint']}, which has to be kept: its files "
                 f"cannot be linked into {run_dir} ({error.strerror})"
             )
-            while place is not None:
-                pruning.tell_use(place, run_dir, say)
-                place = base_of(place, storage.read_manifest(place)) if (place / storage.MANIFEST).is_file() else None
+            while path is not None:
+                pruning.tell_use(path, run_dir, say)
+                path = base_of(path, storage.read_manifest(path)) if (path / storage.MANIFEST).is_file() else None
 
 
-def _keep(run_dir: Path, base: dict[str, Any], place: Path | None) -> None:
-    """Links the files of the model in `place` into the run. Raises OSError if they cannot be linked."""
+def _keep(run_dir: Path, base: dict[str, Any], path: Path | None) -> None:
+    """Links the files of the model in `path` into the run. Raises OSError if they cannot be linked."""
     kept = _kept(run_dir, base)
-    if place is None or kept.is_dir():
+    if path is None or kept.is_dir():
         return
     temporary = kept.with_name(f".{kept.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        for file in _files_of(place):
+        for file in _files_of(path):
             os.link(file.resolve(), temporary / file.name)
-        if (place / storage.MANIFEST).is_file() and (further := storage.read_manifest(place).get("base")):
-            _keep(storage.run_of(kept), further, base_of(place, {"base": further}))
+        if (path / storage.MANIFEST).is_file() and (further := storage.read_manifest(path).get("base")):
+            _keep(storage.run_of(kept), further, base_of(path, {"base": further}))
         os.rename(temporary, kept)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)

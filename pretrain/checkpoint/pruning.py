@@ -41,7 +41,7 @@ def note_use(path: Path, run_dir: Path) -> None:
 
 
 def tell_use(path: Path, run_dir: Path, say: Callable[[str], None]) -> None:
-    """Notes that the run in `run_dir` needs a checkpoint, and says so where that cannot be written."""
+    """Writes beside a checkpoint that the run in `run_dir` needs it; a note is printed if that cannot be written."""
     try:
         note_use(path, run_dir)
     except OSError as error:

@@ -14,7 +14,7 @@ from pretrain.parallel.groups import Mesh
 
 
 class StepRows:
-    """Micro-batches of the steps of a run. Steps pass over the samples that `rewinds` knows of.
+    """Micro-batches of the steps of a run, without the samples that rewinds have taken out.
 
     Until `start` is called, and where the source calls collectives, rows are read when a step asks for them.
     """

@@ -44,7 +44,7 @@ class _Row:
 
 
 def windows(context: Ids, continuation: Ids, max_length: int) -> Iterator[tuple[Ids, Ids]]:
-    """Yields what the model reads and what it predicts at the end of that, so that each token is predicted once.
+    """Yields (tokens that the model reads, tokens at their end that it predicts); each token is predicted once.
 
     A context that does not fit loses its beginning. A continuation of more than `max_length` tokens is divided into
     windows of that length, and the last of them, which predicts the rest, is filled up with earlier tokens, as

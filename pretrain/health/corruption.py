@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pretrain.health.not_finite import position
-from pretrain.health.observing import OUTPUT_GRADIENT, WEIGHT_GRADIENT, TensorPlace, observed
+from pretrain.health.observing import OUTPUT_GRADIENT, WEIGHT_GRADIENT, TensorPosition, observed
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction
 from pretrain.parallel import zero
@@ -102,15 +102,15 @@ class CorruptionCheck:
         )
 
     def _digests(self, batches: Sequence[Batch], loss_fn: LossFunction) -> dict[Place, int]:
-        """Computes micro-batches, and returns a digest of each tensor by its place."""
+        """Computes micro-batches, and returns a digest of each tensor by its position."""
         keys: list[Place] = []
         sums: list[torch.Tensor] = []
 
-        def see(kind: str, place: TensorPlace, tensor: torch.Tensor) -> None:
+        def see(kind: str, position: TensorPosition, tensor: torch.Tensor) -> None:
             backward = kind in (OUTPUT_GRADIENT, WEIGHT_GRADIENT)
-            stage = -place.stage if backward else place.stage
-            what = f"the {kind} of {place.module}" if place.module else "the loss"
-            keys.append((int(backward), place.micro_batch, stage, place.order, what))
+            stage = -position.stage if backward else position.stage
+            what = f"the {kind} of {position.module}" if position.module else "the loss"
+            keys.append((int(backward), position.micro_batch, stage, position.order, what))
             sums.append(_digest(tensor))
 
         with observed(self._engine, see):

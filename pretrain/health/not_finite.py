@@ -2,7 +2,7 @@
 
 The order is that of cause and effect: weights first, then what the forward passes compute, in the order of pipeline
 stages and modules, then the gradients in the order of the backward passes. A rank that feeds others its numbers is
-found before those that got them, since the tensors of all ranks are compared by their places in the step.
+found before those that got them, since the tensors of all ranks are compared by their positions in the step.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pretrain.health.observing import INPUT, OUTPUT, OUTPUT_GRADIENT, WEIGHT_GRADIENT, TensorPlace, observed
+from pretrain.health.observing import INPUT, OUTPUT, OUTPUT_GRADIENT, WEIGHT_GRADIENT, TensorPosition, observed
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction
 from pretrain.parallel import zero
@@ -33,7 +33,7 @@ class Found:
     """The first tensor on a rank that is not finite."""
 
     kind: str
-    place: TensorPlace
+    position: TensorPosition
     shape: tuple[int, ...]
     count: int  # of its elements that are not finite
     index: tuple[int, ...]  # of the first of them
@@ -41,8 +41,8 @@ class Found:
     @property
     def key(self) -> tuple[int, ...]:
         """The order of cause and effect: the lowest is the cause."""
-        phase, stage = _PHASES[self.kind], self.place.stage
-        return phase, self.place.micro_batch, -stage if phase == 2 else stage, self.place.order
+        phase, stage = _PHASES[self.kind], self.position.stage
+        return phase, self.position.micro_batch, -stage if phase == 2 else stage, self.position.order
 
 
 class Finder:
@@ -51,12 +51,12 @@ class Finder:
     def __init__(self) -> None:
         self.found: Found | None = None
 
-    def see(self, kind: str, place: TensorPlace, tensor: torch.Tensor) -> None:
+    def see(self, kind: str, position: TensorPosition, tensor: torch.Tensor) -> None:
         wrong = ~tensor.detach().isfinite()
         if not bool(wrong.any()):
             return
         index = tuple(int(i) for i in wrong.nonzero()[0])
-        found = Found(kind, place, tuple(tensor.shape), int(wrong.sum()), index)
+        found = Found(kind, position, tuple(tensor.shape), int(wrong.sum()), index)
         if self.found is None or found.key < self.found.key:
             self.found = found
 
@@ -72,7 +72,7 @@ def first_not_finite(engine: Engine, batches: Sequence[Batch], loss_fn: LossFunc
     zero.wait_for_weights(engine.zero)
     finder = Finder()
     for order, (name, parameter) in enumerate(engine.module.named_global_parameters()):
-        finder.see(WEIGHT, TensorPlace(0, engine.mesh.pp_rank, order, name), parameter)
+        finder.see(WEIGHT, TensorPosition(0, engine.mesh.pp_rank, order, name), parameter)
     with observed(engine, finder.see):
         engine.accumulate(batches, loss_fn)
     own: dict[str, Any] = {}
@@ -87,10 +87,10 @@ def first_not_finite(engine: Engine, batches: Sequence[Batch], loss_fn: LossFunc
 
 
 def _said(found: Found, mesh: Mesh, batches: Sequence[Batch], describe: Describe) -> str:
-    name = f"the {found.kind} of {found.place.module}" if found.place.module else "the loss"
+    name = f"the {found.kind} of {found.position.module}" if found.position.module else "the loss"
     if found.kind in (WEIGHT, WEIGHT_GRADIENT):
-        name = f"the {'weight' if found.kind == WEIGHT else 'gradient of the weight'} {found.place.module}"
-    number, where, after = found.place.micro_batch, position(mesh), ""
+        name = f"the {'weight' if found.kind == WEIGHT else 'gradient of the weight'} {found.position.module}"
+    number, where, after = found.position.micro_batch, position(mesh), ""
     if found.kind != WEIGHT:
         where += f", micro-batch {number + 1} of {len(batches)}"
         after = _sample(found, mesh, batches[min(number, len(batches) - 1)], describe)

@@ -21,8 +21,8 @@ INPUT, OUTPUT, OUTPUT_GRADIENT, WEIGHT_GRADIENT = "input", "output", "gradient o
 
 
 @dataclass(frozen=True, order=True)
-class TensorPlace:
-    """The place of a tensor in a step. Ranks of a tensor or context parallel group see the same places.
+class TensorPosition:
+    """The position of a tensor in a step. Ranks of a tensor or context parallel group see the same positions.
 
     `micro_batch` counts those of this rank from 0. `stage` is the virtual pipeline stage. `order` counts the tensors of
     a micro-batch's forward pass of that stage, and those of all backward passes of the rank. `module` is the path of a
@@ -35,12 +35,12 @@ class TensorPlace:
     module: str
 
 
-See = Callable[[str, TensorPlace, torch.Tensor], None]
+See = Callable[[str, TensorPosition, torch.Tensor], None]
 
 
 @contextmanager
 def observed(engine: Engine, see: See) -> Iterator[None]:
-    """Context in which `see` gets kind, place and tensor of all floating-point tensors of forward and backward passes.
+    """Context in which `see` gets each floating-point tensor of forward and backward passes, with kind and position.
 
     The output of a chunk itself has the path "": on the last stage it is the loss. Rows of experts are left out, since
     those of tokens that no expert takes are undefined. `see` must not change the tensors.
@@ -67,7 +67,7 @@ class _Backward:
         self._note(WEIGHT_GRADIENT, stage, name, gradient)
 
     def _note(self, kind: str, stage: int, module: str, gradient: torch.Tensor) -> None:
-        self._see(kind, TensorPlace(self._micro_batch, stage, self._order, module), gradient)
+        self._see(kind, TensorPosition(self._micro_batch, stage, self._order, module), gradient)
         self._order += 1
 
 
@@ -92,7 +92,7 @@ class _Forward:
                 tensor.register_hook(partial(self.backward.output, self.stage, self._micro_batch, path))
 
     def _note(self, kind: str, path: str, tensor: torch.Tensor) -> None:
-        self._see(kind, TensorPlace(self._micro_batch, self.stage, self._order, path), tensor.detach())
+        self._see(kind, TensorPosition(self._micro_batch, self.stage, self._order, path), tensor.detach())
         self._order += 1
 
 

@@ -58,7 +58,7 @@ class SpikeGuard:
         return math.exp(middle + self._settings.z_score * spread)
 
     def note(self, step: int, loss: float, norm: float, applied: bool) -> dict[str, Any]:
-        """Takes the results of a step, and returns what its line in the log says of it: {} for one like the others.
+        """Records a step's results, and returns keys for its line of metrics.jsonl: {} unless the step is a spike.
 
         Raises FloatingPointError if too many of the last steps were skipped.
         """
@@ -92,7 +92,7 @@ class SpikeGuard:
         return {name: list(getattr(self, f"_{name}")) for name in ("norms", "losses", "skipped")}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes up a `state`, and forgets what it noted; {} stands for that of a version without one."""
+        """Continues from `state`, which a checkpoint kept; {} is the state of a checkpoint without one."""
         self._norms.clear()
         self._losses.clear()
         self._skipped.clear()

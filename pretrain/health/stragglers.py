@@ -45,7 +45,7 @@ class Stragglers:
 
     @classmethod
     def of_mesh(cls, settings: WatchdogConfig, mesh: Mesh) -> "Stragglers":
-        """Makes it for the ranks of a run. Collective."""
+        """Makes the detector for the ranks of a run. Collective."""
         found = mesh.gather_json([mesh.pp_rank, f"{position(mesh)} on {platform.node()}"])
         return cls(settings, [stage for stage, _ in found], [name for _, name in found])
 

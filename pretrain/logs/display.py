@@ -64,7 +64,7 @@ class Display:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Leaves the panel as it is; what is printed from now on comes below it."""
+        """Stops updating the panel; later output is printed below it."""
         if self._live is not None:
             self._live.stop()
 
@@ -84,7 +84,7 @@ class Display:
         return "  ".join(parts)
 
     def panel(self) -> RenderableType:
-        """Draws the panel as it is now."""
+        """Returns the panel with the newest numbers."""
         share = self._step / self.steps
         head = Table.grid(padding=(0, 2, 0, 0))
         left = self.seconds_left()

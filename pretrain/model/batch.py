@@ -40,9 +40,9 @@ class Batch:
         return replace(self, documents=self.documents.with_contexts(self.loss_mask))
 
     def with_ahead(self, depth: int) -> "Batch":
-        """Returns a batch of whole rows with what so many modules of multi-token prediction read and predict."""
+        """Returns a batch of whole rows with the inputs and labels of `depth` modules of multi-token prediction."""
         rows = self.tokens, self.labels, self.loss_mask, self.segments
-        return replace(self, ahead=tuple(Ahead.of(*rows, places=i + 1) for i in range(depth)))
+        return replace(self, ahead=tuple(Ahead.of(*rows, offset=i + 1) for i in range(depth)))
 
     def of_module(self, index: int) -> "Batch":
         """Returns the batch with the labels of a module of multi-token prediction in place of the model's."""

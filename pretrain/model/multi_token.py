@@ -1,6 +1,6 @@
 """Multi-token prediction: what its modules read and predict (DeepSeek-V3, arXiv 2412.19437, section 2.2).
 
-Module k sees at each token the hidden state of the module before it, and the embedding of the token k places ahead; it
+Module k sees at each token the hidden state of the module before it, and the embedding of the token k tokens ahead; it
 predicts the token after that one. The modules are blocks of `decoder.py`, and share the embedding and the output head.
 """
 
@@ -18,23 +18,23 @@ class Ahead:
     and no token that is trained on sees it.
     """
 
-    tokens: torch.Tensor  # the token k places ahead, and 0 after the end of the row
+    tokens: torch.Tensor  # the token k tokens ahead, and 0 after the end of the row
     labels: torch.Tensor  # the token after that one
-    loss_mask: torch.Tensor  # that of the token k places ahead where valid, else 0
-    valid: torch.Tensor  # whether the token k places ahead is of the same document
+    loss_mask: torch.Tensor  # that of the token k tokens ahead where valid, else 0
+    valid: torch.Tensor  # whether the token k tokens ahead is of the same document
     trained: torch.Tensor  # [N] indices b * S + s where loss_mask is not 0
 
     @classmethod
     def of(
-        cls, tokens: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor, segments: torch.Tensor, places: int
+        cls, tokens: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor, segments: torch.Tensor, offset: int
     ) -> "Ahead":
-        """Shifts whole rows [B, S] by so many places; -1 in `segments` is padding."""
+        """Shifts whole rows [B, S] to the left by `offset` tokens; -1 in `segments` is padding."""
         there = torch.zeros_like(segments, dtype=torch.bool)
-        there[:, :-places] = (segments[:, places:] == segments[:, :-places]) & (segments[:, :-places] >= 0)
+        there[:, :-offset] = (segments[:, offset:] == segments[:, :-offset]) & (segments[:, :-offset] >= 0)
 
         def ahead(x: torch.Tensor) -> torch.Tensor:
             shifted = torch.zeros_like(x)
-            shifted[:, :-places] = x[:, places:]
+            shifted[:, :-offset] = x[:, offset:]
             return shifted
 
         mask = ahead(loss_mask) * there

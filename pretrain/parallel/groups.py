@@ -129,21 +129,21 @@ def device_of(local_rank: int, visible: int) -> torch.device:
 
 
 def backend_of(device: torch.device, backend: str) -> str:
-    """Returns the name by which torch.distributed knows the groups of a device, given `parallel.backend`."""
+    """Returns the backend of torch.distributed for groups on a device, given `parallel.backend`."""
     if device.type != "cuda":
         return "gloo"
     return staged_gloo.NAME if backend == "gloo" else "cpu:gloo,cuda:nccl"
 
 
-def refuse_shared_gpus(places: Sequence[Sequence[str]]) -> None:
-    """Raises ConfigError if two ranks have the same GPU, which NCCL refuses; `places` are (host, GPU) by rank."""
+def refuse_shared_gpus(gpus: Sequence[Sequence[str]]) -> None:
+    """Raises ConfigError if two ranks have the same GPU, which NCCL refuses; `gpus` are (host, GPU) by rank."""
     first: dict[tuple[str, ...], int] = {}
-    for rank, place in enumerate(places):
-        other = first.setdefault(tuple(place), rank)
+    for rank, gpu in enumerate(gpus):
+        other = first.setdefault(tuple(gpu), rank)
         if other != rank:
             raise ConfigError(
                 f"parallel.backend = 'auto' gives each rank a GPU of its own, but ranks {other} and {rank} on "
-                f"{place[0]} see one and the same; start fewer ranks there, or set parallel.backend=gloo, which is "
+                f"{gpu[0]} see one and the same; start fewer ranks there, or set parallel.backend=gloo, which is "
                 "slow, to try a layout on one GPU"
             )
 
@@ -179,8 +179,8 @@ def start(env: ClusterEnvironment, layout: Layout, backend: str = "auto", timeou
             timeout=datetime.timedelta(minutes=timeout_minutes),
         )
     if device.type == "cuda" and backend == "auto":
-        place = [platform.node(), str(torch.cuda.get_device_properties(device).uuid)]
-        refuse_shared_gpus(gather_json(place))  # before NCCL is first used
+        gpu = [platform.node(), str(torch.cuda.get_device_properties(device).uuid)]
+        refuse_shared_gpus(gather_json(gpu))  # before NCCL is first used
     parallel_state.initialize_model_parallel(
         layout.tp,
         layout.pp,

@@ -54,7 +54,7 @@ def draw_model(r: random.Random, seq_length: int) -> dict[str, Any]:
 
 
 def _draw_later_parts(r: random.Random, model: dict[str, Any]) -> None:
-    """Gives a model parts with random numbers of their own, so that the rest of a draw is what it was before them."""
+    """Adds newer parts to a drawn model by their own generator, so that a seed keeps drawing the same older parts."""
     if r.random() < 0.25 and model.get("head", {}).get("kind") != "scalar":
         further = {"mtp_depth": r.choice((1, 1, 2)), "mtp_weight": r.choice((0.3, 1.0))}
         model["head"] = {**model.get("head", {}), **further}

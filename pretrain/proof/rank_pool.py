@@ -19,7 +19,7 @@ MOST_THREADS = 150  # of a rank, before all start anew: a few of gloo's threads 
 
 
 class ProofRanks:
-    """Context manager that holds the processes of ranks; ranks are started when a job first needs so many.
+    """Context manager that keeps rank processes running between jobs; more are started when a job needs them.
 
     A rank ends when its standard input closes, so also when this process is killed. With `device` cpu ranks see no GPU.
     """

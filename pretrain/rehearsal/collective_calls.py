@@ -44,7 +44,7 @@ class GroupCall:
     """A call of a process group. `numel` is the number of elements that this rank puts in, or gets from a peer.
 
     `peer` is the rank in the world of the other end of a message, or the root of a broadcast. `sent` and `received` are
-    the elements that an all-to-all exchanges with each rank of the group. `phase` and `place` say where in the step.
+    the elements that an all-to-all exchanges with each rank of the group. `phase` and `location` say where in the step.
     """
 
     group: Group
@@ -57,7 +57,7 @@ class GroupCall:
     sent: tuple[int, ...] = ()
     received: tuple[int, ...] = ()
     phase: str = ""
-    place: str = ""
+    location: str = ""
 
     @property
     def is_message(self) -> bool:
@@ -124,8 +124,8 @@ def recorded(names: dict[int, str]) -> Iterator[list[GroupCall]]:
         @functools.wraps(method)
         def call(group: Any, *args: Any, **options: Any) -> Any:
             if not inside:
-                phase, place = _position()
-                made = GroupCall(group_of(group), operation, **describe(group, args), phase=phase, place=place)
+                phase, location = _position()
+                made = GroupCall(group_of(group), operation, **describe(group, args), phase=phase, location=location)
                 calls.append(known.setdefault(made, made))
             inside.append(True)
             try:
@@ -146,14 +146,14 @@ def recorded(names: dict[int, str]) -> Iterator[list[GroupCall]]:
 
 def _position() -> tuple[str, str]:
     """Returns the phase of the step that this thread is in, and the innermost line of the project, file:line."""
-    frame, place, phase = sys._getframe(2), "", ""
-    while frame is not None and not (place and phase):
+    frame, location, phase = sys._getframe(2), "", ""
+    while frame is not None and not (location and phase):
         code = frame.f_code
-        if not place and code.co_filename.startswith(_OWN):
-            place = f"{Path(code.co_filename).relative_to(_PROJECT)}:{frame.f_lineno}"
+        if not location and code.co_filename.startswith(_OWN):
+            location = f"{Path(code.co_filename).relative_to(_PROJECT)}:{frame.f_lineno}"
         phase = phase or PHASES.get(code.co_name, "")
         frame = frame.f_back  # type: ignore[assignment]
-    return phase, place
+    return phase, location
 
 
 def _of(tensors: Sequence[torch.Tensor]) -> dict[str, Any]:

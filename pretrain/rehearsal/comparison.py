@@ -79,4 +79,4 @@ def _told(found: tuple[int, GroupCall] | None) -> str:
         return "enters none"
     call = found[1]
     phase = f" in the {call.phase}" if call.phase else ""
-    return f"enters {call}{phase}" + (f" ({call.place})" if call.place else "")
+    return f"enters {call}{phase}" + (f" ({call.location})" if call.location else "")

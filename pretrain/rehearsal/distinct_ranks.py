@@ -8,7 +8,7 @@ from configs.train import ParallelConfig
 
 
 @dataclass(frozen=True, order=True)
-class RankPlace:
+class RankCoordinates:
     """The coordinates of a rank. `data` counts the dp * cp ranks that have the same weights, experts aside."""
 
     stage: int
@@ -16,15 +16,15 @@ class RankPlace:
     tensor: int
 
     def rank(self, layout: Layout) -> int:
-        """Returns the rank at this place, in the order that `configs.layout` describes."""
+        """Returns the rank with these coordinates, in the order that `configs.layout` describes."""
         return (self.stage * layout.dp * layout.cp + self.data) * layout.tp + self.tensor
 
 
-def place_of(rank: int, layout: Layout) -> RankPlace:
+def coordinates_of(rank: int, layout: Layout) -> RankCoordinates:
     """Returns the coordinates of `rank`."""
     rest, tensor = divmod(rank, layout.tp)
     stage, data = divmod(rest, layout.dp * layout.cp)
-    return RankPlace(stage, data, tensor)
+    return RankCoordinates(stage, data, tensor)
 
 
 def smallest_world(parallel: ParallelConfig) -> int:
@@ -53,4 +53,4 @@ def distinct_ranks(layout: Layout) -> list[int]:
     data = sorted({0, cp - 1, ep - 1, last + 1 - cp, last + 1 - ep, last})
     tensor = sorted({0, min(1, layout.tp - 1) if layout.kv_copies > 1 else 0, layout.tp - 1})
     corners = {(d, 0) for d in data} | {(0, t) for t in tensor} | {(last, layout.tp - 1)}
-    return sorted(RankPlace(stage, d, t).rank(layout) for stage in range(layout.pp) for d, t in corners)
+    return sorted(RankCoordinates(stage, d, t).rank(layout) for stage in range(layout.pp) for d, t in corners)

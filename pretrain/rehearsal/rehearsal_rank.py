@@ -181,5 +181,5 @@ def _described(error: Exception) -> str:
         for frame in traceback.extract_tb(error.__traceback__)
         if Path(frame.filename).is_relative_to(project) and ".venv" not in frame.filename
     ]
-    place = f" at {Path(own[-1].filename).relative_to(project)}:{own[-1].lineno} in {own[-1].name}" if own else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}{place}"
+    location = f" at {Path(own[-1].filename).relative_to(project)}:{own[-1].lineno} in {own[-1].name}" if own else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}{location}"

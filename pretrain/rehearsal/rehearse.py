@@ -23,7 +23,7 @@ from configs.loader import ConfigError, Failure
 from configs.train import Precision, PretrainConfig
 from launch.processes import cores
 from pages import duration
-from pretrain.rehearsal.distinct_ranks import distinct_micro_batches, distinct_ranks, place_of, smallest_world
+from pretrain.rehearsal.distinct_ranks import coordinates_of, distinct_micro_batches, distinct_ranks, smallest_world
 
 if TYPE_CHECKING:
     from pretrain.rehearsal.rehearsal_rank import RehearsedRank
@@ -110,7 +110,7 @@ def _precision(config: PretrainConfig, device: str) -> str:
 
 
 def _shortened(config: PretrainConfig, layout: Layout, micro_batches: int) -> tuple[Layout, PretrainConfig]:
-    """Returns layout and config of a step of so many micro-batches on each rank."""
+    """Returns layout and config of the same step with a smaller number of micro-batches on each rank."""
     if micro_batches > layout.grad_accum_steps:
         raise ConfigError(
             f"--micro-batches {micro_batches} is more than the {layout.grad_accum_steps} of a step; set "
@@ -142,7 +142,7 @@ def _number(option: str, given: str, default: int) -> int:
 def _chosen(ranks: Sequence[int], layout: Layout) -> str:
     if len(ranks) == layout.world_size:
         return f"Runs every rank: 0 to {layout.world_size - 1}."
-    of_stage = [str(rank) for rank in ranks if place_of(rank, layout).stage == 0]
+    of_stage = [str(rank) for rank in ranks if coordinates_of(rank, layout).stage == 0]
     stages = f" and their like in each of the {layout.pp} stages" if layout.pp > 1 else ""
     return (
         f"Runs {len(ranks):,} of {layout.world_size:,} ranks, {', '.join(of_stage)}{stages}: every stage, and the "
@@ -177,9 +177,9 @@ def _report(done: "Sequence[RehearsedRank]", layout: Layout, repeated: Fraction,
     from pretrain.rehearsal.comparison import mismatch
 
     if failed := next((rank for rank in done if rank.failure), None):
-        place = place_of(failed.rank, layout)
+        rank_at = coordinates_of(failed.rank, layout)
         print(
-            f"error: rank {failed.rank} (stage {place.stage}, tensor-parallel rank {place.tensor}) fails: "
+            f"error: rank {failed.rank} (stage {rank_at.stage}, tensor-parallel rank {rank_at.tensor}) fails: "
             f"{failed.failure}",
             file=sys.stderr,
         )

@@ -55,7 +55,7 @@ def _table(sources: Mapping[str, Any]) -> str:
 
 
 def _sample(sample: Mapping[str, Any]) -> str:
-    where = f"{sample['source']}: {sample['place']}"
+    where = f"{sample['source']}: {sample['location']}"
     left = sample["tokens"] - len(sample["pieces"])
     more = f"<p>{left:,} more tokens</p>" if left else ""
     pieces = (f"<b>{_escaped(text)}</b>" if weight else _escaped(text) for text, weight in sample["pieces"] if text)

@@ -80,7 +80,7 @@ class RunDirectory:
             self.data_spans[-1] = {**self.data_spans[-1], "config": history.completed(type(self._config), config)}
 
     def begin_data_span(self, step: int, samples: int, say: Callable[[str], None]) -> None:
-        """Begins a data span at `step`, unless nothing has changed, and tells the user through `say` what has."""
+        """Begins a data span at `step` if data or settings have changed, and prints each change through `say`."""
         now: history.DataSpan = {
             "first_step": step,
             "first_sample": samples,

@@ -74,7 +74,7 @@ def _late(reports: Mapping[int, RankReport]) -> str:
 
 
 def _waits(report: RankReport, reports: Mapping[int, RankReport]) -> list[tuple[list[int], str]]:
-    """Returns, for each thing that a rank waits for, (the ranks that it waits for, what it waits in)."""
+    """Returns for each pending collective or message of a rank (the ranks that it waits for, its description)."""
     found = []
     for pending in report.collectives:
         if not pending.pending or pending.group not in report.groups:
@@ -121,6 +121,6 @@ def _position(report: RankReport) -> str:
     elif report.phase:
         begun = f" (forward passes begun: {report.micro_batches})" if "pass" in report.phase else ""
         parts.append(f"the {report.phase} of pipeline stage {report.stage}{begun}")
-    place = report.location or report.innermost
-    within = "" if report.innermost in ("", place) else f" ({report.innermost})"
-    return ", ".join(parts) + f", at {place}{within}"
+    location = report.location or report.innermost
+    within = "" if report.innermost in ("", location) else f" ({report.innermost})"
+    return ", ".join(parts) + f", at {location}{within}"

@@ -101,7 +101,7 @@ class Watchdog:
             is_late = overdue and elapsed > waited
             if not is_late and now - looked > self._settings.least_seconds / 5:
                 looked = now
-                is_late = self._place.exists()  # another rank reports, whose activity has a shorter limit
+                is_late = self._hang_folder.exists()  # another rank reports, whose activity has a shorter limit
             if is_late:
                 self._settle(elapsed, min(limit, self._settings.first_seconds), mark, overdue)
                 last, waited = time.monotonic(), PATIENCE * elapsed  # the run goes on
@@ -112,12 +112,12 @@ class Watchdog:
 
     def _settle(self, elapsed: float, limit: float, mark: float, overdue: bool) -> None:
         """Compares what all ranks do, and ends the process if the run hangs: if nothing was begun since time `mark`."""
-        place, rank = self._place, self._mesh.rank
+        folder, rank = self._hang_folder, self._mesh.rank
         with contextlib.suppress(OSError):  # a full disk must not keep the run from ending
-            self._write_report(place, overdue)
+            self._write_report(folder, overdue)
         grace = min(LONGEST_GRACE, max(2.0, limit / 2))
-        _wait(grace, lambda: len(_read(place)) == len(self._processes))
-        reports, file = _read(place), place / "verdict.json"
+        _wait(grace, lambda: len(_read(folder)) == len(self._processes))
+        reports, file = _read(folder), folder / "verdict.json"
         if rank == min(reports, default=rank):
             decision = self._decide(reports, elapsed, limit, mark)
             with contextlib.suppress(OSError):
@@ -132,13 +132,13 @@ class Watchdog:
             self._on_hang()
             os._exit(decision.status)
 
-    def _write_report(self, place: Path, overdue: bool) -> None:
+    def _write_report(self, folder: Path, overdue: bool) -> None:
         rank = self._mesh.rank
-        place.mkdir(parents=True, exist_ok=True)
-        files.write_atomic(place / f"rank_{rank}.txt", stacks().encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(folder / f"rank_{rank}.txt", stacks().encode())
         activities, stage = self._activities, self._mesh.pp_rank
         own = report_of(rank, activities.step, activities.name, self._engine.micro_batches, stage, overdue)
-        files.write_atomic(place / f"rank_{rank}.json", own.as_json().encode())
+        files.write_atomic(folder / f"rank_{rank}.json", own.as_json().encode())
 
     def _decide(self, reports: dict[int, RankReport], elapsed: float, limit: float, mark: float) -> "Decision":
         step = max((report.step for report in reports.values()), default=self._activities.step)
@@ -148,9 +148,9 @@ class Watchdog:
         absent = {rank: _state(host, pid) for rank, (host, pid) in enumerate(self._processes) if rank not in reports}
         text = (
             f"no progress for {elapsed:.0f} s, where {limit:.0f} s are allowed ([watchdog]): "
-            f"{verdict(reports, absent)}; stacks of all ranks are in {self._place}"
+            f"{verdict(reports, absent)}; stacks of all ranks are in {self._hang_folder}"
         )
-        before = [_read_decision(place / "verdict.json") for place in _hangs(self._folder)]
+        before = [_read_decision(folder / "verdict.json") for folder in _hangs(self._folder)]
         if sum(told is not None and told.hangs and told.step == step for told in before) + 1 < SAME_STEP:
             return Decision(True, step, text, HUNG)
         text += f"; the run has hung {SAME_STEP} times at step {step}, so do not start it again as it is"
@@ -180,9 +180,9 @@ def _read_decision(file: Path) -> Decision | None:
         return None
 
 
-def _read(place: Path) -> dict[int, RankReport]:
+def _read(folder: Path) -> dict[int, RankReport]:
     found = {}
-    for path in place.glob("rank_*.json"):
+    for path in folder.glob("rank_*.json"):
         with contextlib.suppress(OSError, ValueError):
             report = RankReport.from_json(path.read_text())
             found[report.rank] = report

@@ -47,17 +47,17 @@ def test_the_rank_that_holds_up_the_others_is_named(forks: Forks, tmp_path: Path
     assert victim.wait(20) is not None
     world.end("after the hang")
     said = next(line for line in world.log.read_text().splitlines() if line.startswith("error: no progress"))
-    place = max((tmp_path / "run" / "hang").iterdir(), key=lambda path: int(path.name))
+    folder = max((tmp_path / "run" / "hang").iterdir(), key=lambda path: int(path.name))
     if fault == "sleeps":
         assert "rank 1 is late: it is in step 5, the forward pass of pipeline stage" in said
         assert "in _fail" in said and "rank 0 waits for it in " in said
-        assert "time.sleep" in (place / "rank_1.txt").read_text()
+        assert "time.sleep" in (folder / "rank_1.txt").read_text()
     elif fault == "is stopped":
         assert f"rank 1 gives no sign of life: process {victim.pid} on " in said and "is stopped by a signal" in said
-        assert not (place / "rank_1.json").exists()
+        assert not (folder / "rank_1.json").exists()
     else:
         assert "rank 1" in said and "all_gather" in said and "in _fail" in said
-    told = json.loads((place / "verdict.json").read_text())
+    told = json.loads((folder / "verdict.json").read_text())
     assert told["text"] in said and told["step"] == 5
     end = list(after_run(tmp_path / "run"))[-1]
     assert end.level is Severity.FAILURE and end.found.startswith("it hung in step 5: no progress for ")

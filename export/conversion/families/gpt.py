@@ -51,7 +51,7 @@ def _times(factor: int, name: str) -> Any:
 
 
 def four_times(name: str, also: str = "") -> Custom:
-    """Returns what says that an MLP is four times as wide as the hidden states, of the width that `name` holds."""
+    """Returns the rule that an MLP is four times as wide as the hidden states, whose width is key `name`."""
 
     def read(draft: Draft) -> None:
         width = _times(4, name)(draft.raw) or (_times(4, also)(draft.raw) if also else None)

@@ -91,7 +91,7 @@ def _write_layers(config: ModelConfig) -> dict[str, Any]:
 
 
 def _every(interval: int, count: int) -> list[int]:
-    """Returns 0 for every so many-th layer, which does not rotate, and 1 for the others."""
+    """Returns for each layer 0 if it has no rotary embedding, which is every n-th layer, else 1."""
     return [int((layer + 1) % interval != 0) for layer in range(count)]
 
 

@@ -47,8 +47,8 @@ def _add_low_rank(decoder: Decoder, config: AdapterConfig, context: LayerContext
 
 def _add_bottlenecks(decoder: Decoder, config: AdapterConfig, context: LayerContext, std: float) -> None:
     for block in decoder.blocks.values():
-        for place in config.after:
-            block.adapter[place] = Bottleneck(decoder.model_config.hidden_size, config, context, std)
+        for part in config.after:
+            block.adapter[part] = Bottleneck(decoder.model_config.hidden_size, config, context, std)
 
 
 def _add_prompt(decoder: Decoder, config: AdapterConfig, context: LayerContext, _: float) -> None:

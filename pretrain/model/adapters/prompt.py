@@ -30,7 +30,7 @@ class PromptVectors(nn.Module):
             self.encoder = encoder(hidden_size, config.encoder_size, context)
 
     def forward(self, rows: int) -> torch.Tensor:
-        """Returns the vectors for so many rows, [n, rows, H]."""
+        """Returns the virtual tokens' vectors, repeated for each of `rows` rows: [n, rows, H]."""
         return self.vectors()[:, None].expand(-1, rows, -1)
 
     def vectors(self) -> torch.Tensor:
@@ -56,8 +56,8 @@ class LSTMEncoder(nn.Module):
 
     def __init__(self, hidden_size: int, size: int, context: LayerContext):
         super().__init__()
-        place = {"dtype": context.dtype, "device": context.device}
-        self.lstm = nn.LSTM(hidden_size, size, LSTM_LAYERS, bidirectional=True, **place)
+        factory = {"dtype": context.dtype, "device": context.device}
+        self.lstm = nn.LSTM(hidden_size, size, LSTM_LAYERS, bidirectional=True, **factory)
         for name, parameter in self.lstm.named_parameters():
             marks = Marks(constant=0.0, decays=False) if name.startswith("bias") else Marks(std=_std(size))
             mark(parameter, marks)

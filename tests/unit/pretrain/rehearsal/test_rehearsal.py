@@ -16,13 +16,13 @@ from configs.train import ParallelConfig, PretrainConfig, TrainSection
 from pretrain.rehearsal import rehearse
 from pretrain.rehearsal.collective_calls import Group, GroupCall
 from pretrain.rehearsal.comparison import mismatch
-from pretrain.rehearsal.distinct_ranks import distinct_micro_batches, distinct_ranks, place_of, smallest_world
+from pretrain.rehearsal.distinct_ranks import coordinates_of, distinct_micro_batches, distinct_ranks, smallest_world
 from pretrain.rehearsal.rehearsal_rank import RehearsedRank
 
 DEMO = "configs/pretrain/demo.toml"
 DEMO_MOE = "configs/pretrain/demo_moe.toml"
 TP = Group("tp", (0, 1))
-SUM = GroupCall(TP, "all_reduce", "float32", 8, 32, on_host=False, phase="backward pass", place="pretrain/x.py:1")
+SUM = GroupCall(TP, "all_reduce", "float32", 8, 32, on_host=False, phase="backward pass", location="pretrain/x.py:1")
 
 
 def _layout(world: int, **parallel: int) -> Layout:
@@ -54,11 +54,11 @@ def _layout(world: int, **parallel: int) -> Layout:
 def test_every_kind_of_group_has_two_ranks_that_are_run(layout: Layout) -> None:
     run = distinct_ranks(layout)
     assert run == sorted(set(run))
-    assert {place_of(rank, layout).stage for rank in run} == set(range(layout.pp))
-    assert all(place_of(rank, layout).rank(layout) == rank for rank in range(layout.world_size))
+    assert {coordinates_of(rank, layout).stage for rank in run} == set(range(layout.pp))
+    assert all(coordinates_of(rank, layout).rank(layout) == rank for rank in range(layout.world_size))
     groups: dict[str, dict[tuple[int, ...], list[int]]] = {}
     for rank in run:
-        stage, data, tensor = (getattr(place_of(rank, layout), name) for name in ("stage", "data", "tensor"))
+        stage, data, tensor = (getattr(coordinates_of(rank, layout), name) for name in ("stage", "data", "tensor"))
         for kind, size, key in (
             ("tp", layout.tp, (stage, data)),
             ("cp", layout.cp, (stage, data // layout.cp, tensor)),
@@ -91,7 +91,7 @@ def test_micro_batches_that_show_the_schedule() -> None:
 
 
 def test_equal_calls_fit_together() -> None:
-    assert mismatch({0: [SUM, SUM], 1: [SUM, replace(SUM, place="pretrain/y.py:2")]}) == ""
+    assert mismatch({0: [SUM, SUM], 1: [SUM, replace(SUM, location="pretrain/y.py:2")]}) == ""
 
 
 def test_the_first_difference_in_the_step_is_told() -> None:

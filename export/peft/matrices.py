@@ -24,7 +24,7 @@ _TAKEN_FOR_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
-class Place:
+class AdapterMatrix:
     """A matrix, or the stacked matrices of all experts: the `parameter` of a `module` of transformers.
 
     `rows` makes its rows of those of `ours`, Trivium's weights by name. `turned` says that PEFT takes its rows for
@@ -62,11 +62,11 @@ def target_of(name: str) -> str | None:
     return "experts" if _EXPERTS.fullmatch(name) else None
 
 
-def places(family: Family, model: ModelConfig) -> list[Place]:
-    """Returns all places of a model that can have an adapter, in the order of its layers."""
+def adapter_matrices(family: Family, model: ModelConfig) -> list[AdapterMatrix]:
+    """Returns all matrices of a model that can have an adapter, in the order of its layers."""
     walked = [entry for entry in entries(family, model) if all(target_of(name) for name in entry.ours)]
     split = any(isinstance(entry.operation, SplitExperts) for entry in walked)
-    found: list[Place] = []
+    found: list[AdapterMatrix] = []
     experts: dict[str, dict[str, Entry]] = {}
     for entry in walked:
         first = next(iter(entry.ours))
@@ -80,16 +80,16 @@ def places(family: Family, model: ModelConfig) -> list[Place]:
     return found
 
 
-def _linear(entry: Entry, beside_experts: bool) -> Place:
+def _linear(entry: Entry, beside_experts: bool) -> AdapterMatrix:
     (theirs,) = entry.theirs
     module, _, parameter = theirs.rpartition(".")
     rows, transposed = _without_transpose(entry.operation)
     taken = beside_experts and module.rpartition(".")[2] in _TAKEN_FOR_EXPERTS
-    return Place(module, parameter, entry.ours, rows, transposed, by_module=not taken)
+    return AdapterMatrix(module, parameter, entry.ours, rows, transposed, by_module=not taken)
 
 
-def _stacked(matrices: dict[str, Entry], family: Family) -> Iterator[Place]:
-    """Yields the places of one layer's experts: gates and inputs in one, and outputs."""
+def _stacked(matrices: dict[str, Entry], family: Family) -> Iterator[AdapterMatrix]:
+    """Yields the matrices of one layer's experts: gates and inputs in one, and outputs."""
     down = matrices.pop("down_proj")
     ours = {name: shape for entry in matrices.values() for name, shape in entry.ours.items()}
     first = next(iter(matrices.values()))
@@ -98,15 +98,15 @@ def _stacked(matrices: dict[str, Entry], family: Family) -> Iterator[Place]:
         for old, new in _RENAMED.items():
             module = module.replace(old, new)
         files = tuple(name for entry in matrices.values() for name in entry.theirs)
-        yield Place(module, "gate_up_proj", ours, Join(1), by_module=False, inside=1, files=files)
-        yield Place(module, "down_proj", down.ours, Copy(), by_module=False, files=tuple(down.theirs))
+        yield AdapterMatrix(module, "gate_up_proj", ours, Join(1), by_module=False, inside=1, files=files)
+        yield AdapterMatrix(module, "down_proj", down.ours, Copy(), by_module=False, files=tuple(down.theirs))
         return
     for entry, inside in ((first, 1), (down, 0)):
         (theirs,) = entry.theirs
         module, _, parameter = theirs.rpartition(".")
         rows, transposed = _without_transpose(entry.operation)
         turned = transposed and family.architecture not in _SAYS_TRANSPOSED
-        yield Place(module, parameter, entry.ours, rows, turned=turned, by_module=False, inside=inside)
+        yield AdapterMatrix(module, parameter, entry.ours, rows, turned=turned, by_module=False, inside=inside)
 
 
 def _without_transpose(operation: Operation) -> tuple[Operation, bool]:
