@@ -338,3 +338,10 @@ def test_no_test_module_imports_another() -> None:
             if re.match(r"tests\..*\btest_", name):
                 wrong.append(f"{module}, line {line}: imports {name}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_unit_tests_stand_where_the_code_stands() -> None:
+    """A room's tests are in the folder of the same name, so that a reader finds one from the other."""
+    unit = ROOT / "tests/unit"
+    folders = {file.parent.relative_to(unit) for file in unit.rglob("test_*.py")}
+    assert len(folders) > 40 and not [str(folder) for folder in folders if not (ROOT / folder).is_dir()]
