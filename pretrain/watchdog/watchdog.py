@@ -107,7 +107,7 @@ class Watchdog:
                 last, waited = time.monotonic(), PATIENCE * elapsed  # the run goes on
 
     @property
-    def _place(self) -> Path:
+    def _hang_folder(self) -> Path:
         return self._folder / str(self._number)
 
     def _settle(self, elapsed: float, limit: float, mark: float, overdue: bool) -> None:

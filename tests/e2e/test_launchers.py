@@ -103,7 +103,7 @@ MPI_RANK = "from launch.mpi_rank import main\nmain()"
 
 @pytest.fixture
 def ssh(tmp_path: Path) -> Iterator[list[str]]:
-    """The words of an ssh that enters this machine by a server of its own, on two loopback addresses."""
+    """Command line of an ssh that logs into this machine, through a server of its own on two loopback addresses."""
     server = shutil.which("sshd", path=SBIN)
     if server is None:
         pytest.skip("no sshd here; install it: apt-get install openssh-server")

@@ -133,7 +133,7 @@ def test_bf16_layouts_stay_close_to_fp32(run: RunLayout, layout: str) -> None:
     ],
 )
 def test_bf16_ranks_clip_by_one_norm_and_stay_together(run: RunLayout, layout: str) -> None:
-    """DeepSpeed has an optimizer of its own for stage 1 in this precision, with another norm and another clipping.
+    """All ranks compute the same gradient norm, also with experts, and hold the same weights after clipping by it.
 
     The losses are near one rank's, but not as near as in fp32: a rounding lets some tokens choose other experts.
     """

@@ -199,7 +199,7 @@ def test_one_that_gets_through_or_meets_another_rule_is_an_alarm(config: Path, p
 
 
 def test_a_text_that_is_mostly_cut(config: Path) -> None:
-    """MinHash is off, so that the copy reaches the substrings stage."""
+    """A copy, which would be dropped by MinHash if that were on, loses most of its text in the substrings stage."""
     canary = planted(config)["mostly"]
     canary["text"][0] += " Not the same end."
     path = with_canaries(config, {"mostly": canary | {"reason": "duplicate_substring"}}, "mostly")

@@ -188,7 +188,7 @@ def test_an_address_with_credentials_is_refused_and_not_repeated(tmp_path: Path,
 
 
 def test_a_local_key_is_of_contents(tmp_path: Path) -> None:
-    """The modification time of a local file does not change the key."""
+    """The cache key of a local file depends on its content, not on its modification time."""
     config_file = tmp_path / "data.toml"
     config_file.write_text(CONFIG.format(run=tmp_path / "run", files=tmp_path / "in"))
     (tmp_path / "in").mkdir()
