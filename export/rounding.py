@@ -7,6 +7,7 @@ measured: Trivium's decoder computes the same in fp64.
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,10 +46,10 @@ def allowed(ours: torch.Tensor, exact: torch.Tensor, tolerance: float) -> float:
 def first_layer(hf: "Reloaded", reference: "Reference", tokens: torch.Tensor, tolerance: float) -> str:
     """Returns the first module whose output differs by more than is allowed, and by how much, as text."""
     decoder, exact = reference.decoder, in_fp64(reference.decoder)
-    places = module_names(reference.family, reference.compared)
-    theirs = _recorded({n: hf.model.get_submodule(place) for n, place in places.items()}, lambda: hf.model(tokens))
+    modules = module_names(reference.family, reference.compared)
+    theirs = _recorded({n: hf.model.get_submodule(module) for n, module in modules.items()}, lambda: hf.model(tokens))
     ours, wide = (
-        _recorded({name: _module(one, name) for name in places}, lambda one=one: outputs_of(one, tokens))
+        _recorded({name: _module(one, name) for name in modules}, partial(outputs_of, one, tokens))
         for one in (decoder, exact)
     )
     for name, found in ours.items():
