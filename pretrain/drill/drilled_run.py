@@ -70,6 +70,8 @@ class DrilledRun:
             self._logs.append(self.folder / f"start_{self._starts}{f'_node_{node}' if nodes > 1 else ''}.log")
             with self._logs[-1].open("wb") as log:
                 self._launchers.append(self._group.start([*launch, *words], os.environ, output=log))
+            if nodes > 1:  # before it starts its ranks, which so have as many threads as those of one launcher
+                os.sched_setaffinity(self._launchers[-1].pid, share_of_node(os.sched_getaffinity(0), node, nodes))
 
     @property
     def run_dir(self) -> Path:
@@ -195,6 +197,12 @@ class DrilledRun:
             self._shown = text
             self._progress(text)
         time.sleep(POLL_SECONDS)
+
+
+def share_of_node(cores: set[int], node: int, nodes: int) -> list[int]:
+    """Returns the cores of one of several nodes that share a machine: as many for each, or all if there are too few."""
+    size = len(cores) // nodes
+    return sorted(cores)[node * size : (node + 1) * size] or sorted(cores)
 
 
 def _inode(path: Path) -> int:

@@ -138,16 +138,15 @@ def make_small(small: SmallConfig, has_plan: bool) -> None:
 
 
 def _shrink_batch(small: SmallConfig) -> None:
-    """Takes the smallest batch in which every rank has several micro-batches, or the smallest that is legal."""
+    """Takes the smallest batch that fills the pipeline twice, if the batch is larger or not legal with these ranks."""
     parallel, batch = small.config.parallel, small.config.train.global_batch_size
     dp = small.ranks // (parallel.tp * parallel.cp * parallel.pp)
-    sizes = [dp * n for n in range(2 * parallel.pp, 0, -1) if dp * n < batch]
-    larger = [dp * n for n in range(1, 2 * parallel.pp + 1) if dp * n > batch]
-    small.attempt(*({"train.micro_batch_size": 1, "train.global_batch_size": n} for n in sizes))
+    sizes = [dp * n for n in range(2 * parallel.pp, 4 * parallel.pp + 1)]
+    small.attempt(*({"train.micro_batch_size": 1, "train.global_batch_size": n} for n in sizes if n < batch))
     try:
         _ = small.layout
     except ConfigError:
-        small.attempt(*({"train.micro_batch_size": 1, "train.global_batch_size": n} for n in larger))
+        small.attempt(*({"train.micro_batch_size": 1, "train.global_batch_size": n} for n in sizes))
 
 
 def _shrink_model(small: SmallConfig) -> None:

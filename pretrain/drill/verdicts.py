@@ -13,7 +13,7 @@ from pretrain.logs.metrics_file import read_metrics
 # What depends on the clock and the machine.
 VARYING = ("tokens_per_s", "mfu", "memory_bytes", "save_copy_s")
 SAME = "the same, bit by bit"
-HEADER = f"{'drill':8}{'as expected':13}{'exit status':16}{'steps lost':>10}{'back after':>12}  numbers"
+HEADER = f"{'drill':8}{'as expected':13}{'exit status':25}{'steps lost':>10}{'back after':>12}  numbers"
 WIDTH = 120
 
 
@@ -94,8 +94,9 @@ class DrillOutcome:
         shown = ", then ".join(" and ".join(map(str, statuses)) for statuses in self.statuses)
         lost = "-" if self.steps_lost is None else str(self.steps_lost)
         back = "-" if self.seconds is None else f"{self.seconds:.1f} s"
+        numbers = "different" if self.numbers.startswith("different") else self.numbers  # all of it is told below
         word = "yes" if self.passed else "NO"
-        first = f"{self.name:8}{word:13}{shown:16}{lost:>10}{back:>12}  {self.numbers}"
+        first = f"{self.name:8}{word:13}{shown:25}{lost:>10}{back:>12}  {numbers}"
         told = [self.fault, *([f"it said: {self.said}"] if self.said else [])]
         told += [f"NOT AS EXPECTED: {problem}" for problem in self.problems]
         return [first, *(line for one in told for line in _indented(one))]
@@ -110,7 +111,7 @@ def summary(outcomes: Sequence[DrillOutcome]) -> str:
     failed = [one.name for one in done if not one.passed]
     out = f", {len(outcomes) - len(done)} left out" if len(done) < len(outcomes) else ""
     if failed:
-        return f"{len(failed)} of {len(done)} drills did not go as expected: {', '.join(failed)}{out}"
+        return f"{len(failed)} of {len(done)} drills did not go as expected: {', '.join(failed)}{out}."
     return f"All {len(done)} drills went as expected{out}."
 
 

@@ -9,6 +9,7 @@ import pytest
 from configs.loader import ConfigError, load
 from configs.train import PretrainConfig
 from pretrain.drill import drill
+from pretrain.drill.drilled_run import share_of_node
 from pretrain.drill.small_config import SmallConfig, default_ranks, fit_layout, given_keys, make_small
 from pretrain.drill.verdicts import SAME, DrillOutcome, Numbers, as_record, summary
 
@@ -45,6 +46,17 @@ def test_a_plan_keeps_rows_and_vocabulary_and_a_key_that_is_given_its_value() ->
     config = small(LLAMA, 2, "model.num_layers=6", has_plan=True).config
     assert (config.train.seq_length, config.model.vocab_size, config.model.num_layers) == (8192, 128256, 6)
     assert small(DEMO, 2).config.model.hidden_size == 128  # which is small enough
+
+
+def test_a_batch_that_is_small_stays_and_one_that_is_not_legal_grows() -> None:
+    assert small(DEMO, 2, "parallel.pp=2").config.train.global_batch_size == 2
+    assert small(DEMO, 4).config.train.global_batch_size == 8
+    assert small(LLAMA, 4, "parallel.pp=2").config.train.global_batch_size == 4
+
+
+def test_nodes_that_share_a_machine_have_as_many_cores_each() -> None:
+    assert [share_of_node({0, 1, 2, 3, 4}, node, 2) for node in (0, 1)] == [[0, 1], [2, 3]]
+    assert share_of_node({7}, 1, 2) == [7]
 
 
 def test_degrees_are_lowered_until_the_ranks_suffice_and_one_that_is_given_is_not() -> None:
@@ -117,7 +129,7 @@ def test_a_difference_fails_the_drill_and_is_told(tmp_path: Path) -> None:
     told = " ".join(line.strip() for line in bad.lines())
     assert "NOT AS EXPECTED: the numbers are not those of the uninterrupted run: different from step 1 on" in told
     assert summary([good, left_out]) == "All 1 drills went as expected, 1 left out."
-    assert summary([good, bad]) == "1 of 2 drills did not go as expected: node"
+    assert summary([good, bad]) == "1 of 2 drills did not go as expected: node."
     record = json.loads(as_record({"ranks": 2}, [good, bad]))
     assert record["ranks"] == 2 and not record["passed"]
     assert [one["passed"] for one in record["drills"]] == [True, False]
