@@ -112,7 +112,7 @@ def summary(outcomes: Sequence[DrillOutcome]) -> str:
     out = f", {len(outcomes) - len(done)} left out" if len(done) < len(outcomes) else ""
     if failed:
         return f"{len(failed)} of {len(done)} drills did not go as expected: {', '.join(failed)}{out}."
-    return f"All {len(done)} drills went as expected{out}."
+    return f"{len(done)} of {len(done)} drills went as expected{out}."
 
 
 def as_record(facts: Mapping[str, Any], outcomes: Sequence[DrillOutcome]) -> bytes:

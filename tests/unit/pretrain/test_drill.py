@@ -128,7 +128,7 @@ def test_a_difference_fails_the_drill_and_is_told(tmp_path: Path) -> None:
     assert "1 and 137, then 0 and 0" in bad.lines()[0] and " NO " in bad.lines()[0]
     told = " ".join(line.strip() for line in bad.lines())
     assert "NOT AS EXPECTED: the numbers are not those of the uninterrupted run: different from step 1 on" in told
-    assert summary([good, left_out]) == "All 1 drills went as expected, 1 left out."
+    assert summary([good, left_out]) == "1 of 1 drills went as expected, 1 left out."
     assert summary([good, bad]) == "1 of 2 drills did not go as expected: node."
     record = json.loads(as_record({"ranks": 2}, [good, bad]))
     assert record["ranks"] == 2 and not record["passed"]
