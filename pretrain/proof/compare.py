@@ -95,7 +95,9 @@ def _allowed(
     if kind == "grad":
         return error
     if kind != "state":  # moments are proportional to the clipped gradient, or to its square
-        return (1 if kind == "state.exp_avg" else 2) * (error + bounds.gradient(0)) + 8 * master
+        error += bounds.gradient(0)
+        # The square of 1 + error differs from 1 by more than twice the error where a gradient is rounding alone.
+        return (error if kind == "state.exp_avg" else 2 * error + error**2) + 8 * master
     norm, clip = reference.facts["grad_norm"], reference.facts["clip_grad"]
     clipped = gradient * min(1.0, clip / norm) if norm else gradient
     step = adam_step_bound(clipped, error, config.optimizer, config.optimizer.lr)

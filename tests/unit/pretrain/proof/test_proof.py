@@ -18,9 +18,9 @@ from configs.model import ModelConfig
 from configs.moe import MoEConfig
 from configs.train import PretrainConfig
 from pretrain.proof import proof_page, prove
-from pretrain.proof.bounds import Bounds
+from pretrain.proof.bounds import MARGIN, Bounds
 from pretrain.proof.candidate import DEGREES
-from pretrain.proof.compare import allowed_weight
+from pretrain.proof.compare import _allowed, allowed_weight
 from pretrain.proof.fuzz import Draw, command_of, draw, shrink
 from pretrain.proof.step_reader import RecordedStep
 from pretrain.proof.verdict import COLUMNS, FIRST_FAILED, KEPT, RelativeError, Verdict
@@ -150,6 +150,25 @@ def test_a_weight_that_stays_zero_has_a_bound(tmp_path: Path) -> None:
     save_file({each: torch.zeros(3) for each in names}, str(tmp_path / "rank_00000.safetensors"), metadata)
     step, config = RecordedStep(tmp_path), load(PretrainConfig, Path("configs/pretrain/demo.toml"), [])
     assert 0 <= allowed_weight(name, step, step, Bounds(MODEL, 16, 128, "bf16"), config) < math.inf
+
+
+def test_a_second_moment_may_differ_by_the_square_of_what_its_gradient_may(tmp_path: Path) -> None:
+    """A gradient that is zero in exact arithmetic is rounding alone, and its errors are larger than itself."""
+    name = "layers.0.attention.bias"
+    steps = []
+    for folder, gradient in (("bf16", 1.0), ("fp64", -9.0)):
+        (tmp_path / folder).mkdir()
+        facts = {"grad_norm": 1.0, "clip_grad": 1.0, "norm_terms": {}}
+        (tmp_path / folder / "step.json").write_text(json.dumps(facts))
+        metadata = {f"grad/{name}": json.dumps([(0,), (3,)])}
+        file = tmp_path / folder / "rank_00000.safetensors"
+        save_file({f"grad/{name}": torch.full((3,), gradient)}, str(file), metadata)
+        steps.append(RecordedStep(tmp_path / folder))
+    config, bounds = load(PretrainConfig, Path("configs/pretrain/demo.toml"), []), Bounds(MODEL, 16, 128, "bf16")
+    one = torch.ones(3)
+    error, square = (_allowed(f"{kind}/{name}", one, *steps, bounds, config) for kind in ("grad", "state.exp_avg_sq"))
+    assert error == pytest.approx(MARGIN * 10)
+    assert (1 + error) ** 2 - 1 <= square < 1.1 * ((1 + error) ** 2 - 1)
 
 
 def test_a_layout_that_is_refused_is_mended_as_the_message_says() -> None:
