@@ -117,9 +117,10 @@ bench-data: install
 bench-train: install
 	@$(BIN)/python -m tests.bench.training $(if $(PART),--only "$(PART)")
 
-# Rollouts beside transformers, what methods learn from the demo's models, and TRL. PART="sort dpo" runs some parts.
+# Rollouts beside transformers, what methods learn from the demo's models, and TRL. PART="sort dpo" runs some parts,
+# and SEEDS=1 one seed in place of three.
 bench-rl: install
-	@$(BIN)/python -m tests.bench.rl $(if $(PART),--parts $(PART))
+	@$(BIN)/python -m tests.bench.rl $(if $(PART),--parts $(PART)) $(if $(SEEDS),--seeds $(SEEDS))
 
 clean:
 	rm -rf .venv .venv-3.* build *.egg-info .pytest_cache .mypy_cache .ruff_cache

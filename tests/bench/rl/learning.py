@@ -26,11 +26,12 @@ COUNTDOWN = {"task.kind": "countdown", "task.digits": 3, "task.max_new_tokens": 
 
 @dataclass(frozen=True)
 class Runs:
-    """A folder to write runs to, and the demo's runs that they start from."""
+    """A folder to write runs to, the demo's runs that they start from, and the seeds of parts that have several."""
 
     folder: Path
     pretrained: Path
     fine_tuned: Path
+    seeds: tuple[int, ...] = SEEDS
 
     def train(self, name: str, command: str, config: str, **keys: Any) -> "Trained":
         """Runs a command anew, with config keys spelt with two underscores for a dot."""
@@ -79,8 +80,8 @@ def _answers(trained: Trained, task: str, number: int = -1) -> float:
 
 
 def sort(runs: Runs) -> Iterator[dict[str, Any]]:
-    """GRPO on sorting four digits, three seeds."""
-    for seed in SEEDS:
+    """GRPO on sorting four digits, with each seed."""
+    for seed in runs.seeds:
         keys = {"init__run": runs.fine_tuned, "run__seed": seed}
         run = runs.train(f"sort_{seed}", "grpo", "demo_grpo.toml", **keys)
         before, after = _answers(run, "sort", 0), _answers(run, "sort")
@@ -89,9 +90,9 @@ def sort(runs: Runs) -> Iterator[dict[str, Any]]:
 
 
 def countdown(runs: Runs) -> Iterator[dict[str, Any]]:
-    """GRPO on countdown after fine-tuning on the form alone, with dynamic sampling, three seeds."""
+    """GRPO on countdown after fine-tuning on the form alone, with dynamic sampling and each seed."""
     task = {key.replace(".", "__"): value for key, value in COUNTDOWN.items()}
-    for seed in SEEDS:
+    for seed in runs.seeds:
         keys = {"init__run": runs.pretrained, "run__seed": seed, **task, **_plain(COUNTDOWN_SFT)}
         form = runs.train(f"countdown_{seed}_sft", "sft", "demo_sft.toml", **keys)
         keys = {"init__run": form.run, "run__seed": seed, **task, **_plain(COUNTDOWN_GRPO)}
