@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from configs.addresses import holds_credentials
 from configs.section import Section
 
 ANY_LANGUAGE = "any"
@@ -65,13 +66,10 @@ class SourceConfig(Section):
             if not ending.startswith(".") or ending != ending.lower():
                 raise ValueError(f"extensions: {ending!r} should be in lower case with its dot, as in '.py'")
         for path in self.files:
-            scheme, separator, rest = path.partition("://")
-            query = scheme.lower() in ("http", "https") and "?" in rest
-            if separator and ("@" in rest.split("/")[0] or query or "x-amz-" in rest.lower() or "::" in path):
-                # Not shown: what comes before the @, or behind the ?, is a secret.
+            if holds_credentials(path):
                 raise ValueError(
-                    f"files: an address with {scheme}:// holds credentials, a query or a chain of file systems; give "
-                    "the plain address, and the credentials in the environment"
+                    f"files: an address with {path.partition('://')[0]}:// holds credentials, a query or a chain "
+                    "of file systems; give the plain address, and the credentials in the environment"
                 )
         return self
 

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from configs.adapters import AdapterConfig
+from configs.checkpoints import CheckpointConfig
 from configs.initial import InitConfig
 from configs.model import ModelConfig
 from configs.section import Section
@@ -122,27 +123,6 @@ class ParallelConfig(Section):
     def sequence_parts(self) -> int:
         """Number of ranks that split a sequence; its length must be a multiple of it."""
         return self.cp * (self.tp if self.sp else 1)
-
-
-class CheckpointConfig(Section):
-    """Steps at which checkpoints are written, and which of them are kept. One is always written at the end."""
-
-    every: int = Field(default=100, ge=1)
-    """The number of steps from one checkpoint to the next."""
-    keep: int = Field(default=2, ge=1)
-    """The number of newest checkpoints that are kept."""
-    keep_every: int = Field(default=0, ge=0)
-    """Checkpoints at multiples of this step are never deleted; it must be a multiple of every; 0: none."""
-
-    @model_validator(mode="after")
-    def _multiples_are_saved(self) -> "CheckpointConfig":
-        if self.keep_every % self.every:
-            raise ValueError(
-                f"checkpoint.keep_every = {self.keep_every} is not a multiple of checkpoint.every = {self.every}; only "
-                "saved steps can be kept; set checkpoint.keep_every="
-                f"{max(1, round(self.keep_every / self.every)) * self.every}"
-            )
-        return self
 
 
 class DataSection(Section):
@@ -263,7 +243,7 @@ class TrainerConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     """Degrees of parallelism."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Steps at which checkpoints are written, and which of them are kept."""
+    """Steps at which checkpoints are written, which of them are kept, and where they are copied to."""
     eval: EvalConfig = EvalConfig()
     """Held-out loss by source, and scores of tasks."""
     log: LogConfig = LogConfig()

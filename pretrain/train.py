@@ -181,7 +181,7 @@ def _lineage(plan: Plan, config: PretrainConfig, initial: "InitialModel | None")
 
 def _choose_plan(config: PretrainConfig, resume: str, initial: "InitialModel | None") -> PlanChoice:
     """Returns the plan to train on. Raises ConfigError if its rows or its tokenizer are not those of the model."""
-    choice = choose_plan(config.data.plan, Path(config.run.dir), resume)
+    choice = choose_plan(config.data.plan, Path(config.run.dir), resume, config.checkpoint.mirror)
     expected = [("train.seq_length", config.train.seq_length, choice.plan.seq_length)]
     if initial is None:
         expected.append(("model.vocab_size", config.model.vocab_size, choice.plan.vocab_size))

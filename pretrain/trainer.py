@@ -22,6 +22,7 @@ from pretrain import determinism
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.adapter_base import base_facts, keep_bases
 from pretrain.checkpoint.lineage import Lineage
+from pretrain.checkpoint.mirroring import make_up
 from pretrain.checkpoint.saving import Saver
 from pretrain.companion import Companion
 from pretrain.data.batch_source import BatchSource, check_source
@@ -144,6 +145,8 @@ class Trainer:
                 if saved and self.agreement.unchecked_from < self.step:
                     return self._check_finished(saved, watch)
                 self.print(f"{self.run.path} is finished at step {self.step}; nothing to do")
+                if self.mesh.is_main:
+                    make_up(self.run.path, self.config.checkpoint, self.print)
                 return 0
             self.run.begin_data_span(self.step, self.samples, self.print)
             self.agreement.first_step = self.step
@@ -183,6 +186,7 @@ class Trainer:
             if saver.failure is not None:
                 say(f"error: the checkpoint of step {self.step} could not be written; the run ends here: {saver.why}")
                 return FAILED
+            saver.wait_for_mirror(stopped=bool(stopped_by))
             if stopped_by:
                 return self._stopped(stopped_by, say)
         if self.mesh.is_main:

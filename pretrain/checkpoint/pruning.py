@@ -13,16 +13,17 @@ from pretrain.checkpoint import storage
 USED_BY = "used_by"  # file in a checkpoint's folder: directories of the runs that need it, one a line
 
 
-def prune(run_dir: str | Path, step: int, keep: int, keep_every: int = 0) -> None:
+def prune(run_dir: str | Path, step: int, keep: int, keep_every: int = 0, held: int | None = None) -> None:
     """Removes old checkpoints: of those up to and with `step`, the newest `keep` stay, and multiples of `keep_every`.
 
     Steps after `step` are neither counted nor removed: a run that resumed from before a damaged checkpoint will
-    overwrite it when it gets there. A checkpoint that another run needs stays as long as that run's folder is there.
+    overwrite it when it gets there. A checkpoint that another run needs stays as long as that run's folder is there,
+    and that of step `held` until the next call.
     """
     done = [s for s in storage.steps(run_dir) if s <= step]
     for old in done[:-keep]:
         path = storage.directory(run_dir, old)
-        if (keep_every and old % keep_every == 0) or _is_needed(path):
+        if (keep_every and old % keep_every == 0) or old == held or _is_needed(path):
             continue
         # The manifest is removed first, so that the rest is not taken for a checkpoint if the process is killed here.
         (path / storage.MANIFEST).unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from configs.differences import Changes, changes, words
 from configs.loader import ConfigError, plain, validate
 from configs.model import ModelConfig
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.fetching import Fetcher, Fits, fetch_share
 from pretrain.checkpoint.lineage import Pin, text_sha256
 from pretrain.checkpoint.storage import CheckpointError
 from pretrain.checkpoint.whole_model import verify
@@ -52,10 +53,18 @@ def check_ranks(
         )
 
 
-def choose(mesh: Mesh, run_dir: Path, resume: str, before: int | None = None) -> Path | None:
+def choose(
+    mesh: Mesh,
+    run_dir: Path,
+    resume: str,
+    before: int | None = None,
+    mirror: str | None = None,
+    fits: Fits | None = None,
+) -> Path | None:
     """Returns the checkpoint to start from, the same on every rank, or None for a new start.
 
-    With `before` it is one of an earlier step than that, to which a run goes back.
+    With `before` it is one of an earlier step than that, to which a run goes back. If `mirror` has a later one than the
+    run's folder, it is fetched first; `fits` raises ConfigError if a manifest is that of another run.
 
     The main rank looks for it and prints a warning for each damaged checkpoint that it skips. To check a checkpoint it
     asks all ranks, each of which reads its share of the files. Raises ConfigError or CheckpointError, on all ranks, if
@@ -64,7 +73,8 @@ def choose(mesh: Mesh, run_dir: Path, resume: str, before: int | None = None) ->
     if mesh.is_main:
         answer: dict[str, Any] = {"path": None, "refused": None, "damaged": None}
         try:
-            path = _choose(run_dir, resume, partial(_check_together, mesh), before)
+            fetcher = Fetcher(mesh, run_dir, mirror, fits) if mirror and fits else None
+            path = _choose(run_dir, resume, partial(_check_together, mesh), before, fetcher)
             answer["path"] = str(path) if path else None
         except ConfigError as error:
             answer["refused"] = str(error)
@@ -72,8 +82,11 @@ def choose(mesh: Mesh, run_dir: Path, resume: str, before: int | None = None) ->
             answer["damaged"] = str(error)
         mesh.gather_json(answer)
     else:
-        while "check" in (answer := mesh.gather_json(None)[0]):
-            mesh.gather_json(_fault_in_share(mesh, Path(answer["check"])))
+        while (answer := mesh.gather_json(None)[0]).keys() & {"check", "fetch"}:
+            is_fetch = "fetch" in answer
+            mesh.gather_json(
+                fetch_share(mesh.rank, answer) if is_fetch else _fault_in_share(mesh, Path(answer["check"]))
+            )
     if answer["refused"]:
         raise ConfigError(answer["refused"])
     if answer["damaged"]:
@@ -101,7 +114,7 @@ def _fault_in_share(mesh: Mesh, path: Path) -> str | None:
     return None
 
 
-def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any], source: BatchSource) -> None:
+def check_identity(path: Path | str, manifest: dict[str, Any], identity: dict[str, Any], source: BatchSource) -> None:
     """Refuses the checkpoint of a run that trains another model, on other data, or from another seed.
 
     Settings that only training uses may change, also those in model.moe. If the plan of `source` continues exactly
@@ -110,8 +123,8 @@ def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any
     """
     if "train" not in manifest["config"]:
         raise ConfigError(
-            f"{path} is an imported model, not a checkpoint of a run; set init.run={storage.run_of(path)} and another "
-            "run.dir"
+            f"{path} is an imported model, not a checkpoint of a run; set init.run={storage.run_of(Path(path))} and "
+            "another run.dir"
         )
     found = manifest.get("identity", {})
     data, samples = found.get("data"), manifest["samples"]
@@ -158,7 +171,7 @@ def check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any
         )
 
 
-def _whole_adapter(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def _whole_adapter(path: Path | str, identity: dict[str, Any]) -> dict[str, Any] | None:
     """Returns the [adapter] section of a checkpoint, with the defaults of keys that are newer than it."""
     adapter = identity.get("adapter")
     return adapter and plain(validate(AdapterConfig, adapter, origin=f"{path}, [adapter]"))
@@ -199,17 +212,23 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
     return dict(data_spans[-1].get("facts", {}))
 
 
-def _choose(run_dir: Path, resume: str, check: Callable[[Path], None], before: int | None) -> Path | None:
+def _choose(
+    run_dir: Path, resume: str, check: Callable[[Path], None], before: int | None, fetcher: Fetcher | None
+) -> Path | None:
     if resume == "no":
         if steps := storage.steps(run_dir):
             raise ConfigError(
                 f"{run_dir} holds checkpoints, the newest of step {steps[-1]}, which --resume no would overwrite; "
                 f"choose another run.dir, remove {run_dir / 'checkpoints'}, or leave --resume out to go on"
             )
+        if fetcher:
+            fetcher.check_is_new()
         return None
     own, problems = storage.find_newest(run_dir, check, before)
     for problem in problems:
         print(f"warning: {problem}", flush=True)
+    if fetcher:
+        own = fetcher.fetch_newer(own) or own
     if own is None and problems:
         raise CheckpointError(
             f"no checkpoint of {run_dir} is whole; restore one, or choose another run.dir to start from the beginning"

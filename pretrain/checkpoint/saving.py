@@ -8,6 +8,7 @@ does not survive the death of a rank (the other ranks' threads fail with it).
 
 import datetime
 import errno
+import math
 import os
 import shutil
 import threading
@@ -19,9 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from configs.checkpoints import CheckpointConfig
 from configs.loader import plain
-from configs.train import CheckpointConfig
 from pretrain.checkpoint import pruning, state, storage
+from pretrain.checkpoint.mirroring import SIGNAL_SECONDS, Mirroring
 from pretrain.checkpoint.storage import CheckpointError, Piece
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.rank_messages import broadcast_json, gather_json
@@ -57,8 +59,10 @@ class Saver:
         self._thread: threading.Thread | None = None
         timeout = datetime.timedelta(minutes=AGREEMENT_MINUTES)
         self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._mirroring: Mirroring | None = None
         if engine.mesh.is_main:
             pruning.remove_leftovers(run_dir)
+            self._mirroring = Mirroring(run_dir, config, say) if config.mirror else None
         dist.barrier(self._group)  # no rank may write its first file before leftovers are removed
 
     def copy(self) -> float:
@@ -101,7 +105,16 @@ class Saver:
         full = any(os.strerror(number) in str(self.failure) for number in (errno.ENOSPC, errno.EDQUOT))
         return f"{self.failure}; {'free disk space' if full else 'see to that'} and run the same command again"
 
+    def wait_for_mirror(self, stopped: bool) -> None:
+        """Waits for the copy of the newest checkpoint, as long as the config says, or less if a signal `stopped` it."""
+        if self._mirroring:
+            self._mirroring.finish(min(self.config.mirror_seconds, SIGNAL_SECONDS if stopped else math.inf))
+        if self.config.mirror:
+            dist.barrier(self._group)  # a rank that ends earlier would have its launcher end the others
+
     def __enter__(self) -> "Saver":
+        if self._mirroring:
+            self._mirroring.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -111,6 +124,9 @@ class Saver:
         except Exception:
             if kind is None:
                 raise
+        finally:
+            if self._mirroring:
+                self._mirroring.__exit__(kind, None, None)
 
     def _wait_for_earlier(self) -> None:
         started = time.perf_counter()
@@ -184,6 +200,9 @@ class Saver:
             return
         self.say(f"copied in {self._copy_seconds:.2f} s; saved {final} in {seconds:.1f} s")
         try:
-            pruning.prune(self.run_dir, step, self.config.keep, self.config.keep_every)
+            held = self._mirroring.held if self._mirroring else None
+            pruning.prune(self.run_dir, step, self.config.keep, self.config.keep_every, held)
         except OSError as error:
             self.say(f"warning: old checkpoints of {self.run_dir} could not be removed: {error}")
+        if self._mirroring:
+            self._mirroring.notify()

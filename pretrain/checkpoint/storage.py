@@ -137,6 +137,11 @@ def publish(
     Raises OSError, and CheckpointError if the parts do not cover every parameter.
     """
     complete(temporary, parts, state, kinds)
+    put_in_place(temporary, final)
+
+
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Renames the directory of a checkpoint whose files are all written to its final name. Raises OSError."""
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():  # a damaged checkpoint of this very step
         os.rename(final, replaced)

@@ -29,8 +29,10 @@ class PlanChoice:
     reason: str | None = None
 
 
-def choose_plan(location: str, run_dir: Path, resume: str = "auto") -> PlanChoice:
+def choose_plan(location: str, run_dir: Path, resume: str = "auto", mirror: str | None = None) -> PlanChoice:
     """Chooses the plan of the run in `run_dir`, where `location` is data.plan and `resume` the value of --resume.
+
+    A run whose folder is lost may have a checkpoint in its `mirror`.
 
     Raises ConfigError if there is no plan, DamagedData if the plan at `location` or the run's own one is damaged.
     """
@@ -41,7 +43,7 @@ def choose_plan(location: str, run_dir: Path, resume: str = "auto") -> PlanChoic
         raise
     except (ValueError, OSError) as error:
         missing = ConfigError(f"data.plan = {location!r}: {error}")
-    manifest = _manifest(run_dir, resume)
+    manifest = _manifest(run_dir, resume, mirror)
     wanted = manifest.get("identity", {}).get("data")
     own = None
     if wanted is not None and not (current and wanted in (current.fingerprint, current.after)):
@@ -76,12 +78,12 @@ def choose_plan(location: str, run_dir: Path, resume: str = "auto") -> PlanChoic
     return PlanChoice(current)
 
 
-def _manifest(run_dir: Path, resume: str) -> dict[str, Any]:
+def _manifest(run_dir: Path, resume: str, mirror: str | None) -> dict[str, Any]:
     """Returns the manifest of the checkpoint that the run goes on from; empty for a new run.
 
     Checkpoints whose manifest cannot be read are skipped.
     """
-    if resume == "no" or not ((run_dir / "checkpoints").is_dir() or Path(resume).is_dir()):
+    if resume == "no" or not (mirror or (run_dir / "checkpoints").is_dir() or Path(resume).is_dir()):
         return {}
     from pretrain.checkpoint import storage
 
@@ -91,4 +93,8 @@ def _manifest(run_dir: Path, resume: str) -> dict[str, Any]:
             return storage.read_manifest(path)
         except storage.CheckpointError:
             continue
+    if mirror:
+        from pretrain.checkpoint.mirror import newest_manifest
+
+        return newest_manifest(mirror)
     return {}

@@ -19,7 +19,13 @@ def load_weights(trainer: "Trainer") -> Path | None:
     """
     train = trainer.config.train
     resume.check_ranks(trainer.mesh, trainer.run.full_config, trainer.identity, trainer.lineage.init)
-    path = resume.choose(trainer.mesh, trainer.run.path, trainer.resume)
+    path = resume.choose(
+        trainer.mesh,
+        trainer.run.path,
+        trainer.resume,
+        mirror=trainer.config.checkpoint.mirror,
+        fits=lambda where, manifest: resume.check_identity(where, manifest, trainer.identity, trainer.source),
+    )
     if path is None:
         if trainer.source.after:
             raise ConfigError(

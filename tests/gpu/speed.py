@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from configs.checkpoints import CheckpointConfig
 from configs.model import ModelConfig
-from configs.train import CheckpointConfig, TrainSection
+from configs.train import TrainSection
 from pretrain.checkpoint.saving import Saver
 from pretrain.flops import flops_per_token, peak_flops
 from pretrain.model.losses import NextToken

@@ -17,10 +17,11 @@ from unittest import mock
 
 import torch
 
+from configs.checkpoints import CheckpointConfig
 from configs.layout import Layout
 from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
-from configs.train import CheckpointConfig, ParallelConfig, TrainerConfig, TrainSection
+from configs.train import ParallelConfig, TrainerConfig, TrainSection
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment
 from pretrain.checkpoint import resume as resume_choice
