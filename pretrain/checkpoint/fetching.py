@@ -124,8 +124,8 @@ class Fetcher:
 
     def _unreachable(self, error: MirrorError) -> CheckpointError:
         return CheckpointError(
-            f"checkpoint.mirror = {self._mirror.address!r} cannot be used ({error}), and it may have checkpoints of this "
-            "run; check the address, and endpoint and credentials in the environment (AWS_ENDPOINT_URL, "
+            f"checkpoint.mirror = {self._mirror.address!r} cannot be used ({error}), and it may have checkpoints of "
+            "this run; check the address, and endpoint and credentials in the environment (AWS_ENDPOINT_URL, "
             "AWS_ACCESS_KEY_ID...), or set checkpoint.mirror=none to go on without it"
         )
 

@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from moto.server import ThreadedMotoServer
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
@@ -25,29 +23,18 @@ from data_pipeline.extraction.extract_stage import input_units, inputs_hash
 from data_pipeline.reading.files import find_files
 from data_pipeline.reading.source_reader import find_units, read_file
 from tests.data_runs import CONFIG, ROOT, run_folder
+from tests.object_store import SECRET, serve
 from tests.unit.data_pipeline.reading.raw_files import PAGE, warc
-
-SECRET = "wJalrXUtnFEMI-not-a-real-key"
 
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Client of a server on loopback that has a bucket named corpus; sets its address and credentials in os.environ."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "AKIDEXAMPLE",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="corpus")
-    yield client
-    server.stop()
+    with serve("corpus") as (client, environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        yield client
 
 
 def put(s3: Any, key: str, content: bytes) -> None:
