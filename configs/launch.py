@@ -21,6 +21,9 @@ class LaunchConfig(Section):
     """The number of machines; left out, one for each of hosts, or 1."""
     nproc_per_node: int = Field(default=1, ge=1)
     """The number of ranks on each machine: one for each of its GPUs."""
+    min_nodes: int | None = Field(default=None, ge=1)
+    """The fewest machines that `train` goes on with, in the nearest legal layout at the same global batch; left out, it
+    takes all, and a lost machine is waited for."""
     hosts: tuple[str, ...] = ()
     """The machines that torchrun is started on over ssh, or mpirun, the first of which ranks meet at; not for Slurm."""
     port: int = Field(default=29500, ge=1, le=65535)
@@ -81,6 +84,11 @@ class LaunchConfig(Section):
     def _hosts_are_the_nodes(self) -> "LaunchConfig":
         if self.hosts and self.nnodes not in (None, len(self.hosts)):
             raise ValueError(f"nnodes = {self.nnodes}, and hosts names {len(self.hosts)} machines; leave nnodes out")
+        if self.min_nodes and (self.nnodes or self.hosts) and self.min_nodes > self.nodes:
+            raise ValueError(
+                f"min_nodes = {self.min_nodes} is more than the {self.nodes} machines that there are; set min_nodes="
+                f"{self.nodes} or less"
+            )
         return self
 
     @property

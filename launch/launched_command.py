@@ -21,7 +21,7 @@ from launch.bootstrap import ON_RANKS, TRAINING
 
 # Modules of the commands that are one process and no ranks, and the key of the folder that each writes.
 SINGLE = {"data run": "data_pipeline.command", "export": "export.huggingface", "recipe run": "launch.recipe"}
-_OVERRIDE = re.compile(r"[\w.]+=")
+OVERRIDE = re.compile(r"[\w.]+=")
 FOLDER_KEYS = {"export": "run", "recipe run": "dir"}  # an export's own folder appears only once it is whole
 
 
@@ -80,7 +80,7 @@ def is_command(word: str) -> bool:
 
 def command_of(config: str, arguments: Sequence[str]) -> str:
     """Returns the command that a config is for, by its keys. Raises ConfigError if it is for none or for several."""
-    overrides, found = [word for word in arguments if _OVERRIDE.match(word)], []
+    overrides, found = [word for word in arguments if OVERRIDE.match(word)], []
     for name in (*TRAINING, *SINGLE):
         schema = schema_of(_kind(name))
         with contextlib.suppress(ConfigError):
@@ -118,7 +118,7 @@ def read_command(words: Sequence[str], world_size: int) -> LaunchedCommand:
 def _folder(name: str, arguments: Sequence[str], world_size: int) -> Path:
     """Returns the folder that a command writes, after its config has been checked."""
     schema = schema_of(_kind(name))
-    tree = filled_tree(schema, arguments[0], [word for word in arguments[1:] if _OVERRIDE.match(word)])
+    tree = filled_tree(schema, arguments[0], [word for word in arguments[1:] if OVERRIDE.match(word)])
     if not (name == "train" and tree.get("init")):  # such a config takes its model from files of another run
         config = validate(schema, tree, origin=arguments[0])
         if isinstance(config, PretrainConfig):

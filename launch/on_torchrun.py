@@ -9,15 +9,19 @@ import os
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from configs.launch import LaunchConfig
 from configs.loader import ConfigError
+from launch.elastic import elastic_start
 from launch.launched_command import LaunchedCommand
 from launch.processes import ProcessGroup
 from launch.slurm_submit import python_of
 
 ROOT = Path(__file__).resolve().parents[1]
+ANSWER_SECONDS = 30  # the longest time in which a host has to answer over ssh
 SAVE_SECONDS = "300"  # from SIGTERM to SIGKILL; torchrun's default is 30
 
 
@@ -51,7 +55,10 @@ def start(command: LaunchedCommand, config: LaunchConfig, first_host: str | None
             f"nnodes = {config.nodes} needs --master-address, the host of node 0, to print the commands, or hosts, as "
             'in hosts=["gpu0", "gpu1"], to start them over ssh'
         )
-    commands = [torchrun_words(command, config, node, first_host) for node in range(config.nodes)]
+    ranks_on = [config.nproc_per_node] * config.nodes
+    if config.hosts and config.min_nodes and not dry_run:
+        command, config, ranks_on = _with_hosts_that_answer(command, config)
+    commands = [torchrun_words(command, config, node, first_host, ranks) for node, ranks in enumerate(ranks_on)]
     if dry_run or not config.hosts:
         for node, words in enumerate(commands):
             print(f"# node {node}{f', {config.hosts[node]}' if config.hosts else ''}\n{shlex.join(words)}")
@@ -65,10 +72,51 @@ def start(command: LaunchedCommand, config: LaunchConfig, first_host: str | None
         return group.wait()
 
 
-def torchrun_words(command: LaunchedCommand, config: LaunchConfig, node: int, first_host: str | None) -> list[str]:
-    """Returns the command for one node, as a list of words. Ranks meet at the first host, where torchrun listens."""
+def _with_hosts_that_answer(
+    command: LaunchedCommand, config: LaunchConfig
+) -> tuple[LaunchedCommand, LaunchConfig, list[int]]:
+    """Returns the command in the nearest layout for the hosts that answer, the config with them, and their ranks.
+
+    Raises ConfigError if fewer than min_nodes answer.
+    """
+    assert config.min_nodes is not None
+    with ThreadPoolExecutor(len(config.hosts)) as pool:
+        answers = list(pool.map(lambda host: _answers(config.ssh, host), config.hosts))
+    there = [host for host, answer in zip(config.hosts, answers, strict=True) if answer]
+    silent = ", ".join(host for host in config.hosts if host not in there)
+    if len(there) < config.min_nodes:
+        raise ConfigError(
+            f"{silent} did not answer over ssh in {ANSWER_SECONDS} s, and the {len(there)} other machines are fewer "
+            f"than min_nodes = {config.min_nodes}; mend them, or set min_nodes"
+        )
+    per_node = config.nproc_per_node
+    start = elastic_start(command.module, command.arguments, len(there), per_node, len(config.hosts))
+    if start.said:
+        print(f"elastic: {start.said}{f'; {silent} did not answer' if silent else ''}", flush=True)
+    used = start.nodes(per_node)
+    config = config.model_copy(update={"hosts": tuple(there[:used]), "nnodes": used})
+    return replace(command, arguments=start.arguments), config, [start.ranks_on(node, per_node) for node in range(used)]
+
+
+def _answers(ssh: Sequence[str], host: str) -> bool:
+    try:
+        done = subprocess.run(
+            [*ssh, host, "true"], capture_output=True, stdin=subprocess.DEVNULL, timeout=ANSWER_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def torchrun_words(
+    command: LaunchedCommand, config: LaunchConfig, node: int, first_host: str | None, ranks: int | None = None
+) -> list[str]:
+    """Returns the command for one node, as a list of words. Ranks meet at the first host, where torchrun listens.
+
+    A node has `ranks` ranks if that is given, else as many as the config says.
+    """
     words = [*config.wrapper, python_of(config), "-m", "torch.distributed.run"]
-    words += ["--nnodes", str(config.nodes), "--nproc-per-node", str(config.nproc_per_node)]
+    words += ["--nnodes", str(config.nodes), "--nproc-per-node", str(ranks or config.nproc_per_node)]
     if config.nodes == 1:
         words += ["--standalone"]
     else:

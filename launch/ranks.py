@@ -27,8 +27,17 @@ from configs.launch import LaunchConfig
 from configs.loader import ConfigError, from_overrides, load
 from configs.signals import INTERRUPTED, STOPPED
 from launch import on_mpi, on_torchrun, slurm_submit
+from launch.elastic import elastic_start
 from launch.environment import DEFAULT_PORT, ClusterEnvironment
-from launch.launched_command import SINGLE, check_input, command_of, is_command, module_of, read_command
+from launch.launched_command import (
+    SINGLE,
+    LaunchedCommand,
+    check_input,
+    command_of,
+    is_command,
+    module_of,
+    read_command,
+)
 from launch.processes import ProcessGroup, cores
 from launch.slurm_submit import Submission
 
@@ -51,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = read_command([args.module, *args.args], config.world_size)
     if args.on != "torchrun" or config.hosts:  # else its commands are printed, to be started by hand
         check_input(command.module, command.arguments, config.nproc_per_node)
+    if config.min_nodes and config.min_nodes < config.nodes and (command.trains or args.on == "mpi"):
+        _check_elastic(args, config, command)
     if args.on == "slurm":
         return slurm_submit.submit(Submission(command, config, tuple(args.after), args.job_dir, args.dry_run))
     if args.on == "mpi":
@@ -84,8 +95,8 @@ def _options_first(argv: list[str]) -> list[str]:
 
 # Options that take a value. No command has one of the same name.
 WITH_VALUE = (
-    *("--on", "--cluster", "--set", "--nproc-per-node", "--nnodes", "--after", "--job-dir"),
-    *("--node-rank", "--master-address", "--master-port"),
+    *("--on", "--cluster", "--set", "--nproc-per-node", "--nnodes", "--min-nodes", "--after"),
+    *("--job-dir", "--node-rank", "--master-address", "--master-port"),
 )
 # Options that not every way of starting has, and those that have it.
 ONLY_ON = {
@@ -108,18 +119,32 @@ def _check_options(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> LaunchConfig:
     """Reads the launch config, with the options of the command line in it. Raises ConfigError if it is wrong."""
-    for name, number in (("nproc-per-node", args.nproc_per_node), ("nnodes", args.nnodes)):
+    for name, number in (
+        ("nproc-per-node", args.nproc_per_node),
+        ("nnodes", args.nnodes),
+        ("min-nodes", args.min_nodes),
+    ):
         if number is not None and number < 1:
             raise ConfigError(f"--{name} {number} starts no rank; give 1 or more")
     overrides = list(args.set)
     overrides += [f"nproc_per_node={args.nproc_per_node}"] if args.nproc_per_node else []
     overrides += [f"nnodes={args.nnodes}"] if args.nnodes else []
+    overrides += [f"min_nodes={args.min_nodes}"] if args.min_nodes else []
     if not args.cluster:
         return from_overrides(LaunchConfig, overrides)
     known = sorted(path.stem for path in CLUSTERS.glob("*.toml"))
     if "/" not in args.cluster and not args.cluster.endswith(".toml") and args.cluster not in known:
         raise ConfigError(f"--cluster {args.cluster} is none of {', '.join(known)}, and no file; name a .toml file")
     return load(LaunchConfig, CLUSTERS / f"{args.cluster}.toml" if args.cluster in known else args.cluster, overrides)
+
+
+def _check_elastic(args: argparse.Namespace, config: LaunchConfig, command: LaunchedCommand) -> None:
+    """Raises ConfigError if the command cannot be started on fewer machines than the launch config has."""
+    if args.on == "mpi":
+        raise ConfigError("min_nodes is for local, torchrun and slurm; for mpirun set hosts to those that are there")
+    if args.on == "torchrun" and not config.hosts:
+        raise ConfigError("min_nodes needs hosts, of which those that answer over ssh are used; set hosts")
+    elastic_start(command.module, command.arguments, config.nodes, config.nproc_per_node, config.nodes)
 
 
 def _on_this_machine(args: argparse.Namespace, config: LaunchConfig) -> int:
@@ -133,18 +158,29 @@ def _on_this_machine(args: argparse.Namespace, config: LaunchConfig) -> int:
     check_input(module, args.args, config.nproc_per_node)
     args.nproc_per_node, args.nnodes = config.nproc_per_node, config.nnodes
     nnodes, node_rank, address, port = _nodes(args)
+    per_node = here = args.nproc_per_node
+    world_size = nnodes * per_node
+    if config.min_nodes is not None:
+        if nnodes < config.min_nodes:
+            raise ConfigError(f"{nnodes} machines are fewer than min_nodes = {config.min_nodes}; wait for the others")
+        start = elastic_start(module, args.args, nnodes, per_node)
+        args.args, world_size, here = start.arguments, start.ranks, start.ranks_on(node_rank, per_node)
+        if start.said and (node_rank == 0 or not here):
+            print(f"elastic: {start.said}{'' if here else '; this node has no rank'}", flush=True)
+        if not here:
+            return 0
     ranks = [
         ClusterEnvironment(
             launcher="torchrun",
-            rank=node_rank * args.nproc_per_node + local_rank,
-            world_size=nnodes * args.nproc_per_node,
+            rank=node_rank * per_node + local_rank,
+            world_size=world_size,
             local_rank=local_rank,
-            local_world_size=args.nproc_per_node,
+            local_world_size=here,
             node_rank=node_rank,
             master_address=address,
             master_port=port,
         )
-        for local_rank in range(args.nproc_per_node)
+        for local_rank in range(here)
     ]
     command = [sys.executable, "-m", "launch.bootstrap", module, *args.args]
     if args.dry_run:
@@ -274,6 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--nproc-per-node", type=int, metavar="N", help="ranks on each machine (default 1)")
     parser.add_argument("--nnodes", type=int, metavar="N", help="machines in all (default: srun's tasks, else 1)")
+    parser.add_argument("--min-nodes", type=int, metavar="N", help="the fewest machines that training goes on with")
     parser.add_argument("--dry-run", action="store_true", help="print the script or the commands, and start nothing")
     parser.add_argument(
         "--after", metavar="JOB", action="append", default=[], help="slurm: a job that has to succeed before"

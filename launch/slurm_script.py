@@ -30,12 +30,17 @@ cd "$folder" || exit 1
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST: $title"
 
 if [ ${#check[@]} -gt 0 ]; then
-  "${on_each_node[@]}" --label "${check[@]}" && [ "$SLURM_JOB_NUM_NODES" -eq "$nodes" ] && checked=yes
+  "${on_each_node[@]}" --label "${check[@]}" && [ "$SLURM_JOB_NUM_NODES" -ge "$min_nodes" ] && checked=yes
   if [ ! "$checked" ] && [ ! "$told" ]; then
     echo "A node is not fit to start on; task N in the lines above is node N, from 0, of $SLURM_JOB_NODELIST."
     echo "Mend it, or leave it out: sbatch --exclude=NODE $script"
     exit 1
   fi
+fi
+
+if [ ${#elastic[@]} -gt 0 ]; then # some nodes may be missing, and the nearest layout may leave some of them idle
+  used=$("${elastic[@]}" "$SLURM_JOB_NUM_NODES" "${wanted[@]}") || exit
+  on_each_node+=(--nodes="$used" --ntasks="$used")
 fi
 
 # Signals stay blocked in each process until it has set its handlers, so that none kills it while it starts. They are
@@ -80,10 +85,27 @@ class SlurmJob:
         """The nodes of the job: those of the config for ranks, else one."""
         return self.config.nodes if self.command.trains else 1
 
+    @property
+    def min_nodes(self) -> int:
+        """The fewest nodes that the job starts on."""
+        return min(self.nodes, self.config.min_nodes or self.nodes)
+
     def words(self) -> list[str]:
         """The command that starts on each node, with the launcher of its ranks if it has some."""
-        launcher = ("launch.ranks", "--nproc-per-node", str(self.config.nproc_per_node)) if self.command.trains else ()
+        launcher: tuple[str, ...] = ()
+        if self.command.trains:
+            launcher = ("launch.ranks", "--nproc-per-node", str(self.config.nproc_per_node))
+            launcher += ("--min-nodes", "1") if self.min_nodes < self.nodes else ()
         return [*self._python(), "launch.bootstrap", *launcher, self.command.module, *self.command.arguments]
+
+    def elastic(self) -> list[str]:
+        """The command that says how many nodes are of use, of those whose number follows; empty if all have to be."""
+        return [*self._python(), "launch.bootstrap", "launch.elastic"] if self.min_nodes < self.nodes else []
+
+    def wanted(self) -> list[str]:
+        """The words of that command after the number: all nodes, ranks on each, and what is to be started."""
+        counts = (str(self.nodes), str(self.config.nproc_per_node))
+        return [*counts, self.command.module, *self.command.arguments] if self.min_nodes < self.nodes else []
 
     def check(self) -> list[str]:
         """The command that looks at each node first; empty for none."""
@@ -107,7 +129,7 @@ class SlurmJob:
             f"--job-name={self.name or self._job_name()}",
             f"--output={output}/%j.log",
             "--open-mode=append",
-            f"--nodes={self.nodes}",
+            f"--nodes={self.nodes}" if self.min_nodes == self.nodes else f"--nodes={self.min_nodes}-{self.nodes}",
             "--ntasks-per-node=1",
             f"--time={slurm.time}",
             f"--export={','.join(self.config.passed)}",
@@ -129,7 +151,7 @@ class SlurmJob:
         setup = str(Path(self.config.setup).absolute()) if self.config.setup else ""
         values = {
             "title": shlex.join(["trivium", *self.command.name.split(), *self.command.arguments]),
-            "nodes": str(self.nodes),
+            "min_nodes": str(self.min_nodes),
             "folder": str(self.folder),
             "code": str(self.code),
             "script": str(self.script),
@@ -140,6 +162,7 @@ class SlurmJob:
         lines += [HEADER.rstrip()]
         lines += [f"{name}={shlex.quote(value)}" for name, value in values.items()]
         lines += [f"check=({shlex.join(self.check())})", f"command=({shlex.join(self.words())})"]
+        lines += [f"elastic=({shlex.join(self.elastic())})", f"wanted=({shlex.join(self.wanted())})"]
         if self.config.slurm.cpus_per_node:
             lines.append(f"export SRUN_CPUS_PER_TASK={self.config.slurm.cpus_per_node}")
         return "\n".join(lines) + "\n" + BODY
