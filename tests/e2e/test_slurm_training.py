@@ -224,6 +224,27 @@ def test_an_unfit_node_ends_the_job_before_the_command_starts(config: Path, tmp_
 
 
 @pytest.mark.full
+def test_a_job_goes_on_without_a_node_that_is_lost(config: Path, uninterrupted: list[dict], tmp_path: Path) -> None:
+    """Draining a node before a requeue stands for its loss; the job then has one node of one rank."""
+    run = tmp_path / "run"
+    (job,) = train(config, run, "parallel.tp=2", options=("--min-nodes", "1"))
+    job.wait_for(lambda: last_step(run) >= 5)
+    set_state("n2", "drain")
+    try:
+        requeue(job)
+        job.wait_for_state("COMPLETED")
+    finally:
+        set_state("n2", "resume")
+    assert job.shows("NumNodes") == "1" and job.shows("Restarts") == "1"
+    assert "1 of 2 nodes with 1 ranks: tp2 pp1 dp1 zero1 becomes tp1 pp1 dp1 zero1; with parallel.tp=1" in job.said()
+    assert [line["tokens"] for line in steps_of(run)] == [line["tokens"] for line in uninterrupted]
+
+
+def set_state(node: str, state: str) -> None:
+    subprocess.run(["scontrol", "update", f"nodename={node}", f"state={state}", "reason=test"], check=True)
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("bound", [100.0, 0.0])
 def test_a_recipe_is_a_chain_of_jobs_that_a_missed_gate_ends(config: Path, tmp_path: Path, bound: float) -> None:
     """The recipe's record and page are those of a recipe that runs in one process."""
