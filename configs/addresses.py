@@ -1,4 +1,4 @@
-"""Addresses of remote file systems in a config, such as s3://bucket/folder, which must not hold credentials."""
+"""Addresses of remote file systems, such as s3://bucket/folder: where they may stand, and without credentials."""
 
 
 def holds_credentials(address: str) -> bool:
@@ -9,3 +9,13 @@ def holds_credentials(address: str) -> bool:
     scheme, separator, rest = address.partition("://")
     query = scheme.lower() in ("http", "https") and "?" in rest
     return bool(separator) and ("@" in rest.split("/")[0] or query or "x-amz-" in rest.lower() or "::" in address)
+
+
+def refuse_address(path: str, key: str) -> None:
+    """Raises ValueError if a path is an address, where the model of a run is read and only folders can be."""
+    if "://" in path:
+        shown = "an address that holds credentials" if holds_credentials(path) else f"the address {path}"
+        raise ValueError(
+            f"{key} is {shown}, and models are read from folders; copy it to a disk first, such as by `aws s3 sync "
+            "ADDRESS FOLDER`; a mirror of checkpoints is laid out as a run"
+        )

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from configs.addresses import refuse_address
 from configs.section import Section
 
 
@@ -60,6 +61,12 @@ class ExportConfig(Section):
     """The seed of the printed sample."""
     verify: VerifyConfig = VerifyConfig()
     """Checks on the result before it is published."""
+
+    @field_validator("run")
+    @classmethod
+    def _run_is_a_folder(cls, run: str) -> str:
+        refuse_address(run, "run")
+        return run
 
     @model_validator(mode="after")
     def _base_is_of_an_adapter(self) -> "ExportConfig":

@@ -2,8 +2,9 @@
 
 from typing import ClassVar
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
+from configs.addresses import refuse_address
 from configs.section import Section
 
 MODELS = ("run", "checkpoint", "hf")  # the keys that name a model
@@ -30,6 +31,12 @@ class InitConfig(Section):
     def _empty_is_left_out(cls, value: str | None) -> str | None:
         """Turns "" into None, so that an override can unset a key of the file."""
         return value or None
+
+    @field_validator(*MODELS)
+    @classmethod
+    def _is_a_folder(cls, value: str | None, info: ValidationInfo) -> str | None:
+        refuse_address(value or "", f"{cls.section}.{info.field_name}")
+        return value
 
     @model_validator(mode="after")
     def _one_model(self) -> "InitConfig":

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from configs.addresses import refuse_address
 from configs.cli import command_parser, entrypoint
 from configs.loader import ConfigError, toml
 from pages import duration
@@ -69,11 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Shows a checkpoint's step, config, shapes and norms, after checking its files.",
         example="trivium inspect runs/demo/pretrain",
     )
-    parser.add_argument("path", metavar="CHECKPOINT", type=Path, help="a checkpoint, or a run: its newest whole one")
+    parser.add_argument("path", metavar="CHECKPOINT", help="a checkpoint, or a run: its newest whole one")
     parser.add_argument("--json", action="store_true", help="print JSON instead, for scripts")
     args = parser.parse_args(argv)
     try:
-        path = _checkpoint(args.path)
+        refuse_address(args.path, "CHECKPOINT")
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        path = _checkpoint(Path(args.path))
         manifest = storage.verify(path)
     except storage.CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
