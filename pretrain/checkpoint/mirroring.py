@@ -107,7 +107,7 @@ class Mirroring:
 
     def _fail(self, step: int | None, said: str) -> None:
         self._failures += 1
-        self._since = self._since or step or 0
+        self._since = self._since or step or max(storage.steps(self._run_dir), default=0)
         if self._failures & (self._failures - 1):  # printed the first, second, fourth, eighth time
             return
         times = f" ({self._failures} times since step {self._since})" if self._failures > 1 else ""

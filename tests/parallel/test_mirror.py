@@ -18,6 +18,7 @@ from tests.parallel.runs import assert_same_state, metrics, train
 
 WORKER = "tests.parallel.workers.mirrors:train"
 MIRROR = "s3://models/runs/one"
+SCHEDULE: dict[str, Any] = {"schedule": {"steps": 6}}  # of runs that end before, to be gone on with
 NO_STORE = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -25,7 +26,7 @@ def mirrored(
     ranks: RanksOf, world: int, run_dir: Path, steps: int, mirror: str, environment: dict[str, str], **options: Any
 ) -> tuple[dict[str, Any], str]:
     """Trains up to `steps` with a mirror; returns the main rank's answer, and what was printed in all."""
-    options = {"model": MODELS["dense"], "parallel": {}, "checkpoint": {"mirror": mirror}, **options}
+    options = {"model": MODELS["dense"], "parallel": {}, "checkpoint": {"mirror": mirror}, **SCHEDULE, **options}
     answers = ranks(world).run(
         WORKER, process_group=False, run_dir=str(run_dir), steps=steps, environment=environment, **options
     )
@@ -132,6 +133,7 @@ def test_a_kill_during_a_copy_leaves_no_checkpoint_that_counts(forks: Forks, tmp
         "parallel": {},
         "steps": 4,
         "checkpoint": {"mirror": str(mirror)},
+        **SCHEDULE,
     }
     world = World(forks, 1, {**options, "slow_from": 4}, log)
     copied, copying = storage.directory(mirror, 2), storage.directory(mirror, 4) / storage.rank_file(0)
@@ -153,7 +155,7 @@ def test_training_goes_on_without_the_mirror_and_says_so(ranks: RanksOf, tmp_pat
     refused, _ = mirrored(ranks, 1, run, 6, MIRROR, NO_STORE)
     assert "EndpointConnectionError" in refused["error"] or "NoCredentialsError" in refused["error"]
     assert remedy in refused["error"] and "may have checkpoints of this run" in refused["error"]
-    train(ranks(1), run, "dense", {}, steps=2)
+    train(ranks(1), run, "dense", {}, steps=2, **SCHEDULE)
     keys = {"AWS_ACCESS_KEY_ID": KEY_ID, "AWS_SECRET_ACCESS_KEY": SECRET}
     answer, said = mirrored(ranks, 1, run, 6, MIRROR, NO_STORE | keys, checkpoint={"mirror": MIRROR, "every": 1})
     assert answer["status"] == 0, "an own checkpoint is enough to go on"
