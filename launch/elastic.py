@@ -84,7 +84,7 @@ def _sentence(config: PretrainConfig, found: NearestLayout, nodes: int, per_node
         parts.append(f"{found.idle} of {found.ranks} ranks stay idle, since {why}")
     held = parallel.tp * parallel.pp * parallel.ep / (layout.tp * layout.pp * layout.ep)
     if held > 1:
-        parts.append(f"a rank may hold up to {held:.3g} times as much of the model, see `trivium plan`")
+        parts.append(f"a rank may hold up to {held:.3g} times as much of the model, see `trivium rehearse`")
     parts.append("the global batch and its samples stay the same")
     return "; ".join(parts)
 
