@@ -3,7 +3,7 @@
 If the config's degrees fit with fewer data-parallel ranks, only those become fewer: each rank then holds what it held,
 but for its share of the optimizer's state. Else the layout that splits the model the most is taken, since it needs the
 least memory, of these the one with the most ranks, and of these the one most like the config's. Tensor and context
-parallel, whose ranks exchange the most, never grow. Memory is not predicted here; see `trivium rehearse`. Imports no torch.
+parallel, whose ranks exchange the most, never grow. Memory is not predicted here; see `trivium rehearse`.
 """
 
 import itertools
