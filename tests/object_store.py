@@ -1,5 +1,6 @@
 """An S3 server on loopback for tests, by moto, and the environment that leads to it."""
 
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,9 @@ def serve(bucket: str) -> Iterator[tuple[Any, dict[str, str]]]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    # moto keeps what the servers of a process hold in one place, which an earlier one may have left.
     address, region = f"http://{host}:{port}", "us-east-1"
+    urllib.request.urlopen(urllib.request.Request(f"{address}/moto-api/reset", method="POST")).close()
     client = boto3.client(
         "s3", endpoint_url=address, region_name=region, aws_access_key_id=KEY_ID, aws_secret_access_key=SECRET
     )
