@@ -67,7 +67,7 @@ def test_a_lost_run_goes_on_from_s3_with_the_same_numbers(ranks: RanksOf, tmp_pa
         assert not (tmp_path / "other/checkpoints").exists()
         refused, _ = mirrored(ranks, 2, tmp_path / "new", 6, MIRROR, environment, resume="no")
         assert "holds checkpoints, the newest of step 6, which --resume no would overwrite" in refused["error"]
-        refused, _ = mirrored(ranks, 2, straight, 8, MIRROR, environment)
+        refused, _ = mirrored(ranks, 2, straight, 8, MIRROR, environment, schedule={})
         assert "holds the checkpoints of another run" in refused["error"]
     folder = tmp_path / "from_the_mirror"  # a mirror is laid out as a run
     for key, content in there.items():
