@@ -66,14 +66,14 @@ def test_a_lost_node_shrinks_the_layout_and_its_return_grows_it(tmp_path: Path) 
     alone = start(0, 1, free_port(), config, run, STEPS - 20)
     said, _ = alone.communicate(timeout=120)
     assert alone.returncode == 0, said
-    assert "elastic: 1 node with 2 ranks: the layout is tp1 pp2 dp1 zero1; with parallel.tp=1; a rank may hold" in said
+    assert "elastic: 1 node with 2 ranks: the layout is tp2 pp1 dp1 zero1; with parallel.pp=1; a rank may hold" in said
     assert f"going on from {storage.directory(run, saved)}" in said
 
     port = free_port()
     back = [start(node, 2, port, config, run, STEPS) for node in range(2)]
     said, _ = back[0].communicate(timeout=120)
     assert back[0].returncode == back[1].wait(60) == 0, said
-    assert "elastic:" not in said and "parallel.tp 1 -> 2" in said
+    assert "elastic:" not in said and "parallel.pp 1 -> 2" in said
     assert trained_on(run) == trained_on(straight)
     bound = Bounds.of(load(PretrainConfig, config), "fp32").loss()
     found, expected = losses(run), losses(straight)

@@ -21,7 +21,12 @@ TRAIN = ["train", DEMO, *BATCH, "parallel.tp=2", "parallel.pp=2"]
 def started(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[list[str], list[ClusterEnvironment]]:
     """Returns the command and the ranks that a launcher of four ranks a node starts here; nothing for no rank."""
     given: list[tuple[list[str], list[ClusterEnvironment]]] = []
-    monkeypatch.setattr(ranks, "run_ranks", lambda command, envs: given.append((command, envs)) or 0)
+
+    def run_ranks(command: list[str], envs: list[ClusterEnvironment]) -> int:
+        given.append((command, envs))
+        return 0
+
+    monkeypatch.setattr(ranks, "run_ranks", run_ranks)
     assert ranks.main(["--nproc-per-node", "4", "--master-address", "node0", *arguments]) == 0
     return given[0] if given else ([], [])
 
