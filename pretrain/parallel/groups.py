@@ -24,6 +24,7 @@ from pretrain.megatron import parallel_state
 from pretrain.model.slices import Slices, is_expert, tp_split
 from pretrain.parallel import staged_gloo
 from pretrain.parallel.deepspeed_import import deepspeed, redirect_to_cpu
+from pretrain.parallel.host_memory import keep_freed_memory
 from pretrain.parallel.rank_messages import gather_json
 
 RECORDED = "2000"  # the last collectives that torch's flight recorder keeps on each rank; the watchdog reads them
@@ -214,6 +215,8 @@ def start(env: ClusterEnvironment, layout: Layout, backend: str = "auto", timeou
 def joined(env: ClusterEnvironment, layout: Layout, backend: str = "auto") -> Iterator[Mesh]:
     """Context manager that calls `start`, yields this rank's `Mesh`, and calls `stop` at the end."""
     mesh = start(env, layout, backend)
+    if mesh.device.type == "cpu":
+        keep_freed_memory()
     try:
         yield mesh
     finally:
