@@ -18,16 +18,16 @@ from tests.parallel.workers.layouts import GLOBAL_BATCH, MICRO_BATCH, SEQ_LENGTH
 
 STEPS = 20
 PAIRS = [(name, layout) for name, model in FAMILIES.items() for layout in ("tp2", "pp2", *["ep2"] * ("moe" in model))]
-RunFamily = Callable[[str, str, str], dict[str, Any]]
+RunFamily = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def run(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> RunFamily:
     """Runner of (family, layout, dtype), which runs each of them once and returns the first rank's results."""
-    done: dict[tuple[str, str, str], dict[str, Any]] = {}
+    done: dict[tuple[str, str, str, int | None], dict[str, Any]] = {}
 
-    def run(name: str, layout: str, dtype: str) -> dict[str, Any]:
-        if (name, layout, dtype) not in done:
+    def run(name: str, layout: str, dtype: str, micro_batch: int | None = None) -> dict[str, Any]:
+        if (name, layout, dtype, micro_batch) not in done:
             world, parallel = world_of(layout)
             results = ranks(world).run(
                 "tests.parallel.workers.layouts:run_layout",
@@ -40,12 +40,13 @@ def run(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> RunFamily:
                 dtype=dtype,
                 # At 1e-2 a rounding grows with every step, until tokens choose other experts than on one rank.
                 lr=1e-3,
+                micro_batch=micro_batch,
             )
             for key in ("losses", "norms"):  # ranks that clip by different norms drift apart
                 assert all(result[key] == results[0][key] for result in results)
             check_slices(results)
-            done[name, layout, dtype] = results[0]
-        return done[name, layout, dtype]
+            done[name, layout, dtype, micro_batch] = results[0]
+        return done[name, layout, dtype, micro_batch]
 
     return run
 
@@ -82,7 +83,18 @@ def test_a_family_trains_as_on_one_rank(run: RunFamily, name: str, layout: str) 
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "layout"), PAIRS)
 def test_a_family_trains_as_on_one_rank_in_bf16(run: RunFamily, name: str, layout: str) -> None:
-    """A sum in another order rounds otherwise, by 0.4 % of a value, and a token may then choose another expert."""
+    """A sum in another order rounds otherwise, by 0.4 % of a value, and a token may then choose another expert.
+
+    That token changes its loss and all later steps. Where a step differs by more than 1 %, one rank shows how far it
+    goes by itself: with micro-batches of another size, which change nothing but the order of sums. Its largest
+    difference is one draw of a few such choices, so a layout may have three times that at a step, but not on average.
+    """
     expected, found = run(name, "one", "bfloat16"), run(name, layout, "bfloat16")
-    assert found["losses"] == pytest.approx(expected["losses"], rel=0.01)
+    assert found["losses"][0] == pytest.approx(expected["losses"][0], rel=0.01)
+    assert sum(found["losses"]) == pytest.approx(sum(expected["losses"]), rel=0.01)
+    if found["losses"] != pytest.approx(expected["losses"], rel=0.01):
+        assert "moe" in FAMILIES[name]
+        other = run(name, "one", "bfloat16", MICRO_BATCH)["losses"]
+        own = max(abs(one / two - 1) for one, two in zip(other, expected["losses"], strict=True))
+        assert found["losses"] == pytest.approx(expected["losses"], rel=3 * own)
     assert found["losses"] != run(name, "one", "float32")["losses"]
