@@ -23,13 +23,15 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFN
 STEPS, EVERY = 60, 5
 
 
-def start(node: int, nodes: int, port: int, config: Path, run: Path, steps: int) -> "subprocess.Popen[str]":
+def start(
+    node: int, nodes: int, port: int, config: Path, run: Path, steps: int, layout: list[str]
+) -> "subprocess.Popen[str]":
     """Starts the launcher of one node of two ranks, which stands in for a machine."""
     meeting = ["--nnodes", str(nodes), "--node-rank", str(node), "--master-address", "127.0.0.1"]
     words = ["launch", "--nproc-per-node", "2", "--min-nodes", "1", *meeting, "--master-port", str(port)]
     command = [sys.executable, "-m", "cli", *words, "train", str(config), f"run.dir={run}", f"train.steps={steps}"]
     return subprocess.Popen(
-        [*command, "parallel.tp=2", "parallel.pp=2"],
+        [*command, *layout],
         cwd=ROOT,
         env={**os.environ, **ENVIRONMENT},
         text=True,
@@ -44,15 +46,29 @@ def losses(run: Path) -> dict[int, float]:
 
 
 @pytest.mark.full
-def test_a_lost_node_shrinks_the_layout_and_its_return_grows_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("degrees", "says", "then"),
+    [
+        (["tp=2"], "", "tp2 pp1 dp1 zero1"),
+        (
+            ["tp=2", "pp=2"],
+            "elastic: 1 node with 2 ranks: the layout is tp2 pp1 dp1 zero1; with parallel.pp=1; a",
+            "tp2",
+        ),
+    ],
+)
+def test_a_lost_node_shrinks_the_layout_and_its_return_grows_it(
+    tmp_path: Path, degrees: list[str], says: str, then: str
+) -> None:
     """Samples are those of the uninterrupted run, and losses are, within the bound of the proof for each step taken."""
     config = write_config(tmp_path, STEPS, tmp_path / "run", rows=2000, every=EVERY)
     run, straight = tmp_path / "run", tmp_path / "straight"
-    done = [start(node, 2, port, config, straight, STEPS) for port in [free_port()] for node in range(2)]
+    layout = [f"parallel.{degree}" for degree in degrees]
+    done = [start(node, 2, port, config, straight, STEPS, layout) for port in [free_port()] for node in range(2)]
     assert [process.wait(120) for process in done] == [0, 0], done[0].communicate()
 
     port = free_port()
-    first, lost = (start(node, 2, port, config, run, STEPS) for node in range(2))
+    first, lost = (start(node, 2, port, config, run, STEPS, layout) for node in range(2))
     deadline = time.monotonic() + 120
     while last_step(run) < EVERY + 2:
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
@@ -63,21 +79,24 @@ def test_a_lost_node_shrinks_the_layout_and_its_return_grows_it(tmp_path: Path) 
     saved = storage.steps(run)[-1]
     assert saved < STEPS
 
-    alone = start(0, 1, free_port(), config, run, STEPS - 20)
+    alone = start(0, 1, free_port(), config, run, STEPS - 20, layout)
     said, _ = alone.communicate(timeout=120)
     assert alone.returncode == 0, said
-    assert "elastic: 1 node with 2 ranks: the layout is tp2 pp1 dp1 zero1; with parallel.pp=1; a rank may hold" in said
+    assert says in said if says else "elastic:" not in said  # fewer data-parallel ranks by hand are nothing to say
+    assert storage.read_manifest(storage.directory(run, STEPS - 20))["layout"].startswith(then)
     assert f"going on from {storage.directory(run, saved)}" in said
 
     port = free_port()
-    back = [start(node, 2, port, config, run, STEPS) for node in range(2)]
+    back = [start(node, 2, port, config, run, STEPS, layout) for node in range(2)]
     said, _ = back[0].communicate(timeout=120)
     assert back[0].returncode == back[1].wait(60) == 0, said
-    assert "elastic:" not in said and "parallel.pp 1 -> 2" in said
+    assert "elastic:" not in said and ("parallel.pp 1 -> 2" in said) == ("pp=2" in degrees)
+    grown = storage.read_manifest(storage.directory(run, STEPS))["layout"]
+    assert grown == storage.read_manifest(storage.directory(straight, STEPS))["layout"]
     assert trained_on(run) == trained_on(straight)
     bound = Bounds.of(load(PretrainConfig, config), "fp32").loss()
     found, expected = losses(run), losses(straight)
     assert list(found) == list(expected) == list(range(1, STEPS + 1))
     for step, loss in expected.items():  # until it is lost, the run is the same
         assert abs(found[step] - loss) <= (0 if step <= saved else bound * loss * (step - saved)), step
-    assert any(found[step] != loss for step, loss in expected.items()), "the layout was another one"
+    print(f"largest difference: {max(abs(found[step] / loss - 1) for step, loss in expected.items()):.2g}, {bound:.2g}")
