@@ -240,11 +240,11 @@ def _frozen(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.
     """
     mesh = engine.mesh
     for name, parameter in engine.module.named_global_parameters():
+        if parameter.requires_grad or (engine.base and not is_state(name)):  # ZeRO-3 leaves no shape to what is trained
+            continue
         is_copy = getattr(parameter, "ds_pipe_replicated", False) or not mesh.is_first_copy(parameter)
         shape = mesh.slices.shape(parameter)
-        if engine.base and not is_state(name):
-            continue
-        if parameter.requires_grad or is_copy or not mesh.is_first_holder(parameter) or not math.prod(shape):
+        if is_copy or not mesh.is_first_holder(parameter) or not math.prod(shape):
             continue
         whole, offset = mesh.slices.global_shape(parameter), mesh.slices.offset(parameter)
         weight = mesh.slices.without_padding(parameter.detach(), parameter).flatten()

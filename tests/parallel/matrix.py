@@ -214,6 +214,7 @@ RESUMES = [
     ("moe_tied", "zero1", "zero3"),
     ("moe_tied", "zero1", "zero1_offload"),
     ("dense_tied", "zero3", "pp2"),
+    ("one_kv_head", "tp2sp_zero3", "cp2"),
     ("deepseek", "ep2", "one"),
     ("deepseek", "ep2", "tp2sp_ep2"),
     ("two_kv_heads", "tp4", "one"),
@@ -239,5 +240,4 @@ MORE_RESUMES = [
     ("deepseek", "ep2", "ep2dp4_zero2"),
     ("deepseek", "ep2", "ep4"),
     ("deepseek", "cp2ep2", "zero3"),
-    ("one_kv_head", "tp2sp_zero3", "cp2"),
 ]
