@@ -19,10 +19,14 @@ from torch.distributed import ProcessGroup
 
 from pretrain.megatron import get_pg_size
 from pretrain.model.batch import Batch
+from pretrain.model.cache_parts import in_parts
 from pretrain.model.losses import LossFunction, NextToken
 
 # Number of logits in a chunk: on a CPU some megabytes, which its caches hold, and on a GPU enough to keep it busy.
 CHUNK_CPU, CHUNK_GPU = 2**21, 2**26
+# In bf16 each chunk's product for the head's gradient is added to the sum in fp32, a pass over all of it. On a CPU a
+# chunk therefore has as many tokens as hidden states have elements, up to so many logits.
+LARGEST_CHUNK_CPU = 2**24
 # Rows of logits are so many elements longer in memory than the vocabulary. Rows at multiples of a large power of two
 # fall into the same few places of a CPU's cache: with a vocabulary of 8,192 the product took 1.3 times as long.
 APART = 16
@@ -142,6 +146,8 @@ class _Head:
         self.wide = torch.promote_types(x_NH.dtype, torch.float32)
         chunk = CHUNK_CPU if x_NH.is_cpu else CHUNK_GPU
         self.tokens = max(LEAST_TOKENS, chunk // len(weight_VH))
+        if x_NH.is_cpu and x_NH.dtype != self.wide:
+            self.tokens = max(self.tokens, min(x_NH.shape[1], LARGEST_CHUNK_CPU // len(weight_VH)))
         # All chunks' logits are computed in the same memory.
         rows, columns = min(self.tokens, len(x_NH)), len(weight_VH)
         self._logits = x_NH.new_empty(rows, columns + APART)[:, :columns]
@@ -162,7 +168,8 @@ class _Head:
                 if grad_nV.dtype == total.dtype:
                     total.addmm_(grad_nV.t(), self.x[part])
                 else:
-                    total += grad_nV.t() @ self.x[part]
+                    for sums, parts in in_parts(total, grad_nV.t() @ self.x[part]):
+                        sums += parts  # a CPU first makes a copy in fp32
         if slope_N is not None:
             self.grad_weight = total.to(self.weight.dtype)
         return torch.cat(found)
