@@ -142,7 +142,7 @@ def test_a_kill_during_a_copy_leaves_no_checkpoint_that_counts(forks: Forks, tmp
     }
     world = World(forks, 1, {**options, "slow_from": 4}, log)
     copied, copying = storage.directory(mirror, 2), storage.directory(mirror, 4) / storage.rank_file(0)
-    assert world.wait(60, until=lambda: copying.is_file()), log.read_text()
+    assert world.wait(30, until=copying.is_file) and copying.is_file(), log.read_text()  # before the manifest
     world.send([0], signal.SIGKILL)
     world.wait(60)
     storage.verify(copied)
