@@ -110,7 +110,7 @@ def test_the_other_side_passes_signals_on_and_stops_when_it_is_left_alone(tmp_pa
     process.stdin.write(json.dumps(job) + "\n")
     process.stdin.flush()
     deadline = time.monotonic() + 20
-    while not (tmp_path / "up").exists() and time.monotonic() < deadline:
+    while not ((tmp_path / "up").exists() and (tmp_path / "up").read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert (tmp_path / "up").read_text() == f"{tmp_path / 'folder'} a 'value'"
     if sent:
