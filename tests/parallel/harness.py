@@ -99,7 +99,8 @@ class RankPool:
         deadline = time.monotonic() + timeout
         pending = {process.connection: rank for rank, process in enumerate(self._processes[:world_size])}
         results: dict[int, Any] = {}
-        errors: list[tuple[int, str]] = []  # in the order of arrival: the first is the cause
+        errors: list[tuple[int, str]] = []  # exceptions in the order of arrival: the first is the cause
+        deaths: list[tuple[int, str]] = []  # the cause of others' exceptions, even if those arrive before
         while pending:
             ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -110,26 +111,27 @@ class RankPool:
                 try:
                     reply = json.loads(connection.recv_bytes())
                 except (EOFError, ConnectionError):
-                    errors.append((rank, self._death(rank)))
+                    deaths.append((rank, self._death(rank)))
                     continue
                 if "error" in reply:
                     errors.append((rank, reply["error"]))
                 else:
                     results[rank] = reply["result"]
-            if errors:
+            if errors or deaths:
                 deadline = min(deadline, time.monotonic() + AFTER_FIRST_ERROR)
-        if pending and not errors:
+        failures = deaths + errors
+        if pending and not failures:
             stacks = "\n".join(f"rank {rank}:\n{self._stack(rank)}" for rank in sorted(pending.values()))
             self.close()
             names = ", ".join(map(str, sorted(pending.values())))
             raise RankError(f"{function}: no answer from rank(s) {names} of {world_size} in {timeout:g} s\n{stacks}")
-        if errors:
-            if pending or any(self._processes[rank].fork.poll() is not None for rank, _ in errors):
+        if failures:
+            if pending or deaths:
                 self.close()
-            rank, text = errors[0]
-            others = ", ".join(str(other) for other, _ in errors[1:])
+            rank, text = failures[0]
+            others = ", ".join(str(other) for other, _ in failures[1:])
             also = f"\n(then rank(s) {others} failed too)" if others else ""
-            error = PortTakenError if any("EADDRINUSE" in text for _, text in errors) else RankError
+            error = PortTakenError if any("EADDRINUSE" in text for _, text in failures) else RankError
             raise error(f"{function}: rank {rank} of {world_size} failed first\n{text}{also}")
         return [results[rank] for rank in range(world_size)]
 

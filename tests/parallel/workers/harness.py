@@ -29,9 +29,14 @@ def hang_in(rank: int) -> str:
 
 
 def die_in(rank: int) -> None:
-    """Ends one rank's process without an exception, as the kernel's OOM killer would."""
+    """Ends one rank's process without an exception, as the kernel's OOM killer would.
+
+    The kernel may close the process's sockets well before it ends: other ranks can report an exception first.
+    """
     if dist.get_rank() == rank:
         print("last words", flush=True)
+        dist.destroy_process_group()
+        time.sleep(0.5)
         os._exit(7)
     dist.all_reduce(torch.zeros(1))
 
