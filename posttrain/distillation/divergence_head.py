@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from posttrain.distillation.divergences import Kind, terms
 from pretrain.model.batch import Batch
-from pretrain.model.head_loss import CHUNK_CPU, CHUNK_GPU, LEAST_TOKENS, HeadLoss, WithGradients
+from pretrain.model.head_loss import HeadLoss, WithGradients, add_product, tokens_of_chunk
 from pretrain.model.losses import LossFunction
 
 NEVER = -1e30  # the logit of padding: its probability is 0, and differences of two such logits are no NaN
@@ -119,7 +119,7 @@ class _Chunks:
         first = self.rows * self.group.rank() if self.group else 0  # token of this rank's first row
         self.labels, self.own_vocab = labels_N - first, min(self.rows, max(0, settings.vocab_size - first))
         self.wide = torch.promote_types(x_NH.dtype, torch.float32)
-        self.tokens = max(LEAST_TOKENS, (CHUNK_GPU if x_NH.is_cuda else CHUNK_CPU) // self.rows)
+        self.tokens = tokens_of_chunk(x_NH, self.rows)
 
     @torch.no_grad()
     def measured(self, slope_N: torch.Tensor | None) -> torch.Tensor:
@@ -137,7 +137,7 @@ class _Chunks:
             found[part], grad_nV = self._chunk(part, None if slope_N is None else slope_N[part])
             if grad_nV is not None:
                 self.grad_x[part] = grad_nV @ self.student.weight[: self.rows]
-                total[: self.rows] += grad_nV.t() @ self.x[part]
+                add_product(total[: self.rows], grad_nV, self.x[part])
         if slope_N is not None:
             self.grad_weight = total.to(self.student.weight.dtype)
         return found

@@ -123,6 +123,23 @@ def head_loss(batch: Batch, loss_fn: LossFunction, scale: float, num_sources: in
     return make(batch=batch, scale=scale, num_sources=num_sources)
 
 
+def tokens_of_chunk(x_NH: torch.Tensor, rows: int) -> int:
+    """Returns the number of tokens in a chunk of hidden states `x_NH`, whose head has `rows` rows on this rank."""
+    tokens = max(LEAST_TOKENS, (CHUNK_CPU if x_NH.is_cpu else CHUNK_GPU) // rows)
+    if x_NH.is_cpu and x_NH.dtype.itemsize < torch.float32.itemsize:
+        tokens = max(tokens, min(x_NH.shape[1], LARGEST_CHUNK_CPU // rows))
+    return tokens
+
+
+def add_product(total_VH: torch.Tensor, grad_nV: torch.Tensor, x_nH: torch.Tensor) -> None:
+    """Adds a chunk's part of the head's gradient, which may be of lower precision, to the total."""
+    if grad_nV.dtype == total_VH.dtype:
+        total_VH.addmm_(grad_nV.t(), x_nH)
+    else:
+        for sums, parts in in_parts(total_VH, grad_nV.t() @ x_nH):
+            sums += parts  # a CPU first makes a copy in fp32
+
+
 class _Head:
     """The products of the output head over chunks of hidden states [N, H]. Nothing here is seen by autograd."""
 
@@ -144,10 +161,7 @@ class _Head:
         first = len(weight_VH) * group.rank() if self.group and group else 0  # token of this rank's first row
         self.labels, self.own_vocab = labels_N - first, min(len(weight_VH), max(0, vocab_size - first))
         self.wide = torch.promote_types(x_NH.dtype, torch.float32)
-        chunk = CHUNK_CPU if x_NH.is_cpu else CHUNK_GPU
-        self.tokens = max(LEAST_TOKENS, chunk // len(weight_VH))
-        if x_NH.is_cpu and x_NH.dtype != self.wide:
-            self.tokens = max(self.tokens, min(x_NH.shape[1], LARGEST_CHUNK_CPU // len(weight_VH)))
+        self.tokens = tokens_of_chunk(x_NH, len(weight_VH))
         # All chunks' logits are computed in the same memory.
         rows, columns = min(self.tokens, len(x_NH)), len(weight_VH)
         self._logits = x_NH.new_empty(rows, columns + APART)[:, :columns]
@@ -165,11 +179,7 @@ class _Head:
             found.append(logprobs_n)
             if grad_nV is not None:
                 torch.mm(grad_nV, self.weight, out=self.grad_x[part])
-                if grad_nV.dtype == total.dtype:
-                    total.addmm_(grad_nV.t(), self.x[part])
-                else:
-                    for sums, parts in in_parts(total, grad_nV.t() @ self.x[part]):
-                        sums += parts  # a CPU first makes a copy in fp32
+                add_product(total, grad_nV, self.x[part])
         if slope_N is not None:
             self.grad_weight = total.to(self.weight.dtype)
         return torch.cat(found)

@@ -11,12 +11,12 @@ from configs.distill import DistillSection
 from configs.loader import validate
 from configs.model import ModelConfig
 from configs.train import ParallelConfig
-from posttrain.distillation import divergence_head
 from posttrain.distillation.distill_loss import DistillLoss
 from posttrain.distillation.teacher import OpenedTeacher, Teacher, layout_of
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage, Pin
 from pretrain.data.batch_source import micro_batches
+from pretrain.model import head_loss
 from pretrain.parallel import groups, zero
 from pretrain.run.initial_model import InitialModel
 from tests.parallel.workers.layouts import GLOBAL_BATCH, make_engine, rows
@@ -24,7 +24,7 @@ from tests.parallel.workers.training import save_now
 
 
 # The heads take a micro-batch in chunks of seven tokens, the last of which is short.
-@mock.patch.multiple(divergence_head, CHUNK_CPU=1, LEAST_TOKENS=7)
+@mock.patch.multiple(head_loss, CHUNK_CPU=1, LEAST_TOKENS=7)
 def gradients(
     model: dict[str, Any],
     teacher_model: dict[str, Any],

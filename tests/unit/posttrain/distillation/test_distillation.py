@@ -11,7 +11,6 @@ import torch
 from configs.distill import DistillConfig
 from configs.loader import ConfigError, validate
 from data_pipeline.mixture.rows import Row
-from posttrain.distillation import divergence_head
 from posttrain.distillation.distill_loss import DistillLoss
 from posttrain.distillation.distill_source import StudentSampling
 from posttrain.distillation.divergence_head import Head, TeacherStates
@@ -19,6 +18,7 @@ from posttrain.distillation.divergences import Kind, divergence
 from posttrain.distillation.teacher import OpenedTeacher, check_length, check_template
 from pretrain.checkpoint.lineage import Lineage, Pin
 from pretrain.data.batch_source import collate
+from pretrain.model import head_loss
 from pretrain.model.batch import Batch
 from pretrain.run.initial_model import InitialModel
 
@@ -80,8 +80,8 @@ def test_chunks_give_the_values_and_gradients_of_whole_logits(
     kind: Kind, softcap: float | None, vocab: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The head is padded to 50 rows; the teacher has 52, another hidden size and a softcap of its own."""
-    monkeypatch.setattr(divergence_head, "LEAST_TOKENS", 4)
-    monkeypatch.setattr(divergence_head, "CHUNK_CPU", 4 * 50)
+    monkeypatch.setattr(head_loss, "LEAST_TOKENS", 4)
+    monkeypatch.setattr(head_loss, "CHUNK_CPU", 4 * 50)
     torch.manual_seed(0)
     mask = [[0.0, 1.0, 0.5, 0.0, 1.0, 1.0], [1.0, 0.25, 0.0, 1.0, 0.0, 1.0]]
     rows = np.arange(6), np.arange(6) + 20, np.zeros(6, np.int64), np.zeros(6, np.int64)
