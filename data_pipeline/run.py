@@ -45,7 +45,7 @@ from data_pipeline.executors.base import Executor
 from data_pipeline.executors.slurm_executor import cancel_leftovers
 from data_pipeline.executors.tasks import TaskError, quiet
 from data_pipeline.extraction.extract import set_aside
-from data_pipeline.extraction.extract_stage import extract_stage
+from data_pipeline.extraction.extract_stage import extract_stage, forget_failure
 from data_pipeline.language.language_stage import language_stage
 from data_pipeline.mixture.earlier import keep_for_plans
 from data_pipeline.mixture.plan_stage import plan_stage, show_forecast
@@ -124,6 +124,8 @@ def run(
             elif stage.name not in chosen:
                 continue
             done[stage.name] = earlier or perform(stage, run_dir, before)
+            if stage.name == "extract":
+                forget_failure(run_dir)
             _say(done[stage.name], number, len(stages), console)
             _check_some_left(done[stage.name], run_dir)
             if done[stage.name].fresh:

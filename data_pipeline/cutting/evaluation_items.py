@@ -1,8 +1,8 @@
 """Reads evaluation files, whose items must not be trained on.
 
-Files are JSON lines or text, plain or compressed with gzip or Zstandard, or Parquet. Compression and Parquet are
-recognized by a file's first bytes. An item that cannot be read ends the run with an error, since documents that hold
-its text would otherwise stay.
+Files are JSON lines or text, in UTF-8, UTF-16 or UTF-32, plain or compressed with gzip or Zstandard, or Parquet.
+Compression, encoding and Parquet are recognized by a file's first bytes. An item that cannot be read ends the run with
+an error, since documents that hold its text would otherwise stay.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 
 from configs.cuts import DecontaminateConfig
 from configs.sources import ExtractConfig
-from data_pipeline.reading.charsets import decode_whole, marked_charset
+from data_pipeline.reading.charsets import decode_whole, marked_charset, wide_charset_of_json
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
-from data_pipeline.reading.jsonl import Line, LineSplitter
+from data_pipeline.reading.lines import Line, LineSplitter
 from data_pipeline.reading.names import printable
 
 _PARQUET = b"PAR1"
@@ -84,10 +84,10 @@ def _text(file: BinaryIO, name: str) -> str:
 
 
 def _lines(file: BinaryIO, name: str) -> Iterator[Line]:
-    splitter = LineSplitter(ExtractConfig().max_record_bytes)
+    splitter = LineSplitter(ExtractConfig().max_record_bytes, recognize=wide_charset_of_json)
     for block in _content(file, name):
         yield from splitter.feed(block)
-    yield splitter.close()
+    yield from splitter.close()
 
 
 def _fields(line: Line, name: str) -> Any:

@@ -26,6 +26,8 @@ from data_pipeline.reading.keys import check_keys
 from data_pipeline.reading.names import openable
 from data_pipeline.reading.records import BROKEN
 
+FAILED = "extract.failed"  # folder of the ledger and rejected records of an attempt with too many of them
+
 
 def extract_stage(context: RunContext) -> Stage:
     """Returns the extract stage; it runs again when the content of any source file changes.
@@ -111,8 +113,12 @@ def _extract(context: RunContext, units: list[InputUnit], folder: Path, logs: Pa
                 markup=False,
                 soft_wrap=True,
             )
-    shutil.rmtree(context.run_dir / "extract.failed", ignore_errors=True)  # left by an earlier attempt
     return tally
+
+
+def forget_failure(run_dir: Path) -> None:
+    """Deletes what an earlier attempt at the extract stage left as `extract.failed`."""
+    shutil.rmtree(run_dir / FAILED, ignore_errors=True)
 
 
 def _check_bad_shares(context: RunContext, tally: Tally, folder: Path) -> None:
@@ -124,7 +130,7 @@ def _check_bad_shares(context: RunContext, tally: Tally, folder: Path) -> None:
     bad = [(source, broken, records) for source, broken, records in bad_shares(tally) if broken > limit * records]
     if not bad:
         return
-    failed = context.run_dir / "extract.failed"
+    failed = context.run_dir / FAILED
     tally.save(folder / "ledger.json")
     for texts in (path for path in folder.iterdir() if path.is_dir() and path.name not in ("rejected", "drops")):
         shutil.rmtree(texts)  # texts of a failed stage are not used

@@ -77,7 +77,13 @@ _FURTHER = frozenset(
     }
 )
 _LABEL = re.compile(r"[a-z0-9][a-z0-9._:+-]{0,39}")
-LENIENT, _STRICT = "trivium.lenient", "trivium.strict"
+_LENIENT, _STRICT, _MARKING = "trivium.lenient", "trivium.strict", "trivium.marking"
+_NULS_OF_JSON = {
+    (False, True, False, True): "utf-16-le",
+    (True, False, True, False): "utf-16-be",
+    (False, True, True, True): "utf-32-le",
+    (True, True, True, False): "utf-32-be",
+}
 # Two code points at which Python's koi8-u has box drawings and the standard has Belarusian letters.
 _BELARUSIAN = {0x255D: 0x045E, 0x256C: 0x040E}
 # Private-use characters to which Python's cp932 decodes the four bytes that Shift_JIS leaves undefined.
@@ -107,9 +113,10 @@ def marked_charset(content: bytes) -> str:
 
 @functools.cache
 def _table() -> dict[str, str]:
-    """Returns {label: Python's codec}; the first call also registers the two error handlers of this module."""
-    codecs.register_error(LENIENT, _handle_as_browsers)
+    """Returns {label: Python's codec}; the first call also registers the error handlers of this module."""
+    codecs.register_error(_LENIENT, _handle_as_browsers)
     codecs.register_error(_STRICT, _handle_or_raise)
+    codecs.register_error(_MARKING, _handle_or_mark)
     lines = (line.split(":", 1) for line in _LABELS.strip().splitlines())
     return {label: codec for codec, labels in lines for label in labels.split()}
 
@@ -119,7 +126,7 @@ def decode(content: bytes, charset: str) -> str:
 
     Bytes that cannot be decoded become U+FFFD.
     """
-    text = _decoded(content, charset, "replace" if charset.startswith("utf") else LENIENT)
+    text = _decoded(content, charset, "replace" if charset.startswith("utf") else _LENIENT)
     return _NO_SHIFT_JIS.sub("\ufffd", text) if charset == "cp932" else text
 
 
@@ -130,6 +137,21 @@ def decode_whole(content: bytes, charset: str) -> str:
         position = len(text[: found.start()].encode(charset, "replace"))
         raise UnicodeDecodeError(charset, content, position, position + 1, "means nothing")
     return text
+
+
+def incremental_decoder(charset: str) -> codecs.IncrementalDecoder:
+    """Returns a decoder of text that comes in pieces; bytes that cannot be decoded become a lone surrogate."""
+    _table()
+    return codecs.getincrementaldecoder(charset)(_MARKING)
+
+
+def wide_charset_of_json(start: bytes) -> str:
+    """Returns the UTF-16 or UTF-32 codec of JSON text from its first bytes, or "" for one in which ASCII has no NULs.
+
+    JSON begins with two ASCII characters, which shows in where the NULs are (RFC 4627, section 3).
+    """
+    nuls = tuple(byte == 0 for byte in start[:4])
+    return _NULS_OF_JSON.get(nuls, "")
 
 
 def _decoded(content: bytes, charset: str, errors: str) -> str:
@@ -148,6 +170,12 @@ def _handle_or_raise(error: UnicodeError) -> tuple[str, int]:
     if text == "\ufffd" or "\x80" <= text < "\xa0":
         raise error
     return text, position
+
+
+def _handle_or_mark(error: UnicodeError) -> tuple[str, int]:
+    """Handles a decoding error like `_handle_as_browsers`, but with a lone surrogate in place of U+FFFD."""
+    text, position = _handle_as_browsers(error)
+    return "\udcff" if text == "\ufffd" else text, position
 
 
 def _handle_as_browsers(error: UnicodeError) -> tuple[str, int]:

@@ -13,11 +13,22 @@ _STATUS = re.compile(rb"[\r\n]*(?:HTTP/\d(?:\.\d)?|ICY)[ \t]+(\d{3})", re.IGNORE
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
 _LINE_END = re.compile(rb"\r?\n")
 _RANGE = re.compile(r"bytes\s+0-(\d+)/(\d+)", re.IGNORECASE)
-# Tags, followed by a space or ">", by which a body is recognized as HTML (WHATWG MIME Sniffing, section 7.1).
+# Elements, also obsolete ones, with which a page may begin. Browsers look for fewer of them (WHATWG MIME Sniffing,
+# section 7.1), but servers that send no type also send parts of pages.
+_TAGS = (
+    "!DOCTYPE HTML|HTML|HEAD|BODY|SCRIPT|STYLE|TITLE|META|LINK|BASE|NOSCRIPT|TEMPLATE|IFRAME|FRAMESET|FRAME|NOFRAMES"
+    "|H[1-6]|HGROUP|DIV|SPAN|P|A|B|I|U|S|BR|HR|FONT|CENTER|STRONG|EM|SMALL|BIG|TT|CODE|PRE|BLOCKQUOTE|ADDRESS|NOBR"
+    "|SECTION|ARTICLE|MAIN|HEADER|FOOTER|NAV|ASIDE|FIGURE|DETAILS|DIALOG|SEARCH|TABLE|TBODY|THEAD|TR|TD|UL|OL|DL|LI|DT"
+    "|DD|DIR|MENU|FORM|FIELDSET|INPUT|BUTTON|LABEL|IMG|PICTURE|VIDEO|AUDIO|CANVAS|MAP|MARQUEE|BASEFONT|BGSOUND|LAYER"
+)
 _MARKUP = re.compile(
-    rb"(?:\xef\xbb\xbf)?[\t\n\f\r ]*(?:<!--|<(?:!DOCTYPE HTML|HTML|HEAD|SCRIPT|IFRAME|H1|DIV|FONT|TABLE|A|STYLE|TITLE|B"
-    rb"|BODY|BR|P|META|LINK)[ \t\n\f\r>/]|<\?xml\b.{0,1024}?<(?:!DOCTYPE )?HTML[ \t\n\f\r>])",
+    rb"(?:\xef\xbb\xbf)?[\t\n\f\r ]*(?:<!--|<(?:%b)[ \t\n\f\r>/]"
+    rb"|<\?xml\b.{0,1024}?<(?:!DOCTYPE )?HTML[ \t\n\f\r>])" % _TAGS.encode(),
     re.IGNORECASE | re.DOTALL,
+)
+# A document after text, such as a server's warning; no code or data, in which markup can begin a line as well.
+_PAGE_AFTER_TEXT = re.compile(
+    rb"[^{};=`\x00-\x08\x0e-\x1a\x1c-\x1f]*\n[\t ]*<(?:!DOCTYPE[ \t]+HTML|HTML)[ \t\n\f\r>]", re.IGNORECASE
 )
 _UTF16_MARKS = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
 _SNIFFED = 2048
@@ -95,8 +106,8 @@ def is_type_unknown(kind: str) -> bool:
 
 
 def looks_like_page(body: bytes) -> bool:
-    """Whether a body begins with an HTML tag or comment; used where its type is not known."""
+    """Whether a body begins with an HTML tag or comment, or with text before a document; for bodies of unknown type."""
     head = body[:_SNIFFED]
     if charset := _UTF16_MARKS.get(head[:2]):
         head = head[2:].decode(charset, "replace").encode("utf-8")
-    return _MARKUP.match(head) is not None
+    return bool(_MARKUP.match(head) or _PAGE_AFTER_TEXT.match(head))

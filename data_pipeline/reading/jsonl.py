@@ -1,92 +1,42 @@
 """Reader of JSON lines, plain or compressed: one record per line, in memory bounded whatever the lines' length.
 
-A line above `extract.max_record_bytes` is skipped without being held in memory. Blank lines and a byte order mark at
-the start of a line are ignored. NaN, infinities and lone surrogates, which JSON forbids but Python's json writes, are
-read and counted. A file that is one JSON array is not supported: it is set aside as not_an_object.
+Files are UTF-8, or UTF-16 or UTF-32 with or without a byte order mark. A line above `extract.max_record_bytes` is
+skipped without being held in memory. Blank lines and a byte order mark at the start of a line are ignored. NaN,
+infinities and lone surrogates, which JSON forbids but Python's json writes, are read and counted. A file that is one
+JSON array is not supported: it is set aside as not_an_object.
 """
 
 import codecs
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import orjson
 
 from configs.sources import ExtractConfig, SourceConfig
+from data_pipeline.reading.charsets import wide_charset_of_json
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.fields import NOT_FINITE, fill, plain
-from data_pipeline.reading.records import SAMPLE_BYTES, Advance, FoundFile, Record, sample
-
-
-@dataclass
-class Line:
-    """A line of a file: its number (from 1), byte offset in the decompressed content, size without line end, content.
-
-    If `too_long`, `content` is only the beginning of the line.
-    """
-
-    number: int
-    offset: int
-    size: int
-    content: bytes
-    too_long: bool
-
-
-class LineSplitter:
-    """Splits blocks of bytes into lines; holds at most about `limit` bytes of a line."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._held = 0
-        self._number = 1
-        self._offset = 0
-
-    def feed(self, block: bytes) -> Iterator[Line]:
-        """Yields the lines that the next block completes."""
-        *ends, rest = block.split(b"\n")
-        for end in ends:
-            self._add(end)
-            yield self._line()
-        self._add(rest)
-
-    def close(self) -> Line:
-        """Returns what came after the last line end as a line, which may be empty."""
-        return self._line()
-
-    def _add(self, part: bytes) -> None:
-        self._size += len(part)
-        if self._size <= self._limit:
-            self._parts.append(part)
-        elif self._held <= self._limit:  # the line has just become too long: keep its beginning
-            self._parts = [b"".join([*self._parts, part])[:SAMPLE_BYTES]]
-        self._held = self._size
-
-    def _line(self) -> Line:
-        line = Line(self._number, self._offset, self._size, b"".join(self._parts), self._size > self._limit)
-        self._number += 1
-        self._offset += self._size + 1
-        self._parts, self._size, self._held = [], 0, 0
-        return line
+from data_pipeline.reading.lines import Line, LineSplitter
+from data_pipeline.reading.records import Advance, FoundFile, Record, sample
 
 
 def read_jsonl(
     content: BinaryIO, file: FoundFile, source: SourceConfig, limits: ExtractConfig, advance: Advance
 ) -> Iterator[Record]:
     """Yields one record per line; a part that cannot be decompressed is one record and ends the line it begins in."""
-    splitter = LineSplitter(limits.max_record_bytes)
+    splitter = LineSplitter(limits.max_record_bytes, recognize=wide_charset_of_json)
     for item in members(content, limits, advance, claimed_compression(file.path)):
         if isinstance(item, Fault):
-            line = splitter.close()
+            line = splitter.break_off()
             yield Record(line.number, line.size, sample(line.content), reason=item.reason, offset=line.offset)
             continue
         for block in item.blocks():
             for line in splitter.feed(block):
                 yield from _records(line, source, limits)
-    yield from _records(splitter.close(), source, limits)
+    for line in splitter.close():
+        yield from _records(line, source, limits)
 
 
 def _records(line: Line, source: SourceConfig, limits: ExtractConfig) -> Iterator[Record]:

@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 from configs.loader import ConfigError
 from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.personal_data.hiding import hide
+from data_pipeline.reading.charsets import wide_charset_of_json
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.fields import lookup
 from data_pipeline.reading.files import open_file
-from data_pipeline.reading.jsonl import LineSplitter, parse
+from data_pipeline.reading.jsonl import parse
+from data_pipeline.reading.lines import LineSplitter
 from data_pipeline.reading.parquet import leaves_of
 from data_pipeline.reading.records import FoundFile, InputUnit
 
@@ -116,7 +118,8 @@ def _first(file: FoundFile, source: SourceConfig, limits: ExtractConfig) -> Iter
             if metadata.num_rows:
                 yield _fields_of(metadata)
             return
-        splitter, size, found = LineSplitter(limits.max_record_bytes), 0, 0
+        splitter = LineSplitter(limits.max_record_bytes, recognize=wide_charset_of_json)
+        size, found = 0, 0
         for item in members(content, limits, lambda _: None, claimed_compression(file.path)):
             for block in item.blocks() if not isinstance(item, Fault) else ():
                 size += len(block)
@@ -126,7 +129,8 @@ def _first(file: FoundFile, source: SourceConfig, limits: ExtractConfig) -> Iter
                         yield fields
                 if size > _BYTES or found >= _RECORDS:
                     return
-        yield from _parsed(splitter.close().content)
+        for line in splitter.close():
+            yield from _parsed(line.content)
 
 
 def _parsed(line: bytes) -> Iterator[dict[str, Any]]:

@@ -188,6 +188,11 @@ def test_too_many_broken_records_stop_the_run(config: Path, capsys) -> None:
     assert not (run_folder(config) / "extract").exists()
     counts = json.loads((run_folder(config) / "extract.failed/ledger.json").read_text())["prose"]
     assert sum(amount["documents"] for amount in counts["dropped"].values()) == 3
+    for once_more in range(2):  # the stage runs, and is found done
+        assert main([str(config), "--until", "extract"]) == 0
+        assert not (run_folder(config) / "extract.failed").exists()
+        assert main([str(config), "extract.max_bad_share=0.001"]) == 1 or once_more
+        assert (run_folder(config) / "extract.failed/rejected").is_dir()
 
 
 FOLDERS = """

@@ -171,6 +171,19 @@ def stored(
 
 
 HTML = b"Content-Type: text/html\r\n"
+OPENING = (
+    b"section",
+    b"article class='a'",
+    b"Main",
+    b"header",
+    b"nav",
+    b"aside",
+    b"center",
+    b"ul",
+    b"h4",
+    b"img/",
+    b"form",
+)
 
 
 @pytest.mark.parametrize(
@@ -199,13 +212,19 @@ HTML = b"Content-Type: text/html\r\n"
         (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + zipped(PAGE), ""),
         (b"HTTP/1.1 200 OK\r\n\r\n" + PAGE.decode().join(["\ufeff<html>", ""]).encode("utf-16-le"), ""),
         (PAGE, ""),  # the archive did not keep the headers
+        *((b"HTTP/1.1 200 OK\r\n\r\n\n<" + tag + b">" + PAGE, "") for tag in OPENING),
+        (b"HTTP/1.1 200 OK\r\n\r\nWarning: no such file in x.php\n <!DOCTYPE html><html>" + PAGE, ""),
+        (b"HTTP/1.1 200 OK\r\n\r\nvar page = '\\\n<html>';", "not_html"),
+        (b"HTTP/1.1 200 OK\r\n\r\nHow to write <html> and\n`<html>` pages", "not_html"),
+        (b"HTTP/1.1 200 OK\r\n\r\n<svg xmlns='x'><a></a></svg>", "not_html"),
+        (b"HTTP/1.1 200 OK\r\n\r\n<feed><title>x</title></feed>", "not_html"),
         (b"HTTP/1.1 200 OK\r\n\r\n<?xml version='1.0'?><rss></rss>", "not_html"),
         (b"HTTP/1.1 200 OK\r\n\r\n<paragraph> is no tag", "not_html"),
         (b"HTTP/1.1 200 OK\r\n\r\n%PDF-1.4 <html>", "not_html"),
         (b"HTTP/1.1 200 OK\r\n\r\n{}", "not_html"),
         (b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n" + PAGE, "not_html"),
     ],
-    ids=range(27),
+    ids=range(43),
 )
 def test_which_responses_are_pages(tmp_path: Path, http: bytes, reason: str) -> None:
     for content in (stored(http), zipped(stored(http))):
