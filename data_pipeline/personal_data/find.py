@@ -62,6 +62,8 @@ def find(text: str, kinds: Collection[Kind] = KINDS, private_ips: bool = False) 
     that are not public.
     """
     found: list[PersonalSpan] = []
+    if not text.isascii() and _WIDE_DIGIT.search(text):
+        text = text.translate(_NARROW)  # character by character, so positions stay the same
     candidates = _candidate_spans(text)
     for kind, finder in _FINDERS.items():
         if kind in kinds:
@@ -81,6 +83,10 @@ def mask(text: str) -> str:
         position = end
     return _CUT_OFF.sub("…", "".join([*parts, text[position:]]))
 
+
+# Full-width forms, as Chinese, Japanese and Korean texts have them, stand for ASCII characters.
+_WIDE_DIGIT = re.compile("[\uff10-\uff19]")
+_NARROW = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
 # Matches the beginning of an address, a number, a token or a key at the end of a text.
 _CUT_OFF = re.compile(r"(?:[!-~]*@[!-~]*|[+(]?[0-9][0-9 .()\-:]{4,}|[A-Za-z0-9_\-+/=.]{8,}|-----BEGIN [^\0]*)\Z")

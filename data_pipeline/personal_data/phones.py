@@ -2,24 +2,26 @@
 
 Precision comes before recall, since versions, dates, prices, section and serial numbers have digits and dots as well.
 These forms are found:
-- "+" or "00" and a country's calling code (ITU-T E.164), 8 to 15 digits in all, the national part in groups;
+- "+", "00" or "011" and a country's calling code (ITU-T E.164), 8 to 15 digits in all, the national part in groups;
 - North American numbers: area code, exchange and four digits, valid by the numbering plan, with separators or
   parentheses;
 - Chinese mobile and area-code numbers next to Chinese text or after a word like Tel;
 - any number directly after such a word.
-An extension ("x3", "ext. 12") belongs to its number. Other national forms are not found, nor are ten digits in a row
-without such a word before them.
+An extension ("x3", "(ext. 12)", ";ext=12") belongs to its number. Other national forms are not found, nor are ten
+digits in a row without such a word before them, nor forms in which another kind of number is likely ("212.555-0153" is
+like a clause of a regulation, "212-5550153" like a part number).
 """
 
 import re
 from collections.abc import Iterator, Sequence
 
 _CONTEXT = 24  # how many characters before a number are checked for words like Tel or order
-_DASHES = "\\-\u2010\u2011\u2012\u2013"
+_DASHES = "\\-\u2010\u2011\u2012\u2013\u2014\u2212"
 _SPACES = " \u00a0\u2009\u202f"
+_WORD = r"(?:x|ext\.?|extn\.?|extension)"
 _EXTENSION = (
-    rf"(?i:[{_SPACES}]?,?[{_SPACES}]?(?:x|ext\.?|extn\.?|extension)[{_SPACES}.:]{{0,2}}[0-9]{{1,6}}"
-    rf"|[{_SPACES}]?#[{_SPACES}]?[0-9]{{1,5}})?"
+    rf"(?i:[{_SPACES}]?,?[{_SPACES}]?{_WORD}[{_SPACES}.:]{{0,2}}#?[0-9]{{1,6}}|[{_SPACES}]?\({_WORD}[{_SPACES}.:]{{0,2}}"
+    rf"#?[0-9]{{1,6}}\)|;ext=[0-9]{{1,6}}|[{_SPACES}]?#[{_SPACES}]?[0-9]{{1,5}})?"
 )
 _AFTER = rf"(?![A-Za-z0-9_]|[.,{_DASHES}][0-9])"
 
@@ -29,23 +31,31 @@ _CALLING_CODES = (
     "|800|808|85[02356]|870|88[0-36-8]|96[0-8]|97[0-79]|99[2-68]"
 )
 _GROUP = rf"(?:[{_SPACES}.{_DASHES}]{{0,2}}\(?[0-9]{{1,4}}\)?|[{_SPACES}]?/[{_SPACES}]?[0-9]{{2,4}})"
+# A "/" before a number is allowed only if another number ends there.
+_BEHIND_ANOTHER = rf"(?:(?<=[0-9][{_SPACES}{_DASHES}][0-9]{{4}}/)|(?<!/))"
 _INTERNATIONAL = re.compile(
-    rf"(?<![A-Za-z0-9_.+\-/=)~])(?:\(\+(?P<enclosed>{_CALLING_CODES})\)|\+(?P<code>{_CALLING_CODES})){_GROUP}{{2,8}}"
+    rf"{_BEHIND_ANOTHER}(?<![A-Za-z0-9_.+\-=)~])"
+    rf"(?:\(\+(?P<enclosed>{_CALLING_CODES})\)|\+(?P<code>{_CALLING_CODES})){_GROUP}{{2,8}}"
     rf"{_EXTENSION}(?![A-Za-z0-9_+]|[{_SPACES}.,/{_DASHES}]?[0-9])"
 )
 _DIALLED = re.compile(
-    rf"(?<![A-Za-z0-9_.,+\-/=)])(?<![0-9][{_SPACES}])00[{_SPACES}]?(?!1)(?:{_CALLING_CODES})"
+    rf"(?<![A-Za-z0-9_.,+\-/=)])(?<![0-9][{_SPACES}])"
+    rf"(?:00[{_SPACES}]?|011[{_SPACES}{_DASHES}])(?!1)(?:{_CALLING_CODES})"
     rf"(?:[{_SPACES}.{_DASHES}]\(?[0-9]{{1,8}}\)?){{2,6}}{_EXTENSION}(?![A-Za-z0-9_]|[{_SPACES}.,/{_DASHES}]?[0-9])"
 )
 
 # NANPA's rules: neither ends in 11, which are service numbers, and no area code has a 9 in the middle.
 _AREA = r"[2-9](?!11)[0-8][0-9]"
 _EXCHANGE = r"[2-9](?!11)[0-9]{2}"
+_BESIDE_DASH = rf"(?:[{_SPACES}]?[.{_DASHES}/][{_SPACES}]?|[{_SPACES}]{{1,2}})"
+_DOT = rf"[{_SPACES}]?[\u00b7\u2022\u2219\u30fb][{_SPACES}]?"
 _NORTH_AMERICAN = re.compile(
-    rf"(?<![A-Za-z0-9_.,+\-/=\u2013$€£¥])(?<![0-9][{_SPACES}])(?<!\$ )(?:\+?(?:00)?1[{_SPACES}.{_DASHES}]?)?(?:"
-    rf"\({_AREA}\)[{_SPACES}]?[.{_DASHES}]?[{_SPACES}]?{_EXCHANGE}[{_SPACES}.{_DASHES}][0-9]{{4}}"
-    rf"|{_AREA}(?P<first>[{_SPACES}.{_DASHES}/]|[{_SPACES}][{_DASHES}][{_SPACES}]){_EXCHANGE}"
+    rf"{_BEHIND_ANOTHER}(?<![A-Za-z0-9_.,+\-=\u2013\u2014\u2212$€£¥])(?<![0-9][{_SPACES}])(?<!\$ )"
+    rf"(?:(?:\+[{_SPACES}]?)?(?:00)?1[{_SPACES}.{_DASHES}/]?|\(1\)[{_SPACES}]?)?(?:"
+    rf"\([{_SPACES}]?{_AREA}[{_SPACES}]?\){_BESIDE_DASH}?{_EXCHANGE}{_BESIDE_DASH}?[0-9]{{4}}"
+    rf"|{_AREA}(?P<first>[{_SPACES}.{_DASHES}/]|[{_SPACES}][{_DASHES}][{_SPACES}]|{_DOT}){_EXCHANGE}"
     rf"(?:(?P=first)|(?<![.][0-9]{{3}})[{_DASHES}])[0-9]{{4}}"
+    rf"|{_AREA}(?:[{_SPACES}][{_DASHES}]|[{_DASHES}][{_SPACES}]){_EXCHANGE}[{_SPACES}]?[{_DASHES}][{_SPACES}]?[0-9]{{4}}"
     rf"){_EXTENSION}{_AFTER}(?![{_SPACES}][0-9])"
 )
 _CHINESE = re.compile(
@@ -53,10 +63,13 @@ _CHINESE = re.compile(
     r"(?:1[3-9][0-9](?:[0-9]{8}|([ \-])[0-9]{4}\1[0-9]{4})|\(?0[1-9][0-9]{1,2}\)?[ \-]?[2-9][0-9]{6,7})"
     r"(?![A-Za-z0-9_]|[.\-/][0-9])"
 )
-_ANY = re.compile(rf"(?<![0-9])\+?\(?[0-9](?:[ .\-()/\u00a0\u2011\u2013]{{0,2}}[0-9]){{6,14}}{_EXTENSION}(?![0-9])")
+_ANY = re.compile(
+    rf"(?<![0-9])\+?\(?[0-9](?:(?:[ .\-()/\u00a0\u2011\u2013]{{0,2}}| / )[0-9]){{6,14}}{_EXTENSION}(?![0-9])"
+)
 _PHONE_BEFORE = re.compile(
-    r"(?i)(?:(?<![^\W_])(?:tel|telephone|phone|mobile|mob|cell ?phone|ph|fax|whatsapp|telefon|telefax|telefono|teléfono"
-    r"|téléphone|tél|telefone|handy)(?:[ _]?(?:no|nr|number))?\b(?: is\b)?|电话|手机|传真|热线|微信|联系方式)"
+    r"(?i)(?:(?<![^\W_])(?:tel|telephone|phone|mobile|mob|cell ?phone|cell(?=\s?[:：])|ph|fax"
+    r"|whatsapp|telefon|telefax|telefono|teléfono|téléphone|tél|telefone"
+    r"|handy)(?:[ _]?(?:no|nr|number))?\b(?: is\b)?|电话|手机|传真|热线|微信|联系方式)"
     r"[号码]{0,2}[\s.:：#=\"']{0,4}\+?\(?\Z"
 )
 # Words before a number which say that it is not a telephone number.
@@ -67,7 +80,7 @@ _OTHER_BEFORE = re.compile(
 )
 _CJK = re.compile(r"[\u4e00-\u9fff]")
 _DATES = re.compile(r"(?:1[5-9]|20)[0-9]{2}(?:\D+(?:1[5-9]|20)[0-9]{2}|([\-./])[0-9]{1,2}\1[0-9]{1,2}\Z)")
-_EXTENSION_DIGITS = re.compile(r"(?i)\s?(?:,?\s?(?:x|ext|extn|extension)[\s.:]|#|x).*\Z")
+_EXTENSION_DIGITS = re.compile(r"(?i)[\s(]*(?:[,;]?\s?(?:x|ext|extn|extension)[\s.:=#]|#|x).*\Z")
 _PATTERNS = (_INTERNATIONAL, _DIALLED, _NORTH_AMERICAN, _CHINESE, _ANY)
 
 

@@ -78,7 +78,7 @@ _FURTHER = frozenset(
 )
 _LABEL = re.compile(r"[a-z0-9][a-z0-9._:+-]{0,39}")
 _LENIENT, _STRICT, _MARKING = "trivium.lenient", "trivium.strict", "trivium.marking"
-_NULS_OF_JSON = {
+_NULS_OF_JSON: dict[tuple[bool, ...], str] = {
     (False, True, False, True): "utf-16-le",
     (True, False, True, False): "utf-16-be",
     (False, True, True, True): "utf-32-le",
