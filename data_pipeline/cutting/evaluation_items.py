@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from configs.cuts import DecontaminateConfig
 from configs.sources import ExtractConfig
-from data_pipeline.reading.charsets import decode_whole, marked_charset, wide_charset_of_json
+from data_pipeline.reading.charsets import decode_whole, marked_charset, wide_charset
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.lines import Line, LineSplitter
 from data_pipeline.reading.names import printable
@@ -84,7 +84,7 @@ def _text(file: BinaryIO, name: str) -> str:
 
 
 def _lines(file: BinaryIO, name: str) -> Iterator[Line]:
-    splitter = LineSplitter(ExtractConfig().max_record_bytes, recognize=wide_charset_of_json)
+    splitter = LineSplitter(ExtractConfig().max_record_bytes, recognize=wide_charset)
     for block in _content(file, name):
         yield from splitter.feed(block)
     yield from splitter.close()

@@ -78,7 +78,7 @@ _FURTHER = frozenset(
 )
 _LABEL = re.compile(r"[a-z0-9][a-z0-9._:+-]{0,39}")
 _LENIENT, _STRICT, _MARKING = "trivium.lenient", "trivium.strict", "trivium.marking"
-_NULS_OF_JSON: dict[tuple[bool, ...], str] = {
+_NULS: dict[tuple[bool, ...], str] = {
     (False, True, False, True): "utf-16-le",
     (True, False, True, False): "utf-16-be",
     (False, True, True, True): "utf-32-le",
@@ -145,13 +145,12 @@ def incremental_decoder(charset: str) -> codecs.IncrementalDecoder:
     return codecs.getincrementaldecoder(charset)(_MARKING)
 
 
-def wide_charset_of_json(start: bytes) -> str:
-    """Returns the UTF-16 or UTF-32 codec of JSON text from its first bytes, or "" for one in which ASCII has no NULs.
+def wide_charset(start: bytes) -> str:
+    """Returns the UTF-16 or UTF-32 codec of text that begins with two ASCII characters, as JSON and markup do.
 
-    JSON begins with two ASCII characters, which shows in where the NULs are (RFC 4627, section 3).
+    It shows in where the NULs are among the first four bytes (RFC 4627, section 3). Returns "" for other encodings.
     """
-    nuls = tuple(byte == 0 for byte in start[:4])
-    return _NULS_OF_JSON.get(nuls, "")
+    return _NULS.get(tuple(byte == 0 for byte in start[:4]), "")
 
 
 def _decoded(content: bytes, charset: str, errors: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from configs.sources import ExtractConfig, SourceConfig
-from data_pipeline.reading.charsets import wide_charset_of_json
+from data_pipeline.reading.charsets import wide_charset
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.fields import NOT_FINITE, fill, plain
 from data_pipeline.reading.lines import Line, LineSplitter
@@ -26,7 +26,7 @@ def read_jsonl(
     content: BinaryIO, file: FoundFile, source: SourceConfig, limits: ExtractConfig, advance: Advance
 ) -> Iterator[Record]:
     """Yields one record per line; a part that cannot be decompressed is one record and ends the line it begins in."""
-    splitter = LineSplitter(limits.max_record_bytes, recognize=wide_charset_of_json)
+    splitter = LineSplitter(limits.max_record_bytes, recognize=wide_charset)
     for item in members(content, limits, advance, claimed_compression(file.path)):
         if isinstance(item, Fault):
             line = splitter.break_off()

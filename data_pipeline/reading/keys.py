@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from configs.loader import ConfigError
 from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.personal_data.hiding import hide
-from data_pipeline.reading.charsets import wide_charset_of_json
+from data_pipeline.reading.charsets import wide_charset
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.fields import lookup
 from data_pipeline.reading.files import open_file
@@ -118,7 +118,7 @@ def _first(file: FoundFile, source: SourceConfig, limits: ExtractConfig) -> Iter
             if metadata.num_rows:
                 yield _fields_of(metadata)
             return
-        splitter = LineSplitter(limits.max_record_bytes, recognize=wide_charset_of_json)
+        splitter = LineSplitter(limits.max_record_bytes, recognize=wide_charset)
         size, found = 0, 0
         for item in members(content, limits, lambda _: None, claimed_compression(file.path)):
             for block in item.blocks() if not isinstance(item, Fault) else ():

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from resiliparse.parse.encoding import detect_encoding
 
 from configs.sources import ExtractConfig
-from data_pipeline.reading.charsets import WIDE, charset_of, decode, marked_charset
+from data_pipeline.reading.charsets import WIDE, charset_of, decode, marked_charset, wide_charset
 from data_pipeline.reading.records import SAMPLE_BYTES, Record
 
 # How a page's encoding was found.
@@ -130,8 +130,10 @@ def _candidates(content: bytes, content_type: str, markup: bool) -> Iterator[tup
 
 
 def _wide(content: bytes) -> str:
-    """Returns the UTF-16 codec if nearly every other byte is NUL, as in markup and Western text, else ""."""
+    """Returns the UTF-16 or UTF-32 codec that NULs show, in the first characters or in most of the others, or ""."""
     head = content[:_WIDE_PROBE]
+    if found := wide_charset(head):
+        return found
     even, odd = head[::2], head[1::2]
     if len(head) >= 4 and odd.count(0) > 0.7 * len(odd) and not even.count(0):
         return "utf-16-le"

@@ -91,6 +91,8 @@ def test_utf_16_and_utf_32_with_and_without_a_mark(tmp_path: Path) -> None:
                 content = page(RUSSIAN, head).encode(codec)
                 (record,) = read(tmp_path / "a.warc.gz", warc([content], kind=kind)[0], "warc")
                 assert RUSSIAN in text_of(record) and record.text.startswith("<!"), (codec, head, kind)
+    for codec in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):  # little markup and no mark
+        assert decode_page(f"<p>{RUSSIAN * 9}".encode(codec)).text == f"<p>{RUSSIAN * 9}"
     for content in (page(RUSSIAN, META.format("utf-16")), page(RUSSIAN, before=XML.format("utf-16le"))):
         assert decode_page(content.encode()).text == content  # a declaration that can be read as ASCII is not in UTF-16
         assert decode_page(content.encode(), "text/html; charset=utf-16").text == content
