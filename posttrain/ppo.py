@@ -17,6 +17,7 @@ from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
 from configs.folders import check_run_dir, check_writable
 from configs.loader import ConfigError
 from configs.rl import PPOConfig
+from data_pipeline.core.integrity import check_at_once
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 
 
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text.check(run.layout.dp * config.train.micro_batch_size)
     if args.dry_run:
         print(run.said)
+        if text and env.is_main and (unchecked := check_at_once(text.text.plan.store_files())):
+            print(f"note: {unchecked}")
         return 0
 
     with groups.joined(env, run.layout, config.parallel.backend) as mesh:

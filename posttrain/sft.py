@@ -19,6 +19,7 @@ from configs.folders import check_run_dir
 from configs.layout import Layout
 from configs.loader import ConfigError
 from configs.sft import SFTConfig
+from data_pipeline.core.integrity import check_at_once
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 
 SHOW = ("--show", "", "number of samples to print instead of training, with each token coloured by its loss weight")
@@ -99,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         epochs = source.epochs(config.train.steps * config.train.global_batch_size)
         print(f"{source.rows_per_epoch} rows of {length} tokens; {config.train.steps} steps are {epochs}")
     if args.dry_run:
+        if env.is_main and (unchecked := check_at_once(source.files())):
+            print(f"note: {unchecked}")
         return 0
 
     heldout = source.heldout(config.eval.rows)

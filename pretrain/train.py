@@ -21,7 +21,7 @@ from configs.folders import check_run_dir
 from configs.layout import SEQ_LENGTH, Layout
 from configs.loader import ConfigError
 from configs.train import PretrainConfig
-from data_pipeline.core.integrity import DamagedData
+from data_pipeline.core.integrity import DamagedData, check_at_once
 from data_pipeline.mixture.rows import Plan
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 from pretrain.data.plan_choice import PlanChoice, choose_plan
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_run_dir(config.run.dir)
     try:
         choice = _choose_plan(config, args.resume, initial)
+        unchecked = check_at_once(choice.plan.store_files()) if args.dry_run and env.is_main else ""
     except DamagedData as error:  # all ranks read the same plan and find the same damage
         return _failed(error, prints=env.is_main)
     if choice.reason and env.is_main:
@@ -82,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"layout {layout}, {layout.grad_accum_steps} micro-batches a step, {config.train.steps} steps of "
             f"{config.train.global_batch_size * config.train.seq_length:,} tokens"
             f"{f', from {initial.pin.checkpoint},' if initial else ''} into {config.run.dir}"
+            + (f"\nnote: {unchecked}" if unchecked else "")
         )
         return 0
 

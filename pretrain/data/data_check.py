@@ -15,10 +15,9 @@ import threading
 from collections.abc import Sequence
 from types import TracebackType
 
-from data_pipeline.core.integrity import DamagedData, Expected, check_files
+from data_pipeline.core.integrity import FIRST_BYTES, DamagedData, Expected, check_files
 from pretrain.parallel.groups import Mesh
 
-FIRST_BYTES = 1_000_000_000  # data of up to this size, over all ranks, is read before the first step: a few seconds
 WAIT_SECONDS = 0.5  # between two exchanges of signals while the run only waits for the check
 _LEAVE_SECONDS = 10.0  # longest wait for the thread at the end, since a read may hang
 _NAMED = 3  # damaged files named in the message

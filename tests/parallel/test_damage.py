@@ -10,9 +10,11 @@ import pytest
 
 from configs.loader import toml
 from configs.mixture import PlanConfig
+from data_pipeline.core import integrity
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens.store import Store
+from pretrain import train as train_command
 from pretrain.checkpoint import storage
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
@@ -76,6 +78,29 @@ def test_one_changed_token_stops_all_ranks(
     assert "does not match its checksum" in first["said"] and second["said"] == ""
     if first_bytes:
         assert not metrics(tmp_path / "run"), "no step is trained on it"
+
+
+def test_a_dry_run_tells_of_damage_and_of_what_it_did_not_compare(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "train.toml"
+    file.write_bytes(toml(config(tmp_path / "run", data / "plan")))
+    path = data / "tokens/train/code/00000.bin"
+    sound = path.read_bytes()
+
+    def dry_run(status: int) -> str:
+        assert train_command.main([str(file), "--dry-run"]) == status
+        return "".join(capsys.readouterr())
+
+    assert "note" not in dry_run(0)
+    path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    told = dry_run(1)
+    assert "source code, shard train/code/00000: the file 00000.bin" in told and "not match its checksum" in told
+    monkeypatch.setattr(integrity, "FIRST_BYTES", 1000)
+    assert "were not compared with their checksums" in dry_run(0)
+    path.write_bytes(sound[:-2])
+    assert f"token store {path} ha" in dry_run(1)
+    assert not (tmp_path / "run").exists()
 
 
 def test_damage_found_late_is_told_from_the_last_checked_step_on(ranks: RanksOf, data: Path, tmp_path: Path) -> None:
