@@ -25,7 +25,7 @@ FAMILIES: tuple[Family, ...] = (
 # The same with a scalar head in place of the output head, of reward models.
 CLASSIFIERS: tuple[Family, ...] = tuple(with_values(one) for one in FAMILIES if one.model_type in WITH_CLASSIFIER)
 # Families without a class in transformers: their files can be imported, and exported only as another family.
-WITHOUT_CLASS: tuple[Family, ...] = (baichuan.BAICHUAN,)
+WITHOUT_CLASS: tuple[Family, ...] = (baichuan.BAICHUAN, qwen.QWEN1)
 
 # Model types that people ask for, and what they have that no part of the decoder computes.
 LACKING = {

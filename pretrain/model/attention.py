@@ -220,9 +220,12 @@ class LatentAttention(Attention):
         return q if factor == 1.0 else q * factor
 
 
+ATTENTIONS: dict[str, type[Attention]] = {"grouped": GroupedAttention, "latent": LatentAttention}
+
+
 def attention_of(config: LayerConfig, context: LayerContext) -> Attention:
     """Makes the attention of one layer."""
-    return (LatentAttention if config.attention.latent else GroupedAttention)(config, context)
+    return ATTENTIONS["latent" if config.attention.latent else "grouped"](config, context)
 
 
 def _query_factor(config: LayerConfig) -> float:

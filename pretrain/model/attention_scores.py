@@ -1,11 +1,13 @@
 """Attention whose scores are more than causal products: contexts, windows and chunks, ALiBi, soft caps, sinks.
 
-A pattern is one predicate, `ScoreRule.sees`. Everything here is computed document by document and for some queries at a
-time, so that a score of every token with every other never exists; queries of long documents are computed again in the
-backward pass. Plain causal attention is in `documents.py`, which has faster kernels. Shape letters: see `decoder.py`.
+A pattern is one predicate, an entry of `PATTERNS`. Everything here is computed document by document and for some
+queries at a time, so that a score of every token with every other never exists; queries of long documents are computed
+again in the backward pass. Plain causal attention is in `documents.py`, which has faster kernels. Shape letters: see
+`decoder.py`.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -51,14 +53,7 @@ class ScoreRule:
 
     def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Returns whether a token at position `query` of its document sees that at `key`; any shapes that match."""
-        seen = key <= query
-        if self.context:
-            seen = seen | (key < self.context)
-        if self.pattern == "sliding":
-            seen = seen & (key > query - (self.window or 0))
-        elif self.pattern == "chunked":
-            seen = seen & (key // (self.window or 1) == query // (self.window or 1))
-        return seen
+        return PATTERNS[self.pattern](query, key, self)
 
     def first_key(self, query: int) -> int:
         """Returns the first position that a token at position `query` may see."""
@@ -67,6 +62,23 @@ class ScoreRule:
         if self.pattern == "chunked":
             return query // (self.window or 1) * (self.window or 1)
         return 0
+
+
+def _in_window(query: torch.Tensor, key: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
+    return (key <= query) & (key > query - (rule.window or 0))
+
+
+def _in_chunk(query: torch.Tensor, key: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
+    return (key <= query) & (key // (rule.window or 1) == query // (rule.window or 1))
+
+
+# Whether a token at position `query` of its document sees the one at `key`.
+PATTERNS: dict[AttentionPattern, Callable[[torch.Tensor, torch.Tensor, ScoreRule], torch.Tensor]] = {
+    "causal": lambda query, key, rule: key <= query,
+    "prefix": lambda query, key, rule: (key <= query) | (key < rule.context),
+    "sliding": _in_window,
+    "chunked": _in_chunk,
+}
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:

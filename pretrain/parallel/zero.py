@@ -319,17 +319,19 @@ def _config(
 
 
 def _stage(module: nn.Module, layout: Layout) -> dict[str, Any]:
-    whole = [outline(parameter) for parameter in module.parameters()]
+    whole = [(outline(parameter).numel(), marks_of(parameter)) for parameter in module.parameters()]
     stage: dict[str, Any] = {
         "stage": layout.zero,
         # Without this DeepSpeed would sum the gradients of different experts over all data-parallel ranks.
         "contiguous_gradients": True,
-        "reduce_bucket_size": min(MAX_BUCKET, sum(p.numel() for p in whole)),
+        "reduce_bucket_size": min(MAX_BUCKET, sum(size for size, _ in whole)),
     }
     if layout.zero == 3:
-        # Norm weights stay whole: gathering one costs a round trip, and splitting it would save little memory.
+        # Norm weights and biases stay whole: gathering one costs a round trip, splitting it would save little memory.
         stage["stage3_max_reuse_distance"] = REUSE_DISTANCE
-        stage["stage3_param_persistence_threshold"] = max(p.numel() for p in whole if p.ndim == 1)
+        stage["stage3_param_persistence_threshold"] = max(
+            size for size, marks in whole if not (marks.decays or marks.is_expert)
+        )
     if layout.offload_optimizer:
         stage["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return stage

@@ -1,9 +1,13 @@
-"""Qwen2 and 2.5, Qwen2-MoE, Qwen3 and Qwen3-MoE; Qwen1's weights become Qwen2's by their names alone."""
+"""Qwen 1 to 2.5, Qwen2-MoE, Qwen3 and Qwen3-MoE.
+
+transformers has no class for Qwen 1, whose remote code computes what Qwen2's class does, up to the length of rows that
+the model was trained on; beyond it, two keys stretch positions and scores, which Trivium does not.
+"""
 
 from typing import Any
 
 from configs.model import ModelConfig
-from export.conversion.config_keys import ConfigKey, Custom, Draft, MappedKey, shortest_pattern
+from export.conversion.config_keys import ConfigKey, Custom, Draft, Fixed, MappedKey, shortest_pattern
 from export.conversion.families.llama import (
     ATTENTION,
     AUXILIARY,
@@ -12,14 +16,16 @@ from export.conversion.families.llama import (
     MLP,
     NORMS,
     OLD_ROTARY,
+    OURS,
     QK_NORM,
     experts,
     head_dim,
     named,
     sizes,
 )
+from export.conversion.operations import Join, Rotary, chain
 from export.conversion.rope_keys import Rope
-from export.conversion.table import Family
+from export.conversion.table import Family, Rule
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 ROPE = Rope(positions=32768)
@@ -202,3 +208,65 @@ QWEN3_MOE = Family(
 )
 
 FAMILIES = (QWEN2, QWEN3, QWEN2_MOE, QWEN3_MOE)
+
+
+def _read_inner_size(draft: Draft) -> None:
+    """Reads the inner size of the MLP, which Qwen 1 counts twice, once for each of the two projections into it."""
+    size = draft.value("intermediate_size")
+    if not isinstance(size, int) or size % 2:
+        return draft.refuse("intermediate_size", size, "an even number")
+    draft.put("ffn_hidden_size", size // 2)
+
+
+def _read_head_dim(draft: Draft) -> None:
+    width, hidden, count = (draft.raw.get(key) for key in ("kv_channels", "hidden_size", "num_attention_heads"))
+    if not all(isinstance(one, int) and one > 0 for one in (hidden, count)):
+        return  # which other keys tell
+    if width is not None and width * count != hidden:
+        draft.refuse("kv_channels", width, f"hidden_size / num_attention_heads = {hidden / count:g}")
+
+
+IN_BLOCK = "transformer.h.{layer}."
+QWEN1 = Family(
+    architecture="QWenLMHeadModel",
+    model_type="qwen",
+    rules=(
+        Rule("embedding.weight", "transformer.wte.weight"),
+        Rule(f"{OURS}attention_norm.weight", f"{IN_BLOCK}ln_1.weight"),
+        *(
+            Rule(
+                tuple(f"{OURS}attention.{name}_proj.{kind}" for name in "qkv"),
+                f"{IN_BLOCK}attn.c_attn.{kind}",
+                chain(Rotary("halves", first=2), Join()),
+            )
+            for kind in ("weight", "bias")
+        ),
+        Rule(f"{OURS}attention.o_proj.weight", f"{IN_BLOCK}attn.c_proj.weight"),
+        Rule(f"{OURS}mlp_norm.weight", f"{IN_BLOCK}ln_2.weight"),
+        Rule(f"{OURS}mlp.gate_proj.weight", f"{IN_BLOCK}mlp.w2.weight"),
+        Rule(f"{OURS}mlp.up_proj.weight", f"{IN_BLOCK}mlp.w1.weight"),
+        Rule(f"{OURS}mlp.down_proj.weight", f"{IN_BLOCK}mlp.c_proj.weight"),
+        Rule("final_norm.weight", "transformer.ln_f.weight"),
+        Rule("lm_head.weight", "lm_head.weight"),
+    ),
+    keys=(
+        MappedKey("vocab_size", "vocab_size"),
+        MappedKey("hidden_size", "hidden_size"),
+        MappedKey("num_hidden_layers", "num_layers"),
+        MappedKey("num_attention_heads", ("num_heads", "num_kv_heads")),
+        Custom(_read_inner_size, lambda config: {"intermediate_size": 2 * config.ffn_hidden_size}),
+        Custom(_read_head_dim, lambda config: {"kv_channels": config.dim_per_head}),
+        MappedKey("layer_norm_epsilon", "norm.eps", absent=1e-6, number=float),
+        MappedKey("rotary_emb_base", "position.theta", absent=10000.0, number=float),
+        MappedKey("tie_word_embeddings", "tie_embeddings", absent=False),
+        MappedKey("initializer_range", "init_std", absent=0.02, number=float),
+        Fixed("rotary_pct", 1.0),
+        Fixed("no_bias", True),
+        Fixed("scale_attn_weights", True),
+    ),
+    fixed={"attention.qkv_bias": True},
+    ignored=(r"transformer\.rotary_emb\.inv_freq", r"transformer\.h\.\d+\.attn\.(rotary_emb\.inv_freq|masked_bias)"),
+    prefix="transformer.",
+    converted=("position.layout",),
+    positions=("seq_length", 2048),
+)
