@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -84,9 +85,9 @@ def scan_tensors(folder: str | Path) -> TensorFolder:
     found = TensorFolder(folder)
     if (folder / INDEX).is_file():
         try:
-            found.files = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError):
-            found.problems.append(f"{folder / INDEX} is not a complete index; fetch it again")
+            found.files = _indexed(json.loads((folder / INDEX).read_text(encoding="utf-8")))
+        except ValueError as error:
+            found.problems.append(f"{folder / INDEX} is not a complete index ({error}); fetch it again")
             return found
     elif (folder / SINGLE).is_file():
         found.shapes |= _shapes(folder / SINGLE, found) or {}
@@ -127,6 +128,17 @@ def tensor_files(folder: Path) -> list[Path]:
     return [folder / SINGLE]
 
 
+def _indexed(index: Any) -> dict[str, str]:
+    """Returns the file of each tensor that an index names. Raises ValueError for one that names no file."""
+    where = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(where, dict) or not where:
+        raise ValueError("it has no weight_map")
+    for name, file in where.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"the file of {name} is {file!r}, and not the name of a file beside the index")
+    return where
+
+
 def _unnamed(number: int) -> str:
     """Returns the name of a file of weights while the number of all files is not known."""
     return f"model-{number:05d}.safetensors"
@@ -142,7 +154,7 @@ def _shapes(path: Path, found: TensorFolder) -> dict[str, tuple[int, ...]] | Non
             return {name: tuple(part.get_shape()) for name, part in parts.items()}
     except FileNotFoundError:
         problems.append(f"{path} is missing, but {INDEX} names it; fetch it again")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         problems.append(f"{path} is not a complete safetensors file ({error}); fetch it again")
     return None
 

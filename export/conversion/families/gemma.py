@@ -31,8 +31,8 @@ def _write_scale(config: ModelConfig) -> dict[str, Any]:
     return {"query_pre_attn_scalar": config.dim_per_head if scale is None else round(scale**-2)}
 
 
-def _keys(attention_cap: float | None, logit_cap: float | None) -> tuple[ConfigKey, ...]:
-    """Returns the keys of both; the arguments are what transformers takes where soft caps are absent."""
+def _keys(attention_cap: ConfigKey, logit_cap: float | None) -> tuple[ConfigKey, ...]:
+    """Returns the keys of both; `logit_cap` is what transformers takes where the soft cap of logits is absent."""
     shared = [key for key in sizes(kv_heads=4, tied=True) if getattr(key, "theirs", "") != "hidden_act"]
     return (
         *shared,
@@ -40,7 +40,7 @@ def _keys(attention_cap: float | None, logit_cap: float | None) -> tuple[ConfigK
         FFN,
         head_dim(absent=256),
         MappedKey("attention_bias", ("attention.qkv_bias", "attention.output_bias"), absent=False),
-        MappedKey("attn_logit_softcapping", "attention.softcap", absent=attention_cap, null=None),
+        attention_cap,
         MappedKey("final_logit_softcapping", "head.softcap", absent=logit_cap, null=None),
         Custom(_read_scale, _write_scale),
         Fixed("use_bidirectional_attention", False, accepted=(None,), written=False),
@@ -81,12 +81,17 @@ def _write_two_ropes(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+ATTENTION_CAP = "attn_logit_softcapping"
 _FIXED = {"norm.kind": "rms_plus_one", "residual.kind": "sandwich", "scale_embedding": True}
 GEMMA_2 = Family(
     architecture="Gemma2ForCausalLM",
     model_type="gemma2",
     rules=RULES,
-    keys=(*_keys(50.0, 30.0), alternating(lambda i, every: i % 2 == 0, width=4096), Rope(positions=8192)),
+    keys=(
+        *_keys(MappedKey(ATTENTION_CAP, "attention.softcap", absent=50.0, null=None), 30.0),
+        alternating(lambda i, every: i % 2 == 0, width=4096),
+        Rope(positions=8192),
+    ),
     fixed=_FIXED,
     converted=("position.layout",),
     positions=("max_position_embeddings", 8192),
@@ -96,7 +101,7 @@ GEMMA_3 = Family(
     model_type="gemma3_text",
     rules=(*RULES, *QK_NORM),
     keys=(
-        *_keys(None, None),
+        *_keys(Fixed(ATTENTION_CAP, None), None),  # transformers' class of Gemma 3 has the key and does not use it
         alternating(lambda i, every: (i + 1) % every != 0, width=4096, every=6, local={"scaled": False}),
         Custom(_read_two_ropes, _write_two_ropes),
     ),

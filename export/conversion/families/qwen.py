@@ -20,6 +20,7 @@ from export.conversion.families.llama import (
     QK_NORM,
     experts,
     head_dim,
+    heads,
     named,
     sizes,
 )
@@ -219,11 +220,9 @@ def _read_inner_size(draft: Draft) -> None:
 
 
 def _read_head_dim(draft: Draft) -> None:
-    width, hidden, count = (draft.raw.get(key) for key in ("kv_channels", "hidden_size", "num_attention_heads"))
-    if not all(isinstance(one, int) and one > 0 for one in (hidden, count)):
-        return  # which other keys tell
-    if width is not None and width * count != hidden:
-        draft.refuse("kv_channels", width, f"hidden_size / num_attention_heads = {hidden / count:g}")
+    width, count = draft.raw.get("kv_channels"), heads(draft.raw)
+    if isinstance(width, int) and isinstance(count, int) and width * count != draft.raw.get("hidden_size"):
+        draft.refuse("kv_channels", width, "hidden_size / num_attention_heads")
 
 
 IN_BLOCK = "transformer.h.{layer}."

@@ -219,6 +219,26 @@ def test_bad_places_and_files(tmp_path):
     assert main([str(tmp_path / "hf"), str(tmp_path / "new")]) == 0
 
 
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("{", "is not a complete index"),
+        ("[]", "it has no weight_map"),
+        ('{"weight_map": []}', "it has no weight_map"),
+        ('{"weight_map": {}}', "it has no weight_map"),
+        ('{"weight_map": {"a": 3}}', "the file of a is 3, and not the name of a file"),
+        ('{"weight_map": {"a": "../a.safetensors"}}', "the file of a is '../a.safetensors', and not the name of a"),
+        ('{"weight_map": {"a": "folder"}}', "folder is not a complete safetensors file"),
+    ],
+)
+def test_a_broken_index_is_told(tmp_path, index, said):
+    saved(tmp_path, moe=False)
+    (tmp_path / "hf/folder").mkdir()
+    (tmp_path / "hf/model.safetensors.index.json").write_text(index)
+    with pytest.raises(ConfigError, match=said):
+        main([str(tmp_path / "hf"), str(tmp_path / "out")])
+
+
 def test_a_tokenizer_file_is_restored_or_removed_as_the_message_says(tmp_path, tokenizer_path):
     saved(tmp_path, moe=False, vocab_size=800)
     write_tokenizer(tmp_path / "hf", tokenizer_path, max_length=64)

@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+from configs.loader import validate
+from configs.model import ModelConfig
+from export.conversion.family_registry import family_of
+from export.conversion.walk import ConversionError
 from export.hf_config import from_hf_config, to_hf_config
 from tests.unit.export.conversion.parity import LENGTH, check_both_ways, check_greedy, random_model
 
@@ -52,6 +56,15 @@ def test_gemma_3_of_version_4_has_its_bases_in_keys_of_their_own():
     assert [layer.position.theta for layer in model.layers] == [2e4, 2e4, 5e5, 2e4, 2e4, 5e5, 2e4]
     written = to_hf_config(model, 64, "float32", None, None, None)
     assert (written["rope_theta"], written["rope_local_base_freq"], written["query_pre_attn_scalar"]) == (5e5, 2e4, 20)
+
+
+def test_a_soft_cap_of_scores_which_gemma_3_s_class_does_not_compute_is_refused():
+    with pytest.raises(ConversionError, match=r"attn_logit_softcapping = 5\.0 is not supported in Gemma3ForCausalLM"):
+        from_hf_config({"model_type": "gemma3_text", **GEMMA, "attn_logit_softcapping": 5.0})
+    raw = from_hf_config({"model_type": "gemma3_text", **GEMMA}).model_dump(mode="json", exclude_none=True)
+    raw["attention"]["softcap"] = 5.0
+    with pytest.raises(ValueError, match=r"Gemma3ForCausalLM, .* has model\.attention\.softcap = None, not 5\.0"):
+        family_of(validate(ModelConfig, raw))
 
 
 @pytest.mark.parametrize("keys", [{}, {"attention_bias": True}], ids=["plain", "biases"])
