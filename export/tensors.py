@@ -83,16 +83,18 @@ def scan_tensors(folder: str | Path) -> TensorFolder:
     """Looks at all files of a folder and returns what is in them, with everything that is wrong; reads no tensor."""
     folder = Path(folder)
     found = TensorFolder(folder)
+    if (folder / SINGLE).is_file():  # where there is an index too, transformers does not read it
+        found.shapes |= _shapes(folder / SINGLE, found) or {}
+        found.files = dict.fromkeys(found.shapes, SINGLE)
+        if not found.files and not found.problems:
+            found.problems.append(f"{folder / SINGLE} holds no tensor; fetch it again")
+        return found
     if (folder / INDEX).is_file():
         try:
             found.files = _indexed(json.loads((folder / INDEX).read_text(encoding="utf-8")))
         except ValueError as error:
             found.problems.append(f"{folder / INDEX} is not a complete index ({error}); fetch it again")
             return found
-    elif (folder / SINGLE).is_file():
-        found.shapes |= _shapes(folder / SINGLE, found) or {}
-        found.files = dict.fromkeys(found.shapes, SINGLE)
-        return found
     elif list(folder.glob("*.bin")):
         found.problems.append(
             f"{folder} holds pickled weights (.bin), which are never loaded; convert them to safetensors"
@@ -122,10 +124,10 @@ def open_tensors(folder: str | Path) -> tuple[set[str], Callable[[str], torch.Te
 
 def tensor_files(folder: Path) -> list[Path]:
     """Returns the paths of the files that `open_tensors` reads, sorted by name."""
-    if (folder / INDEX).is_file():
-        files = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-        return [folder / INDEX, *(folder / name for name in sorted(files))]
-    return [folder / SINGLE]
+    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+        return [folder / SINGLE]
+    files = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    return [folder / INDEX, *(folder / name for name in sorted(files))]
 
 
 def _indexed(index: Any) -> dict[str, str]:

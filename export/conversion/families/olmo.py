@@ -5,7 +5,7 @@ from typing import Any
 from configs.model import ModelConfig
 from export.conversion.config_keys import Custom, Draft, MappedKey
 from export.conversion.families.gemma import FULL, SLIDING
-from export.conversion.families.llama import ATTENTION, ENDS, FFN, MLP, QK_NORM, named, sizes
+from export.conversion.families.llama import ATTENTION, ENDS, FFN, MLP, QK_NORM, head_dim, named, sizes
 from export.conversion.families.windows import alternating
 from export.conversion.rope_keys import Rope, read_scaling, written_scaling
 from export.conversion.table import Family
@@ -21,6 +21,7 @@ RULES = (
 KEYS = (
     *sizes(eps=1e-5),
     FFN,
+    head_dim(always=False),
     MappedKey("attention_bias", ("attention.qkv_bias", "attention.output_bias"), absent=False),
 )
 THETA = 500000.0  # of OLMo 3

@@ -1,7 +1,7 @@
 """Phi-3: LLaMA with queries, keys and values in one projection, gate and up in one, and longrope."""
 
 from export.conversion.config_keys import Fixed, MappedKey
-from export.conversion.families.llama import ENDS, FFN, NORMS, OURS, THEIRS, named, sizes, window
+from export.conversion.families.llama import ENDS, FFN, NORMS, OURS, THEIRS, head_dim, named, sizes, window
 from export.conversion.operations import Join, Rotary, chain
 from export.conversion.rope_keys import Rope
 from export.conversion.table import Family, Rule
@@ -28,6 +28,7 @@ PHI_3 = Family(
     keys=(
         *sizes(eps=1e-5),
         FFN,
+        head_dim(always=False),
         window(absent=None),
         Rope(whole=False, positions=4096),
         MappedKey(

@@ -239,6 +239,19 @@ def test_a_broken_index_is_told(tmp_path, index, said):
         main([str(tmp_path / "hf"), str(tmp_path / "out")])
 
 
+def test_of_an_index_and_a_whole_file_the_file_counts_as_in_transformers(tmp_path):
+    model = saved(tmp_path, moe=False)
+    save_file({name: tensor + 1 for name, tensor in model.state_dict().items()}, tmp_path / "hf/model.safetensors")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", local_files_only=True).state_dict()
+    assert main([str(tmp_path / "hf"), str(tmp_path / "out")]) == 0
+    weight = open_source(tmp_path / "out").read()["embedding.weight"]
+    assert torch.equal(weight, theirs["model.embed_tokens.weight"])
+    assert torch.equal(weight, model.state_dict()["model.embed_tokens.weight"] + 1)
+    save_file({}, tmp_path / "hf/model.safetensors")
+    with pytest.raises(ConfigError, match="holds no tensor; fetch it again"):
+        main([str(tmp_path / "hf"), str(tmp_path / "empty")])
+
+
 def test_a_tokenizer_file_is_restored_or_removed_as_the_message_says(tmp_path, tokenizer_path):
     saved(tmp_path, moe=False, vocab_size=800)
     write_tokenizer(tmp_path / "hf", tokenizer_path, max_length=64)
