@@ -23,6 +23,41 @@ class CheckpointConfig(Section):
     """The time that the end of a run waits for the copy of the last checkpoint, in seconds; 30 at most after a
     signal."""
 
+    local_dir: str | None = None
+    """The folder on a disk that each node has for itself, an absolute path, where checkpoints are written between those
+    in run.dir, with a copy on the next node's; after the loss of a node the run goes on from them; left out, there are
+    none."""
+    local_every: int = Field(default=0, ge=0)
+    """The number of steps from one checkpoint in local_dir to the next, where there is none in run.dir; every is a
+    multiple of it; 0: none."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is written after a step, in run.dir or in local_dir."""
+        return step % self.every == 0 or (self.local_every > 0 and step % self.local_every == 0)
+
+    @field_validator("local_dir")
+    @classmethod
+    def _local_dir_is_absolute(cls, local_dir: str | None) -> str | None:
+        if local_dir is not None and not local_dir.startswith("/"):
+            raise ValueError(
+                f"checkpoint.local_dir = {local_dir!r} is no absolute path; name a folder on a disk that each node has "
+                "for itself, such as /scratch/checkpoints"
+            )
+        return local_dir
+
+    @model_validator(mode="after")
+    def _local_checkpoints_are_between_the_others(self) -> "CheckpointConfig":
+        if (self.local_dir is None) != (self.local_every == 0):
+            missing = "checkpoint.local_every" if self.local_dir else "checkpoint.local_dir"
+            raise ValueError(f"{missing} is missing: local checkpoints need both local_dir and local_every; set it")
+        if self.local_every and (self.every % self.local_every or self.every == self.local_every):
+            raise ValueError(
+                f"checkpoint.every = {self.every} is no multiple of checkpoint.local_every = {self.local_every}, by "
+                "which local checkpoints come between the others; set checkpoint.every="
+                f"{max(2, round(self.every / self.local_every)) * self.local_every}"
+            )
+        return self
+
     @field_validator("mirror")
     @classmethod
     def _mirror_can_be_written(cls, mirror: str | None) -> str | None:

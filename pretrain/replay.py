@@ -139,6 +139,7 @@ def _config(run: Path, spans: "Sequence[DataSpan]") -> PretrainConfig:
     tree |= {
         "run": {**tree["run"], "dir": str(run / FOLDER)},
         "checks": {"every": 0},
+        "checkpoint": {},  # nothing is fetched, copied or saved
         "spikes": {**spikes, "action": "log" if spikes.get("action") == "rewind" else spikes.get("action", "log")}
         | {"pass_over": ranges},
     }

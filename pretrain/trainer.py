@@ -154,7 +154,8 @@ class Trainer:
             log = display = None
             if self.mesh.is_main:
                 self.run.write_facts(self.identity)
-                keep_bases(self.run.path, [each.base for each in (self.engine, *self.beside.values())], self.print)
+                bases = [each.base for each in (self.engine, *self.beside.values())]
+                keep_bases(self.run.path, bases, self.print, self.config.checkpoint.mirror)
                 trackers = Trackers(self.config.tracking, self.run.path, self.run.full_config)
                 log = MetricsLog(self.run.path, self.step, self.config.log.tensorboard, trackers)
                 display = Display(self.title, self.step, self.config.train.steps)
@@ -164,7 +165,9 @@ class Trainer:
             steps = self._step_log(log, display)
             stack.callback(steps.close)
             say = partial(self._say, display)
-            saver = stack.enter_context(Saver(self.engine, self.run.path, self.config.checkpoint, say, self.beside))
+            saver = stack.enter_context(
+                Saver(self.engine, self.run.path, self.config.checkpoint, say, self.beside, self.run.local)
+            )
             check = stack.enter_context(DataCheck(self.source.files(), self.mesh))
             self._profiler = stack.enter_context(Profiler(self.profiled, self.run.path, self.mesh, say))
             if self.profiled and self.step >= self.profiled.stop - 1:
@@ -245,7 +248,7 @@ class Trainer:
                 steps.add(done)
                 self.ledger.update(self.step)
                 last = self.step == config.train.steps
-                saving, stopped_by = last or self.step % config.checkpoint.every == 0, 0
+                saving, stopped_by = last or config.checkpoint.is_due(self.step), 0
                 if saving or self.agreement.is_due(self.step):
                     stopped_by = self.agreement.signal(self.step, check, watch)
                 saving = saving or bool(stopped_by)
@@ -271,7 +274,7 @@ class Trainer:
                 stopped_by = stopped_by or self.agreement.wait_for_check(self.step, check, watch, say)
             if saving:
                 self.activities.begin(SAVING, self.step)
-                saver.start(self.step, self._facts())
+                saver.start(self.step, self._facts(), ends=last or bool(stopped_by))
             if stopped_by and (not last or self.agreement.unchecked_from < self.step):
                 self._profiler.finish()
                 return stopped_by

@@ -56,9 +56,19 @@ def base_of(path: Path, manifest: dict[str, Any]) -> Path | None:
     )
 
 
-def keep_bases(run_dir: Path, bases: Iterable[dict[str, Any] | None], say: Callable[[str], None]) -> None:
-    """Keeps the files of bases in the run, with those of their own bases; says so where that is not possible."""
+def keep_bases(
+    run_dir: Path, bases: Iterable[dict[str, Any] | None], say: Callable[[str], None], mirror: str | None = None
+) -> None:
+    """Keeps the files of bases in the run, with those of their own bases; says so where that is not possible.
+
+    `mirror` is that of the run's checkpoints, which gets no copy of them, as is said, too.
+    """
     for base in filter(None, bases):
+        if mirror:
+            say(
+                f"note: {mirror} gets no copy of {base['checkpoint']}, whose weights this run does not train; to go on "
+                "from there without this folder, keep that model where it is"
+            )
         path = base_of(run_dir / "checkpoints" / "next", {"base": base})
         try:
             _keep(run_dir, base, path)

@@ -103,12 +103,7 @@ class Fetcher:
             if faults:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise (MirrorError if "mirror" in faults[0] else CheckpointError)(next(iter(faults[0].values())))
-        try:
-            write_atomic(temporary / MANIFEST, manifest)
-            sync(temporary)
-            storage.put_in_place(temporary, final)
-        except OSError as error:
-            raise CheckpointError(f"{final} cannot be written: {error.strerror}; free disk space") from None
+        put_whole(temporary, final, manifest)
         claim(self._mirror, self._run_dir, adopt=own is None)
         for name in RUN_FILES:
             if (content := patiently(partial(self._mirror.read, name), threading.Event())) is not None:
@@ -128,6 +123,19 @@ class Fetcher:
             "this run; check the address, and endpoint and credentials in the environment (AWS_ENDPOINT_URL, "
             "AWS_ACCESS_KEY_ID...), or set checkpoint.mirror=none to go on without it"
         )
+
+
+def put_whole(temporary: Path, final: Path, manifest: bytes) -> None:
+    """Writes the manifest of a checkpoint whose other files are in `temporary`, and renames the folder.
+
+    Raises CheckpointError.
+    """
+    try:
+        write_atomic(temporary / MANIFEST, manifest)
+        sync(temporary)
+        storage.put_in_place(temporary, final)
+    except OSError as error:
+        raise CheckpointError(f"{final} cannot be written: {error.strerror}; free disk space") from None
 
 
 def fetch_share(rank: int, request: dict[str, Any]) -> dict[str, str] | None:

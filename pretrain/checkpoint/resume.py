@@ -19,9 +19,11 @@ from configs.adapters import AdapterConfig
 from configs.differences import Changes, changes, words
 from configs.loader import ConfigError, plain, validate
 from configs.model import ModelConfig
-from pretrain.checkpoint import storage
+from pretrain.checkpoint import local_gathering, storage
 from pretrain.checkpoint.fetching import Fetcher, Fits, fetch_share
 from pretrain.checkpoint.lineage import Pin, text_sha256
+from pretrain.checkpoint.local_disk import LocalDisk
+from pretrain.checkpoint.local_gathering import LocalGatherer
 from pretrain.checkpoint.storage import CheckpointError
 from pretrain.checkpoint.whole_model import verify
 from pretrain.data.batch_source import BatchSource
@@ -60,21 +62,26 @@ def choose(
     before: int | None = None,
     mirror: str | None = None,
     fits: Fits | None = None,
+    local: LocalDisk | None = None,
 ) -> Path | None:
     """Returns the checkpoint to start from, the same on every rank, or None for a new start.
 
     With `before` it is one of an earlier step than that, to which a run goes back. If `mirror` has a later one than the
-    run's folder, it is fetched first; `fits` raises ConfigError if a manifest is that of another run.
+    run's folder, it is fetched first; `fits` raises ConfigError if a manifest is that of another run. If the nodes'
+    disks (`local`) have a later one, it is gathered first; those that the run does not follow from are removed.
 
     The main rank looks for it and prints a warning for each damaged checkpoint that it skips. To check a checkpoint it
     asks all ranks, each of which reads its share of the files. Raises ConfigError or CheckpointError, on all ranks, if
     the request cannot be met.
     """
+    if local:
+        local.open()
     if mesh.is_main:
         answer: dict[str, Any] = {"path": None, "refused": None, "damaged": None}
         try:
             fetcher = Fetcher(mesh, run_dir, mirror, fits) if mirror and fits else None
-            path = _choose(run_dir, resume, partial(_check_together, mesh), before, fetcher)
+            gatherer = LocalGatherer(local) if local and before is None else None
+            path = _choose(run_dir, resume, partial(_check_together, mesh), before, fetcher, gatherer)
             answer["path"] = str(path) if path else None
         except ConfigError as error:
             answer["refused"] = str(error)
@@ -82,16 +89,25 @@ def choose(
             answer["damaged"] = str(error)
         mesh.gather_json(answer)
     else:
-        while (answer := mesh.gather_json(None)[0]).keys() & {"check", "fetch"}:
-            is_fetch = "fetch" in answer
-            mesh.gather_json(
-                fetch_share(mesh.rank, answer) if is_fetch else _fault_in_share(mesh, Path(answer["check"]))
-            )
+        while (answer := mesh.gather_json(None)[0]).keys() & {"check", "fetch", "local"}:
+            mesh.gather_json(_share(mesh, answer, local))
     if answer["refused"]:
         raise ConfigError(answer["refused"])
     if answer["damaged"]:
         raise CheckpointError(answer["damaged"])
-    return Path(answer["path"]) if answer["path"] else None
+    path = Path(answer["path"]) if answer["path"] else None
+    if local:
+        local.begin(int(storage.read_manifest(path)["step"]) if path else 0)
+    return path
+
+
+def _share(mesh: Mesh, request: dict[str, Any], local: LocalDisk | None) -> Any:
+    """Does this rank's share of what the main rank asks all for, and returns its answer."""
+    if "fetch" in request:
+        return fetch_share(mesh.rank, request)
+    if local and "local" in request:
+        return local_gathering.answer(local, request)
+    return _fault_in_share(mesh, Path(request["check"]))
 
 
 def _check_together(mesh: Mesh, path: Path) -> None:
@@ -213,7 +229,12 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _choose(
-    run_dir: Path, resume: str, check: Callable[[Path], None], before: int | None, fetcher: Fetcher | None
+    run_dir: Path,
+    resume: str,
+    check: Callable[[Path], None],
+    before: int | None,
+    fetcher: Fetcher | None,
+    gatherer: LocalGatherer | None,
 ) -> Path | None:
     if resume == "no":
         if steps := storage.steps(run_dir):
@@ -227,6 +248,8 @@ def _choose(
     own, problems = storage.find_newest(run_dir, check, before)
     for problem in problems:
         print(f"warning: {problem}", flush=True)
+    if gatherer:
+        own = gatherer.gather_newer(own) or own
     if fetcher:
         own = fetcher.fetch_newer(own) or own
     if own is None and problems:

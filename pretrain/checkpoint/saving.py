@@ -2,12 +2,13 @@
 
 The threads communicate over their own gloo group, never over a group that training uses: each reports to the main rank
 what it wrote, and the main rank publishes the checkpoint, or gives it up, and tells all. So a save completes even if
-training has failed on one rank. At most one save is in flight. Pieces are not kept in other nodes' memory, and a save
-does not survive the death of a rank (the other ranks' threads fail with it).
+training has failed on one rank. At most one save is in flight. A save does not survive the death of a rank (the other
+ranks' threads fail with it). Local checkpoints, on the nodes' own disks, are written by local_saving.py.
 """
 
 import datetime
 import errno
+import hashlib
 import math
 import os
 import shutil
@@ -23,6 +24,8 @@ import torch.distributed as dist
 from configs.checkpoints import CheckpointConfig
 from configs.loader import plain
 from pretrain.checkpoint import pruning, state, storage
+from pretrain.checkpoint.local_disk import LocalDisk
+from pretrain.checkpoint.local_saving import LocalSaver
 from pretrain.checkpoint.mirroring import SIGNAL_SECONDS, Mirroring
 from pretrain.checkpoint.storage import CheckpointError, Piece
 from pretrain.parallel.engine import Engine
@@ -47,6 +50,7 @@ class Saver:
         config: CheckpointConfig,
         say: Callable[[str], None],
         companions: Mapping[str, Engine] | None = None,
+        local: LocalDisk | None = None,
     ):
         self._engines = {"": engine, **(companions or {})}  # by folder in the checkpoint
         self.engine, self.run_dir, self.config, self.say = engine, run_dir, config, say
@@ -64,6 +68,7 @@ class Saver:
             pruning.remove_leftovers(run_dir)
             self._mirroring = Mirroring(run_dir, config, say) if config.mirror else None
         dist.barrier(self._group)  # no rank may write its first file before leftovers are removed
+        self._local = LocalSaver(local, self._group) if local else None
 
     def copy(self) -> float:
         """Copies this rank's pieces for the next save; waits first if an earlier save is still being written.
@@ -78,10 +83,15 @@ class Saver:
         self._copy_seconds = time.perf_counter() - started
         return self._copy_seconds
 
-    def start(self, step: int, facts: dict[str, Any]) -> None:
-        """Starts the thread that writes the pieces copied by `copy`; `facts` go into the manifest."""
+    def start(self, step: int, facts: dict[str, Any], ends: bool = True) -> None:
+        """Starts the thread that writes the pieces copied by `copy`; `facts` go into the manifest.
+
+        Unless the run `ends` with it, it is a local checkpoint if none is due in the run's folder.
+        """
         facts = {"step": step, **facts, **self._facts[""]}
-        self._thread = threading.Thread(target=self._run, args=(step, facts), name=f"save of step {step}")
+        is_local = self._local is not None and not ends and step % self.config.every != 0
+        save = self._save_locally if is_local else self._save
+        self._thread = threading.Thread(target=self._run, args=(save, step, facts), name=f"save of step {step}")
         self._thread.start()
 
     def save_now(self, step: int, facts: dict[str, Any]) -> None:
@@ -135,9 +145,9 @@ class Saver:
         if busy and self.engine.mesh.is_main:
             self.say(f"waited {time.perf_counter() - started:.2f} s for the checkpoint before; checkpoint.every is low")
 
-    def _run(self, step: int, facts: dict[str, Any]) -> None:
+    def _run(self, save: Callable[[int, dict[str, Any]], str | None], step: int, facts: dict[str, Any]) -> None:
         try:
-            self.failure = self._save(step, facts)
+            self.failure = save(step, facts)
         except BaseException as error:  # e.g. another rank has died; `wait` raises it again in the training thread
             self._error = error
 
@@ -162,7 +172,31 @@ class Saver:
             raise CheckpointError(verdict["mistake"])
         if mesh.is_main:
             self._report(step, final, verdict["failure"], time.perf_counter() - started)
+        if self._local and verdict["failure"] is None:
+            self._local.superseded(step)
         return verdict["failure"]
+
+    def _save_locally(self, step: int, facts: dict[str, Any]) -> str | None:
+        """Writes a local checkpoint. Returns why it was given up, or None."""
+        assert self._local is not None
+        started = time.perf_counter()
+        failure = self._local.save(step, self._pieces, lambda parts: self._manifests(parts, facts))
+        if self.engine.mesh.is_main:
+            seconds = time.perf_counter() - started
+            said = f"copied in {self._copy_seconds:.2f} s; saved in {self._local.place} in {seconds:.1f} s"
+            if failure is not None:
+                said = f"warning: no local checkpoint of step {step}: {failure}; earlier ones are untouched"
+            self.say(said)
+        return failure
+
+    def _manifests(self, parts: Mapping[str, list[dict[str, Any]]], facts: dict[str, Any]) -> dict[str, bytes]:
+        """Returns the content of the manifests of all models, by folder."""
+        found = {
+            name: storage.manifest_content(parts[name], self._companion_facts(name, facts)) for name in parts if name
+        }
+        sealed = {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
+        facts = {**facts, **({"companions": sealed} if sealed else {})}
+        return {**found, "": storage.manifest_content(parts[""], facts)}
 
     def _publish(
         self, temporary: Path, final: Path, answers: list[dict[str, Any]], facts: dict[str, Any]

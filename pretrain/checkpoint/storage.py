@@ -160,6 +160,14 @@ def complete(folder: Path, parts: list[dict[str, Any]], state: dict[str, Any], k
         if not file.is_file() or file.stat().st_size != part["bytes"]:
             why = "missing or incomplete after its rank wrote it; put run.dir on a file system that all machines share"
             raise FileNotFoundError(errno.ENOENT, why, str(file))
+    content = manifest_content(parts, state, kinds)
+    _write_synced(folder / MANIFEST, content)
+    sync(folder)
+    return hashlib.sha256(content).hexdigest()
+
+
+def manifest_content(parts: list[dict[str, Any]], state: dict[str, Any], kinds: tuple[str, ...] = KINDS) -> bytes:
+    """Returns the content of a manifest. Raises CheckpointError if the parts do not cover every parameter."""
     parameters, kept = _places(parts, "pieces"), _places(parts, "kept")
     frozen = sorted({name for part in parts for name in part["frozen"]})
     for name, entry in (parameters | kept).items():
@@ -168,7 +176,7 @@ def complete(folder: Path, parts: list[dict[str, Any]], state: dict[str, Any], k
             raise CheckpointError(
                 f"{name}: the ranks hold {covered} of {math.prod(entry['shape'])} elements; not saved"
             )
-    manifest = {
+    values = {
         **state,
         "kinds": list(kinds),
         "files": {part["file"]: {"bytes": part["bytes"], "sha256": part["sha256"]} for part in parts},
@@ -176,10 +184,7 @@ def complete(folder: Path, parts: list[dict[str, Any]], state: dict[str, Any], k
         **({"kept": kept} if kept else {}),
         **({"frozen": frozen} if frozen and len(kinds) > 1 else {}),  # names of weights without moments
     }
-    content = CHECKPOINT.write(manifest)
-    _write_synced(folder / MANIFEST, content)
-    sync(folder)
-    return hashlib.sha256(content).hexdigest()
+    return CHECKPOINT.write(values)
 
 
 def _places(parts: list[dict[str, Any]], key: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Each run is started by `trivium launch` with the real `trivium train`, on this m
 and of GPUs, and everything but pretraining.
 """
 
-import argparse
 import contextlib
 import shutil
 import sys
@@ -38,6 +37,7 @@ from pretrain.drill.small_config import (
 )
 from pretrain.drill.stand_in_rows import make_rows
 from pretrain.drill.verdicts import HEADER, DrillOutcome, Numbers, as_record, summary
+from pretrain.run.pretraining_config import with_initial_model
 
 FAILED = 1
 RESULT = "drill.json"
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ("--only", "", f"drills to do, with commas between: {','.join(DRILLS)} (default: all)"),
             ("--out", "runs/drill", f"folder of {RESULT} and, while the drill goes on, of the runs"),
         ],
-        complete=_with_initial_model,
+        complete=lambda tree, args: with_initial_model(tree, args.config, "trivium drill"),
     )
     if not Path("/proc/self/environ").exists():
         raise ConfigError("a drill finds the processes of ranks in /proc, which this system has not; use Linux")
@@ -114,15 +114,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if keep:
         print(f"The runs are in {work}")
     return 0 if all(outcome.passed for outcome in outcomes) else FAILED
-
-
-def _with_initial_model(tree: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Gives a config with [init] the keys of that model; the weights of a drill are drawn at random."""
-    if not tree.get("init"):
-        return tree
-    from pretrain.run.initial_model import with_model
-
-    return with_model(tree, "auto")[0]
 
 
 def _ranks(given: str, config: PretrainConfig) -> int:

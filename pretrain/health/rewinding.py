@@ -26,7 +26,7 @@ def go_back(trainer: "Trainer", bad: BadStep, steps: StepLog, saver: Saver) -> N
     saver.wait()
     if why := trainer.rewinds.refusal(bad):
         raise FloatingPointError(f"{said}; {why}")
-    path = resume.choose(trainer.mesh, run_dir, "auto", before=bad.step)
+    path = resume.choose(trainer.mesh, run_dir, "auto", before=bad.step, local=trainer.run.local)
     if path is None:
         raise FloatingPointError(
             f"{said}; {run_dir} has no checkpoint of a step before it to go back to; free disk space if it is full, "

@@ -5,7 +5,6 @@ process groups that they share is compared, and counted. Out of scope are values
 steps (checkpoints, evaluation), and the order of collectives of different groups.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -15,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from functools import partial
 from multiprocessing import get_context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from configs.cli import entrypoint, parse_args
 from configs.layout import Layout
@@ -24,6 +23,7 @@ from configs.train import Precision, PretrainConfig
 from launch.processes import cores
 from pages import duration
 from pretrain.rehearsal.distinct_ranks import coordinates_of, distinct_micro_batches, distinct_ranks, smallest_world
+from pretrain.run.pretraining_config import with_initial_model
 
 if TYPE_CHECKING:
     from pretrain.rehearsal.rehearsal_rank import RehearsedRank
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
             ("--processes", "", "number of processes that run ranks (default: one a core)"),
         ],
-        complete=_with_initial_model,
+        complete=lambda tree, args: with_initial_model(tree, args.config, "trivium rehearse"),
     )
     if args.device not in DEVICES:
         raise ConfigError(f"--device {args.device} is neither gpu nor cpu; set --device gpu or --device cpu")
@@ -120,15 +120,6 @@ def _shortened(config: PretrainConfig, layout: Layout, micro_batches: int) -> tu
     train = config.train.model_copy(update={"global_batch_size": batch})
     run = Layout.of(layout.world_size, config.parallel, config.model, train)
     return run, config.model_copy(update={"train": train})
-
-
-def _with_initial_model(tree: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Gives a config with [init] the keys of that model."""
-    if not tree.get("init"):
-        return tree
-    from pretrain.run.initial_model import with_model
-
-    return with_model(tree, "auto")[0]
 
 
 def _number(option: str, given: str, default: int) -> int:

@@ -27,6 +27,7 @@ from configs.train import TrainerConfig
 from launch.environment import ClusterEnvironment
 from pretrain.checkpoint import pruning
 from pretrain.checkpoint.lineage import Lineage
+from pretrain.checkpoint.local_disk import LocalDisk
 from pretrain.data.batch_source import BatchSource
 from pretrain.parallel.groups import Mesh
 from pretrain.run import history
@@ -45,6 +46,8 @@ class RunDirectory:
         self.data_spans: list[history.DataSpan] = []
         self._config, self._model_config = config, model_config
         self._source, self._lineage, self._mesh = source, lineage, mesh
+        local_dir = config.checkpoint.local_dir
+        self.local = LocalDisk(mesh, self.path, local_dir) if local_dir else None
 
     @property
     def full_config(self) -> dict[str, Any]:

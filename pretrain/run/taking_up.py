@@ -25,6 +25,7 @@ def load_weights(trainer: "Trainer") -> Path | None:
         trainer.resume,
         mirror=trainer.config.checkpoint.mirror,
         fits=lambda where, manifest: resume.check_identity(where, manifest, trainer.identity, trainer.source),
+        local=trainer.run.local,
     )
     if path is None:
         if trainer.source.after:

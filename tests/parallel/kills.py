@@ -132,7 +132,7 @@ def train_on_own_disk(disk: str, mebibytes: int, size: int, runs: list[dict[str,
     `runs` are the options of the trainings, one after another. Returns 0 if all ranks of the last end with status 0,
     else the status of the first that did not.
     """
-    _mount(disk, mebibytes)
+    mount(disk, f"size={mebibytes}m")
     for options in runs:
         Path(options["run_dir"]).mkdir(exist_ok=True)
         port, ranks = free_port(), []
@@ -145,9 +145,13 @@ def train_on_own_disk(disk: str, mebibytes: int, size: int, runs: list[dict[str,
     return next(filter(None, statuses), 0)
 
 
-def _mount(directory: str, mebibytes: int) -> None:
-    """Mounts an empty file system in memory that this process and its children alone see, as the command unshare."""
+def mount(directory: str, options: str = "", folder: str = "") -> None:
+    """Mounts `folder`, or an empty file system in memory, at `directory`, as the command unshare.
+
+    This process, which must have one thread, and its children alone see it. `options` are those of the file system.
+    """
     new_user, new_mounts, private, recursive = 0x10000000, 0x20000, 1 << 18, 1 << 14  # from sched.h and sys/mount.h
+    bind = 1 << 12 if folder else 0
     user, group = os.getuid(), os.getgid()
     libc = ctypes.CDLL(None, use_errno=True)
 
@@ -160,4 +164,5 @@ def _mount(directory: str, mebibytes: int) -> None:
     Path("/proc/self/uid_map").write_text(f"0 {user} 1")
     Path("/proc/self/gid_map").write_text(f"0 {group} 1")
     check(libc.mount(b"none", b"/", None, ctypes.c_ulong(private | recursive), None))
-    check(libc.mount(b"none", directory.encode(), b"tmpfs", ctypes.c_ulong(0), f"size={mebibytes}m".encode()))
+    source = folder.encode() or b"none"
+    check(libc.mount(source, directory.encode(), b"tmpfs", ctypes.c_ulong(bind), options.encode()))

@@ -73,6 +73,7 @@ def _replayed(ranks: RanksOf, config: Path, name: str, layout: tuple[int, dict[s
     world, keys = layout
     run = config.parent / name
     args = [str(config), f"run.dir={run}", *(f"{key}={value}" for key, value in keys.items())]
+    args.append(f"checkpoint.mirror={config.parent / name}_mirror")  # has later checkpoints than that of step 4
     assert ranks(world).run(TRAIN, process_group=False, args=args)[0]["status"] == 0
     before = sorted(path.relative_to(run) for path in run.rglob("*"))
     answer = ranks(world).run(REPLAY, process_group=False, args=[str(run), "--step", str(STEP)])[0]
@@ -86,4 +87,5 @@ def _replayed(ranks: RanksOf, config: Path, name: str, layout: tuple[int, dict[s
     assert found["metrics"] == {key: value for key, value in logged.items() if key != "mfu"}
     after = sorted(path.relative_to(run) for path in run.rglob("*") if path.parts[-2:-1] != ("replay",))
     assert [path for path in after if path.name != "replay"] == before
+    assert [path.name for path in (run / "replay").iterdir()] == [f"step_{STEP}.json"]
     return found

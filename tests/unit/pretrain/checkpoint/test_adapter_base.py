@@ -29,6 +29,8 @@ def test_a_base_that_cannot_be_linked_leaves_the_others_kept(tmp_path: Path, mon
     first, second = _imported(tmp_path, "first"), _imported(tmp_path, "second")
     keep_bases(run, [first], said.append)
     assert not said
+    keep_bases(run, [first], said.append, mirror="s3://bucket/run")
+    assert said.pop().startswith(f"note: s3://bucket/run gets no copy of {tmp_path / 'first'}, ") and not said
     link = os.link
 
     def refuses(source: Path, target: Path) -> None:

@@ -163,6 +163,19 @@ def test_what_cannot_be_rehearsed_is_refused(options: tuple[str, ...], words: st
         rehearse.main([DEMO, *options, "--dry-run"])
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("sft", r"\[task\], \[data\] without a plan"),
+        ("grpo", r"\[grpo\], \[rl\], \[task\]"),
+        ("dpo", r"\[preference\]"),
+    ],
+)
+def test_a_config_of_another_command_is_refused(name: str, found: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{found}.*: it is no pretraining config, and trivium rehearse takes no"):
+        rehearse.main([f"configs/posttrain/demo_{name}.toml", "--dry-run"])
+
+
 def test_the_message_on_an_illegal_layout_is_that_of_training() -> None:
     overrides = ["parallel.ep=3"]
     config = load(PretrainConfig, DEMO_MOE, overrides)
