@@ -35,6 +35,12 @@ class CheckpointConfig(Section):
         """Whether a checkpoint is written after a step, in run.dir or in local_dir."""
         return step % self.every == 0 or (self.local_every > 0 and step % self.local_every == 0)
 
+    @field_validator("mirror", "local_dir")
+    @classmethod
+    def _empty_is_left_out(cls, value: str | None) -> str | None:
+        """Turns "" into None, so that an override can unset a key of the file."""
+        return value or None
+
     @field_validator("local_dir")
     @classmethod
     def _local_dir_is_absolute(cls, local_dir: str | None) -> str | None:

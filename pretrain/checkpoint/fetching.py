@@ -121,7 +121,7 @@ class Fetcher:
         return CheckpointError(
             f"checkpoint.mirror = {self._mirror.address!r} cannot be used ({error}), and it may have checkpoints of "
             "this run; check the address, and endpoint and credentials in the environment (AWS_ENDPOINT_URL, "
-            "AWS_ACCESS_KEY_ID...), or set checkpoint.mirror=none to go on without it"
+            "AWS_ACCESS_KEY_ID...), or leave it out (as an override: checkpoint.mirror=) to go on without it"
         )
 
 

@@ -54,12 +54,11 @@ class LocalGatherer:
         files = files_of(content, where, lambda name: texts[name].encode() if name in texts else None)
         final = storage.directory(self._run_dir, step)
         temporary = storage.temporary_name(final)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         holders = {
             name: [rank for rank, sizes in enumerate(listed) if sizes.get(name) == facts["bytes"]]
             for name, facts in files.items()
         }
+        shutil.rmtree(temporary, ignore_errors=True)
         try:
             self._copy(step, temporary, files, holders)
             put_whole(temporary, final, content)
@@ -129,8 +128,8 @@ def _manifests(path: Path | None) -> dict[str, str]:
     found = {}
     for file in _files(path):
         if file.name == MANIFEST:
-            content = file.read_bytes()
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                content = file.read_bytes()
                 CHECKPOINT.read(content, file)
                 found[file.relative_to(path or "").as_posix()] = content.decode()
     return found

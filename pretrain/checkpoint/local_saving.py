@@ -40,9 +40,9 @@ class LocalSaver:
             )
         self._to = targets(sharing)
         self._is_first = any(self._rank == ranks[0] for ranks in sharing)  # of those that share its disk
-        self.place = f"{disk.local_dir} of {len(sharing)} nodes, each with a copy on the next"
+        self.place = f"{disk.local_dir} of {len(sharing)} nodes, with copies on the next one's"
         if len(sharing) == 1:
-            self.place = f"{disk.local_dir} of this node alone"
+            self.place = f"{disk.local_dir} of this node alone, without a copy on another"
         if self._is_first:
             pruning.remove_leftovers(disk.path)
         dist.barrier(group)  # no rank may write its first file before leftovers are removed
@@ -83,7 +83,8 @@ class LocalSaver:
         if failure := next(filter(None, (answer["failure"] for answer in answers)), None):
             return failure
         if self._to:
-            failure = exchange(temporary, self._rank, [answer["files"] for answer in answers], self._to, self._group)
+            fault = exchange(temporary, self._rank, [answer["files"] for answer in answers], self._to, self._group)
+            failure = f"rank {self._rank}: {fault}" if fault else None
         found = gather_json({"failure": failure, "parts": parts}, self._group, everywhere=False)
         verdict: dict[str, Any] = {"failure": None, "mistake": None, "manifests": {}}
         if self._rank == 0:

@@ -105,7 +105,7 @@ def trial(command: str, words: Sequence[str], ranks: int, config: TrainerConfig)
     with tempfile.TemporaryDirectory(prefix="trivium-doctor-") as folder:
         steps = {"train.steps": 2, "schedule.steps": config.schedule.steps or config.train.steps, "run.dir": folder}
         changes = [*(f"{key}={value}" for key, value in steps.items()), "log.tensorboard=false", "eval.rows=0"]
-        changes += ["checkpoint.mirror=none", "checkpoint.local_dir=none", "checkpoint.local_every=0"]
+        changes += ["checkpoint.mirror=", "checkpoint.local_dir=", "checkpoint.local_every=0"]
         launch = [sys.executable, "-m", "launch.ranks", "--nproc-per-node", str(ranks), command, *words, *changes]
         done = _run(launch, None)
         steps_done = [record for record in read_metrics(Path(folder, "metrics.jsonl")).records if "loss" in record]

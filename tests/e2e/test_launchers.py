@@ -196,16 +196,21 @@ def nodes() -> Iterator[tuple[str, str]]:
 def test_a_node_that_is_cut_off_in_mid_step_ends_the_run_in_time_and_a_restart_goes_on(
     config: Path, uninterrupted: list[dict], tmp_path: Path, nodes: tuple[str, str]
 ) -> None:
-    run = tmp_path / "run"
+    """The node is replaced by one whose disk is empty, before a checkpoint is in the run's folder."""
+    run, local = tmp_path / "run", tmp_path / "local"
+    disks = {node: tmp_path / f"disk of {node}" for node in nodes}
+    for folder in (local, *disks.values()):
+        folder.mkdir()
     watch = ("watchdog.least_seconds=5", "watchdog.first_seconds=100")
+    watch += ("checkpoint.every=100", f"checkpoint.local_dir={local}", "checkpoint.local_every=10")
     printed = launch(
         *("--on", "torchrun", "--set", f"hosts={json.dumps(ADDRESSES)}", "--dry-run"),
         *("train", str(config), f"run.dir={run}", *watch),
     )
     assert printed.returncode == 0, printed.stderr
     commands = [shlex.split(line) for line in printed.stdout.splitlines()[1::2]]
-    first = start_on(nodes, commands)
-    wait_for(lambda: last_step(run) >= 30, first[0])
+    first = start_on(disks, local, commands)
+    wait_for(lambda: last_step(run) >= 35, first[0])
     ip("-n", nodes[1], "link", "set", LINK, "down")
     cut = time.monotonic()
     said, _ = first[0].communicate(timeout=120)
@@ -221,10 +226,15 @@ def test_a_node_that_is_cut_off_in_mid_step_ends_the_run_in_time_and_a_restart_g
     first[1].kill()
     first[1].communicate()
     ip("-n", nodes[1], "link", "set", LINK, "up")
-    again = start_on(nodes, commands)
+    assert not storage.steps(run)
+    shutil.rmtree(disks[nodes[1]])
+    disks[nodes[1]].mkdir()
+    again = start_on(disks, local, commands)
     both = [process.communicate(timeout=200)[0] for process in again]
     assert [process.returncode for process in again] == [0, 0], both
-    assert "going on from" in both[0] and steps_of(run) == uninterrupted
+    gathered = re.search(r"gathered step (\d+) from .*, since it has no checkpoint itself", both[0])
+    assert gathered and int(gathered[1]) >= 30, both[0]
+    assert f"going on from {storage.directory(run, int(gathered[1]))}" in both[0] and steps_of(run) == uninterrupted
 
 
 def commands_on(node: str) -> list[str]:
@@ -235,16 +245,18 @@ def commands_on(node: str) -> list[str]:
     return [words for words in found if "torch.distributed.run" not in words]
 
 
-def start_on(nodes: tuple[str, str], commands: list[list[str]]) -> "list[subprocess.Popen[str]]":
+def start_on(disks: dict[str, Path], local: Path, commands: list[list[str]]) -> "list[subprocess.Popen[str]]":
+    """Starts a command on each node, which sees its own disk as the folder `local`."""
+    mounted = ["sh", "-c", 'mount --bind "$1" "$2" && shift 2 && exec "$@"', "sh"]
     env = {**os.environ, **ENVIRONMENT, "GLOO_SOCKET_IFNAME": LINK}
     return [
         subprocess.Popen(
-            ["ip", "netns", "exec", node, *words],
+            ["ip", "netns", "exec", node, *mounted, str(disk), str(local), *words],
             cwd=ROOT,
             env=env,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        for node, words in zip(nodes, commands, strict=True)
+        for (node, disk), words in zip(disks.items(), commands, strict=True)
     ]

@@ -15,6 +15,7 @@ SECRET = "planted-9f1c-secret"
 @pytest.mark.parametrize("mirror", ["s3://bucket/runs/one", "/shared/mirror", "mirror", "gs://bucket/a@b"])
 def test_a_mirror_is_a_folder_or_an_address(mirror: str) -> None:
     assert validate(CheckpointConfig, {"mirror": f"{mirror}/"}).mirror == mirror
+    assert validate(CheckpointConfig, {"mirror": ""}).mirror is None, "an override can unset it"
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from configs.loader import ConfigError, validate
-from configs.train import TrainerConfig
+from configs.loader import ConfigError, load, validate
+from configs.train import PretrainConfig, TrainerConfig
 from launch.processes import cores
 from pretrain.doctor import doctor
 from pretrain.doctor.after_run import after_run
-from pretrain.doctor.before_run import checkpoints_kept, disk
+from pretrain.doctor.before_run import checkpoints_kept, disk, trial
 from pretrain.doctor.findings import Severity, failure, ok, warning, worst
 from pretrain.doctor.machine import machine
+from tests.small_training import write_config
 
 DEMO = "configs/pretrain/demo.toml"
 
@@ -93,3 +94,12 @@ def test_a_run_without_a_checkpoint_would_begin_again(tmp_path: Path) -> None:
     assert found[0] == "warning  there is no checkpoint; the run would begin again at step 0"
     assert "1 steps were skipped, the last at step 2" in found[1]
     assert "it ended at step 2 of 9" in found[-1]
+
+
+@pytest.mark.full
+def test_a_trial_leaves_the_runs_mirror_and_disks_alone(tmp_path: Path) -> None:
+    words = [str(write_config(tmp_path, 10, tmp_path / "run", rows=60)), f"checkpoint.mirror={tmp_path / 'mirror'}"]
+    words += [f"checkpoint.local_dir={tmp_path / 'local'}", "checkpoint.local_every=1"]
+    found = trial("train", words, 1, load(PretrainConfig, words[0], words[1:]))
+    assert found.level is Severity.OK, found
+    assert not any((tmp_path / name).exists() for name in ("run", "mirror", "local"))
