@@ -78,8 +78,8 @@ def _exchange(
 ) -> str | None:
     sizes = {one: int(files[one][theirs]["bytes"]) for one, theirs in incoming.items()}
     with contextlib.ExitStack() as stack:
-        receivers = {one: _Receiver(folder / theirs, stack) for one, theirs in incoming.items()}
-        source = _Source(folder / name, stack)
+        receivers = {one: _ReceivedFile(folder / theirs, stack) for one, theirs in incoming.items()}
+        source = _SentFile(folder / name, stack)
         for begin in range(0, max([int(facts["bytes"]), *sizes.values()]), BLOCK):
             waiting: list[Any] = []
             if (left := int(facts["bytes"]) - begin) > 0:
@@ -99,7 +99,7 @@ def _exchange(
     return next(filter(None, faults), None)
 
 
-class _Source:
+class _SentFile:
     """File that is sent. If it cannot be read, zeros are sent, which its receiver finds by their SHA-256."""
 
     def __init__(self, file: Path, stack: contextlib.ExitStack):
@@ -120,7 +120,7 @@ class _Source:
         return torch.frombuffer(block, dtype=torch.uint8)
 
 
-class _Receiver:
+class _ReceivedFile:
     """File that is received. After a write that fails, the rest of it is dropped."""
 
     def __init__(self, file: Path, stack: contextlib.ExitStack):
