@@ -59,11 +59,15 @@ def seal(path: Path, sha256: str | None = None) -> None:
 
 
 def unseal(path: Path) -> str:
-    """Returns a file's SHA-256, read from its seal, which is then deleted; without a seal, computed from the file."""
+    """Returns a file's SHA-256, read from its seal, which is then deleted.
+
+    Without a seal, or with one that is older than the file's last change, it is computed from the file.
+    """
     seal_file = _seal_of(path)
     if not seal_file.is_file():
         return file_sha256(path)
-    found = seal_file.read_text(encoding="ascii")
+    is_older = seal_file.stat().st_mtime_ns < path.stat().st_mtime_ns
+    found = file_sha256(path) if is_older else seal_file.read_text(encoding="ascii")
     seal_file.unlink()
     return found
 

@@ -90,12 +90,13 @@ class ShardReader(JsonlReader):
 
 
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Writes a whole shard, in the format of `TextWriter`, and replaces the file that was there."""
+    """Writes and seals a whole shard, in the format of `TextWriter`, and replaces the file that was there."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file, _zstd(file) as out:
         for record in records:
             out.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
     temporary.replace(path)
+    seal(path)
 
 
 def shard_path(folder: str | Path, shard: str) -> Path:

@@ -55,7 +55,10 @@ def _source_shortfalls(name: str, counts: SourceTally, extract: SourceTally, con
         elif not extract.kept.documents:
             why = f"none of its {read:,} records could be used: see extract/rejected and extract/drops for why"
         else:
-            why = "stages after extract dropped it all: loosen its rules (see the drops of each stage), or add files"
+            why = (
+                "stages after extract dropped it all: see the drops of each stage, and change the rule or key behind "
+                "them, or add files"
+            )
         return [f"source {name} has no document left to train on, so it has no part in the mixture; {why}"]
     if not held_out and config.heldout.share:
         return [

@@ -1,6 +1,7 @@
 """Tests that shards are read as they were written, and that a damaged shard is an error."""
 
 import os
+import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.readers.jsonl import JsonlReader
 
-from data_pipeline.core.shards import ShardReader, TextWriter, read_records, shard_path, shards_under
+from data_pipeline.core.integrity import file_sha256, is_seal, seal, unseal
+from data_pipeline.core.shards import (
+    ShardReader,
+    TextWriter,
+    read_records,
+    shard_path,
+    shards_under,
+    write_records,
+)
 from tests.shards import write_shard
 
 TEXTS = {"b/00000": ["line\nline", "\u2028 \x85 no line ends", "🙂 " * 200_000], "a/00001": ["春眠不觉晓"]}
@@ -98,3 +107,15 @@ def test_a_record_without_text_names_its_line(record: dict, tmp_path: Path) -> N
     path = write_shard(tmp_path / "00000.jsonl.zst", [{"text": "sound"}, record])
     with pytest.raises(ValueError, match=r"line 2: expected an object with text"):
         list(read_records(path))
+
+
+def test_a_file_that_is_written_again_is_not_given_the_checksum_of_its_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "00000.jsonl.zst"
+    for texts in ("one", "two"), ("three",):
+        write_records(path, ({"text": text} for text in texts))
+    assert unseal(path) == file_sha256(path)
+    seal(path)
+    path.write_bytes(b"another")
+    os.utime(path, ns=(time.time_ns() + 10**9, time.time_ns() + 10**9))
+    assert unseal(path) == file_sha256(path)
+    assert not [one for one in tmp_path.iterdir() if is_seal(one)]

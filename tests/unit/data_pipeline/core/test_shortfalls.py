@@ -34,7 +34,7 @@ def test_sources_with_too_little_are_told_and_the_run_goes_on(
     assert "warning: source none has no usable record (no records); check sources.none.files" in told
     assert "warning: source none has no document left to train on, so it has no part in the mixture; no record" in told
     short = told.split("warning: source short has no document left to train on")[1]
-    assert "loosen its rules" in short.splitlines()[0]
+    assert "change the rule or key behind them" in short.splitlines()[0]
     assert "warning: source one has 1 document left, too few to hold one out" in told
     plan = Plan.open(tmp_path / "run/plan")
     assert plan.sources == ["big", "one"]

@@ -11,7 +11,7 @@ from configs.loader import ConfigError
 from data_pipeline.command import main
 from data_pipeline.core.shards import read_records
 from data_pipeline.mixture.rows import Plan
-from data_pipeline.provenance import explain, takedown
+from data_pipeline.provenance import explain, takedown, verify
 from data_pipeline.reading.ids import id_of_location, name_of, published_id, roots_of
 from data_pipeline.tokens.store import Store
 from data_pipeline.tokens.tokenizer import Tokenizer
@@ -100,6 +100,7 @@ def test_no_two_documents_have_one_id(config: Path) -> None:
     in_rows = {tuple(one[key] for key in ("source", "shard", "document")): one["document_id"]
                for sample in range(plan.num_samples) for one in plan.provenance(sample)}  # fmt: skip
     assert len(set(in_rows.values())) == len(in_rows) > 10
+    assert verify.main([str(run_dir)]) == 0  # shards that were written again have checksums of their new content
 
 
 def test_ids_do_not_depend_on_workers_or_on_where_the_files_are(config: Path, tmp_path: Path) -> None:
