@@ -30,7 +30,7 @@ from data_pipeline.cutting.copies import RECORD, AllotQuotas, CountUnits, TextUn
 from data_pipeline.cutting.cuts import note_cuts
 from data_pipeline.cutting.decontamination import CONTAMINATED, Decontaminate
 from data_pipeline.cutting.decontamination import FOLDER as MATCHES
-from data_pipeline.cutting.evaluation_items import read_items
+from data_pipeline.cutting.evaluation_items import check_first_items, read_items
 from data_pipeline.cutting.lines import CutLines, Lines
 from data_pipeline.cutting.ngram_index import NgramIndex, require_ngrams
 from data_pipeline.cutting.pii import RemovePii
@@ -44,6 +44,7 @@ def decontaminate_stage(context: RunContext, extract: Stage, dedup: Stage) -> St
     if not settings or not settings.enabled:
         return None
     files = evaluation_files(settings)
+    check_first_items(files, settings)
     return Stage(
         "decontaminate",
         partial(_decontaminate, context, files, settings),

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.cuts import DecontaminateConfig
+from configs.loader import ConfigError
 from configs.sources import ExtractConfig
 from data_pipeline.reading.charsets import decode_whole, marked_charset, wide_charset
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
@@ -41,6 +42,15 @@ def read_items(paths: Sequence[str], settings: DecontaminateConfig) -> Iterator[
             yield item
         if not count:
             raise ValueError(f"evaluation file {printable(path)} holds no items; replace it, or leave it out")
+
+
+def check_first_items(paths: Sequence[str], settings: DecontaminateConfig) -> None:
+    """Reads the first item of each file, before any work is done. Raises ConfigError if one cannot be read."""
+    for path in paths:
+        try:
+            next(read_items([path], settings), None)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def _items(path: str, settings: DecontaminateConfig) -> Iterator[EvaluationItem]:

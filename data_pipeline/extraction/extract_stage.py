@@ -8,6 +8,7 @@ from pathlib import Path
 
 from configs.data import DataConfig
 from configs.loader import plain
+from configs.sources import SourceConfig
 from data_pipeline.canaries.plant import PlantCanaries, as_input
 from data_pipeline.core.console import warn
 from data_pipeline.core.hashing import digest
@@ -24,7 +25,7 @@ from data_pipeline.reading.files import is_remote
 from data_pipeline.reading.ids import roots_of
 from data_pipeline.reading.keys import check_keys
 from data_pipeline.reading.names import openable
-from data_pipeline.reading.records import BROKEN
+from data_pipeline.reading.records import BROKEN, UNDECODABLE
 
 FAILED = "extract.failed"  # folder of the ledger and rejected records of an attempt with too many of them
 
@@ -141,12 +142,20 @@ def _check_bad_shares(context: RunContext, tally: Tally, folder: Path) -> None:
         for source, broken, records in bad
     )
     enough = max(math.ceil(1000 * broken / records) for _, broken, records in bad) / 1000
+    ways = ["repair the files", *(_encoding_remedy(name, context.config.sources[name], tally) for name, _, _ in bad)]
     # A share of 1 would take a source of which nothing can be read.
-    more = f" or raise extract.max_bad_share to {enough}" if enough < 1 else ""
+    ways += [f"raise extract.max_bad_share to {enough}"] if enough < 1 else []
     raise ValueError(
         f"{shares}: over extract.max_bad_share = {limit}; see {failed}/rejected/ for each one's file and reason, then "
-        f"repair the files{more}"
+        + " or ".join(filter(None, ways))
     )
+
+
+def _encoding_remedy(name: str, source: SourceConfig, tally: Tally) -> str:
+    """Says which key to set if records of a source were not in the encoding that it names; "" for other damage."""
+    if source.format not in ("text", "code") or not UNDECODABLE & set_aside(tally.of(name), BROKEN).keys():
+        return ""
+    return f"set sources.{name}.encoding, which is {source.encoding!r}, to the one that they are in"
 
 
 def _make_ids_unique(context: RunContext, units: Sequence[InputUnit], folder: Path, logs: Path) -> None:

@@ -68,12 +68,14 @@ def _wanted(source: SourceConfig) -> list[tuple[str, str]]:
 def _check(name: str, source: SourceConfig, files: Sequence[FoundFile], limits: ExtractConfig) -> None:
     """Raises ConfigError for the first key of source `name` that no record of `files` has."""
     missing, there, looked_at = _wanted(source), dict[str, None](), 0
+    objects = dict[str, None]()  # keys that hold an object
     kinds: set[str] = set()  # kinds of values under the text key that are not text
     for file in files:
         with contextlib.suppress(Exception):  # the reader of the file reports what is wrong with it
             for fields in _first(file, source, limits):
                 looked_at += 1
                 there |= dict.fromkeys(_keys(fields))
+                objects |= dict.fromkeys(name for name, value in fields.items() if isinstance(value, dict))
                 missing = [(key, wanted) for key, wanted in missing if not _has(fields, key, wanted, kinds)]
                 if not missing:
                     return
@@ -81,7 +83,8 @@ def _check(name: str, source: SourceConfig, files: Sequence[FoundFile], limits: 
         return
     key, wanted = missing[0]
     others = f" and {len(files) - 1} other files" if len(files) > 1 else ""
-    shown = ", ".join(hide(one) for one in islice(there, _SHOWN)) + (", ..." if len(there) > _SHOWN else "")
+    listed = objects if key == "metadata_key" and objects else there
+    shown = ", ".join(hide(one) for one in islice(listed, _SHOWN)) + (", ..." if len(listed) > _SHOWN else "")
     if key == "text_key" and kinds:
         raise ConfigError(
             f"sources.{name}.text_key = {wanted!r} holds no text but {' and '.join(sorted(kinds))} in {files[0].path}"
@@ -91,7 +94,7 @@ def _check(name: str, source: SourceConfig, files: Sequence[FoundFile], limits: 
     setting = f"has {wanted!r}" if key == "fields" else f"= {wanted!r}"
     raise ConfigError(
         f"sources.{name}.{key} {setting}, but none of the first {looked_at:,} records in {files[0].path}{others} has "
-        f"this key; the keys there are {shown}; name the one {purpose}"
+        f"this key; the {'objects' if listed is objects else 'keys'} there are {shown}; name the one {purpose}"
     )
 
 

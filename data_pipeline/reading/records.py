@@ -40,6 +40,8 @@ BROKEN = frozenset(
         "extractor_failed",  # a parser raised an error on the page, or crashed
     }
 )
+# Reasons by which text may be in another encoding than its source says.
+UNDECODABLE = frozenset({"invalid_utf8", "invalid_utf16", "invalid_utf32", "undecodable", "nul_bytes"})
 # Reasons by which nothing is lost: such records are set aside too, but do not count towards extract.max_bad_share.
 HARMLESS = frozenset(
     {

@@ -24,6 +24,7 @@ def test_a_refused_run_and_a_dry_run_leave_nothing(tmp_path: Path, capsys: pytes
         ['dedup.index=["none"]'],
         ['extract.blocklist.domains=["none"]'],
         ['decontaminate.files=["none"]'],
+        [f'decontaminate.files=["{config}"]'],  # no JSON lines
         ["rules.prose.word_count.min=x"],
     ]
     (tmp_path / "mine").mkdir()

@@ -21,7 +21,7 @@ from data_pipeline.core import progress
 from data_pipeline.provenance import recall, sample, takedown, trace, verify, what_if
 from data_pipeline.report import ledger_tables
 from data_pipeline.tokens import training
-from tests.data_runs import ROOT
+from tests.data_runs import ROOT, data_config
 from tests.shards import write_shard
 from tests.small_sources import write_config
 
@@ -67,6 +67,17 @@ def test_records_that_are_broken_are_allowed_as_the_message_says(
     share = found(r"source big: 1 of 4 .*source other: 1 of 7 .*or raise (extract\.max_bad_share) to ([\d.]+)", said)
     assert outcome(command.main, [*args, f"{share[1]}={float(share[2]) - 0.002}"], capsys)
     assert not outcome(command.main, [*args, f"{share[1]}={share[2]}"], capsys)
+
+
+def test_text_in_another_encoding_is_read_once_the_key_that_the_message_names_is_set(tmp_path: Path, capsys) -> None:
+    text = "Съешь же ещё этих мягких французских булок, да выпей чаю."
+    for name, encoding in (("one", "cp1251"), ("two", "utf-16-le"), ("three", "shift_jis")):
+        (tmp_path / f"{name}.txt").write_bytes(text.encode(encoding))
+        sources = {name: {"files": [f"{tmp_path}/{name}.txt"], "format": "text", "rules": {"any": "all"}}}
+        args = [str(data_config(tmp_path / "data.toml", sources, rules={"all": {}})), "--until", "extract"]
+        said = outcome(command.main, args, capsys)
+        key = found(rf"set (sources\.{name}\.encoding), which is 'utf-8', to the one that they are in\n", said)[1]
+        assert not outcome(command.main, [*args, f"{key}={encoding.replace('cp', 'windows-')}"], capsys)
 
 
 def test_stages_that_are_needed_are_all_named(finished: Path, tmp_path: Path, capsys) -> None:

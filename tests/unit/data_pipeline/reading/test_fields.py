@@ -226,7 +226,8 @@ def test_a_key_that_is_nowhere_is_one_sentence(tmp_path: Path) -> None:
                 check(path, **{"text_key": "body", key: wrong})
             said = str(error.value)
             assert f"sources.web.{key} " in said and repr("licence" if key == "fields" else wrong) in said
-            assert str(path) in said and "the keys there are body, meta.uid, meta.tags, n; " in said
+            there = "objects there are meta" if key == "metadata_key" else "keys there are body, meta.uid, meta.tags, n"
+            assert str(path) in said and f"the {there}; " in said
             check(path, **{"text_key": "body", key: right})  # the remedy in the message works
         for key, what in (("n", "numbers"), ("meta.tags", "lists")):
             with pytest.raises(
