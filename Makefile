@@ -44,7 +44,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo       raw text to exported models in runs/demo (interrupt it, run it again)"
-	@echo "make test       run the tests, without those marked full"
+	@echo "make test       run the tests, without those marked full; TESTS=tests/unit runs a part of them"
 	@echo "make test-full  run all tests"
 	@echo "make test-python PYTHON=python3.13   make test with another Python, in its own .venv-3.13"
 	@echo "make lint       run ruff and mypy"
@@ -85,9 +85,11 @@ demo: install
 	@$(BIN)/trivium demo --with-parent
 
 # Two files run at a time, so that a file that waits (for a cluster, for processes that end) leaves no core idle. Long
-# files come first and the many short ones of tests/unit last, so that both workers end at the same time.
+# files come first and the many short ones of tests/unit last, so that both workers end at the same time. TESTS= runs a
+# part: make test TESTS=tests/unit/configs.
+TESTS := tests/parallel tests/e2e tests/unit
 test: install
-	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile --no-loadscope-reorder tests/parallel tests/e2e tests/unit
+	@$(BIN)/python -m pytest -m "not full" -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # Tests another Python in an environment of its own; .venv stays as it is.
 test-python:

@@ -13,8 +13,7 @@ from datatrove.data import Document
 from configs.rules import RuleSet
 from data_pipeline.core.tables import read_table
 from data_pipeline.cutting.cuts import Cut, CutStep, byte_offsets
-from data_pipeline.scan.scores import Scanner
-from data_pipeline.scores.scoring import definition_of
+from data_pipeline.scan.scores import Scanner, definition_of
 
 
 class CutWebLines(CutStep):

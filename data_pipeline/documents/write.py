@@ -27,10 +27,9 @@ from data_pipeline.cutting.cuts import MergedCuts, apply, merge, read_cuts
 from data_pipeline.documents.heldout import Extremes, HeldoutRule
 from data_pipeline.personal_data.find import PLACEHOLDERS
 from data_pipeline.personal_data.hiding import Hiding
-from data_pipeline.reading.addresses import url_key, url_of
+from data_pipeline.reading.addresses import URL_KEY, url_key, url_of
 
 MOSTLY_CUT = "mostly_cut"
-URL_KEY = "url_key"  # metadata: key of the original address, if the published one has personal data replaced
 FROM_RECORD = ("file", "path", "url", "record", "fields")  # metadata that comes from the input file or record
 # Scores that are copied into the token store's table; the others are only in the score stage's tables.
 SCORES = ("quality", "word_count", "alpha_word_ratio", "dup_line_char_ratio", "top_2_gram", "dup_5_gram")

@@ -17,10 +17,9 @@ from data_pipeline.core.checked_parquet import read_parquet
 from data_pipeline.core.shards import TRAIN
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.core.tables import TABLE_STAGES, read_table, shards_of
-from data_pipeline.documents.write import URL_KEY
 from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan, open_plans
-from data_pipeline.reading.addresses import url_key, url_of
+from data_pipeline.reading.addresses import URL_KEY, url_key, url_of
 from data_pipeline.reading.ids import unique_id
 
 

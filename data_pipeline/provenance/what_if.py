@@ -26,8 +26,8 @@ from data_pipeline.core.checked_parquet import columns_in
 from data_pipeline.core.console import wide_console
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.core.tables import read_table, shards_of
+from data_pipeline.scan.scores import definition_of
 from data_pipeline.scores.filtering import broken, verdicts
-from data_pipeline.scores.scoring import definition_of
 
 _MARGIN = 3  # documents shown on each side of a threshold
 _HEAD_CHARS = 160

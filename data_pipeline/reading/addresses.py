@@ -5,6 +5,8 @@ from urllib.parse import urlsplit
 
 from data_pipeline.core.hashing import stable_hash
 
+URL_KEY = "url_key"  # metadata: key of the original address, if the published one has personal data replaced
+
 
 def url_of(metadata: dict[str, Any]) -> str:
     """Returns the URL that a document came from, or "" if it is not known."""

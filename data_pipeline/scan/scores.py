@@ -8,12 +8,14 @@ StarCoder (Li et al. 2023, arXiv 2305.06161).
 
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import NamedTuple
 
 import ahocorasick_rs
 import numba
 import numpy as np
 
+from configs.rules import RuleSet
 from data_pipeline.scan.characters import codes_of, kinds_of, lower_case
 from data_pipeline.scan.english import words_of
 from data_pipeline.scan.line_scores import (
@@ -100,6 +102,24 @@ class Definition:
     c4: str = "datatrove"  # a name of C4_RULES
     bad_words: tuple[str, ...] = ()
     language: str = "en"
+
+
+def definition_of(rules: RuleSet) -> Definition:
+    """Returns the settings of a rule set on which scores depend; the language is set later, per document.
+
+    Raises ValueError if the list of bad words does not exist.
+    """
+    words: tuple[str, ...] = ()
+    if rules.bad_words_file:
+        path = Path(rules.bad_words_file)
+        if not path.is_file():
+            raise ValueError(f"bad_words_file {path} does not exist, seen from {Path.cwd()}; correct the path")
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"bad_words_file {path} is not UTF-8 ({error}); convert it to UTF-8") from None
+        words = tuple(sorted({line.strip().lower() for line in lines} - {""}))
+    return Definition(Splitter[rules.splitter], rules.stop_words, rules.c4, words)
 
 
 class Scanner:

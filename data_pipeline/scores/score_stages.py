@@ -12,10 +12,10 @@ from data_pipeline.core.ledger import Tally
 from data_pipeline.core.run_context import COMPILED_ONCE, RunContext, scan_texts
 from data_pipeline.core.stage import Stage, file_hashes
 from data_pipeline.core.tables import count_verdicts, shards_of
-from data_pipeline.scan.scores import Definition, Scanner
+from data_pipeline.scan.scores import Definition, Scanner, definition_of
 from data_pipeline.scores.filtering import ApplyRules
 from data_pipeline.scores.model_scores import ModelScores, model_files
-from data_pipeline.scores.scoring import ScoreTexts, definition_of
+from data_pipeline.scores.scoring import ScoreTexts
 
 
 def score_stage(context: RunContext, language: Stage) -> Stage:

@@ -6,36 +6,15 @@ The scores are those of `scan.scores`, by the document's rule set, and those of 
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from datatrove.data import Document
 
-from configs.rules import RuleSet
 from configs.scores import ScoresConfig
 from data_pipeline.core.tables import TableStep
 from data_pipeline.scan.scores import Definition, Scanner, quality
-from data_pipeline.scan.words import Splitter
 from data_pipeline.scores.model_scores import ModelScores, kept_model_scores
 
 HEAD_CHARS = 300
-
-
-def definition_of(rules: RuleSet) -> Definition:
-    """Returns the settings of a rule set on which scores depend; the language is set later, per document.
-
-    Raises ValueError if the list of bad words does not exist.
-    """
-    words: tuple[str, ...] = ()
-    if rules.bad_words_file:
-        path = Path(rules.bad_words_file)
-        if not path.is_file():
-            raise ValueError(f"bad_words_file {path} does not exist, seen from {Path.cwd()}; correct the path")
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"bad_words_file {path} is not UTF-8 ({error}); convert it to UTF-8") from None
-        words = tuple(sorted({line.strip().lower() for line in lines} - {""}))
-    return Definition(Splitter[rules.splitter], rules.stop_words, rules.c4, words)
 
 
 class ScoreTexts(TableStep):

@@ -11,9 +11,8 @@ from configs.model_parts import AttentionConfig, LatentConfig
 from export import chat, generate
 from posttrain.chat.chat_format import jinja_template
 from tests.parallel.harness import RanksOf
-from tests.unit.export.conftest import ENGLISH, tiny, tokenizer_path, write_imported
+from tests.tiny_models import ENGLISH, tiny, train_tokenizer, write_imported
 
-__all__ = ["tokenizer_path"]  # the fixture
 # The vocabulary is padded at tp=2, and the second model's ranks hold the same key-value head.
 DENSE = tiny(vocab_size=803)
 TIED = tiny(tie=True).model_copy(update={"num_kv_heads": 1})
@@ -27,6 +26,11 @@ LATENT = tiny(vocab_size=803).model_copy(
     }
 )
 SAMPLED = ["--top-k", "200", "--top-p", "0.95", "--min-p", "0.001", "--repetition-penalty", "1.1", "--stop", "q"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.mark.parametrize(

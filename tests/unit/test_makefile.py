@@ -195,6 +195,9 @@ def test_other_versions_are_tested_beside_the_environment(machine: Machine) -> N
     assert (machine.project / ".venv-3.13/of-3.13-0").exists() and (machine.project / ".venv/of-3.11-0").exists()
     calls = machine.calls()
     assert any("pytest" in call for call in calls) and all(call.startswith("3.13-0 ") for call in calls)
+    assert machine.make("test-python", f"PYTHON={other}", "TESTS=tests/unit/configs").returncode == 0
+    (call,) = machine.calls()
+    assert call.startswith("3.13-0 ") and call.endswith(" tests/unit/configs")
 
 
 def test_metadata_name_the_versions_that_make_takes() -> None:

@@ -28,9 +28,8 @@ from rich.table import Table
 
 from configs.data import RuleSet
 from data_pipeline.extraction.extractors import main_text
-from data_pipeline.scan.scores import Scanner
+from data_pipeline.scan.scores import Scanner, definition_of
 from data_pipeline.scores.filtering import verdict
-from data_pipeline.scores.scoring import definition_of
 from tests.bench.data_pipeline.measure import DEMO, texts
 
 MOST_CHARS = 100_000  # longer documents are cut

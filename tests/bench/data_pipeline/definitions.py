@@ -7,10 +7,9 @@ on the words that datatrove finds. A document that neither explains is called un
 from functools import cache
 
 from configs.rules import Bound, RuleSet
-from data_pipeline.scan.scores import Definition, Scanner
+from data_pipeline.scan.scores import Definition, Scanner, definition_of
 from data_pipeline.scan.words import Splitter
 from data_pipeline.scores.filtering import verdict
-from data_pipeline.scores.scoring import definition_of
 from tests.bench.data_pipeline.heuristics import rule_sets, spans
 from tests.bench.data_pipeline.measure import LANGUAGES
 

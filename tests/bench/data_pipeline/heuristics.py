@@ -21,10 +21,9 @@ from datatrove.pipeline.filters import (
 from datatrove.utils.text import split_into_sentences, split_into_words
 
 from configs.rules import RuleSet
-from data_pipeline.scan.scores import Definition, Scanner
+from data_pipeline.scan.scores import Definition, Scanner, definition_of
 from data_pipeline.scan.words import Splitter
 from data_pipeline.scores.filtering import verdict
-from data_pipeline.scores.scoring import definition_of
 from tests.bench.data_pipeline.measure import LANGUAGES, Result, cpu_seconds, size_mb, texts
 
 _ZH = RuleSet(use=("fineweb2_zh",)).bounds()

@@ -1,30 +1,13 @@
 """Fixtures: a small tokenizer and token stores made from the demo corpus, once per session."""
 
-import gzip
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens import store, tokenizer, training
+from tests.demo_corpus import SOURCES, demo_records
 from tests.shards import write_shard
-
-DEMO = Path(__file__).parents[3] / "data" / "demo"
-SOURCES = {"english": slice(180, 300, 2), "chinese": slice(0, 8), "code": slice(0, 250)}
-
-
-def demo_records(source: str) -> list[dict[str, Any]]:
-    with gzip.open(DEMO / f"{source}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines][SOURCES[source]]
-
-
-def write_jsonl(path: Path, records: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(path, "wt", encoding="utf-8") as out:
-        out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from export.checks import ODD_TEXTS
 from export.hf_tokenizer import first_difference, write_tokenizer
 from pretrain.checkpoint.lineage import Lineage
 from tests.foreign_tokenizers import MAKERS, TEMPLATE, TEXTS, bert, gpt2, llama3, qwen, t5, write
-from tests.unit.export.conftest import make_source, random_weights, tiny
+from tests.tiny_models import make_source, random_weights, tiny
 
 MODEL_TYPES = (
     *("bloom", "deepseek_v2", "deepseek_v3", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox"),

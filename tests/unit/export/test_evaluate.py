@@ -17,7 +17,7 @@ from configs.loader import ConfigError
 from export import evaluate
 from pretrain.evaluation import humaneval, text_metrics
 from pretrain.generation.text_codec import TextCodec
-from tests.unit.export.conftest import ENGLISH, tiny, write_imported
+from tests.tiny_models import ENGLISH, tiny, write_imported
 from tests.unit.export.harness_lm import CONTEXT, NEEDS_LM_EVAL, make_lm
 
 pytestmark = NEEDS_LM_EVAL

@@ -14,7 +14,7 @@ from export.prompt_file import read_prompts
 from export.text_model import TextModel, loaded
 from posttrain.chat.chat_format import ChatFormat, jinja_template
 from pretrain.generation.text_codec import TextCodec
-from tests.unit.export.conftest import ENGLISH, tiny, write_imported
+from tests.tiny_models import ENGLISH, tiny, write_imported
 
 
 @pytest.fixture

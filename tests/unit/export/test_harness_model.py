@@ -8,7 +8,7 @@ import pytest
 from configs.loader import ConfigError
 from posttrain.chat.chat_format import jinja_template
 from pretrain.generation.text_codec import TextCodec
-from tests.unit.export.conftest import CHINESE, ENGLISH
+from tests.tiny_models import CHINESE, ENGLISH
 from tests.unit.export.harness_lm import CONTEXT, NEEDS_LM_EVAL, instances, make_lm
 
 pytestmark = NEEDS_LM_EVAL

@@ -17,7 +17,7 @@ from export.checks import ODD_TEXTS
 from export.hf_tokenizer import PIECE, first_difference, read_model, write_tokenizer
 from posttrain.chat.chat_format import ChatFormat, jinja_template
 from tests.shards import write_shard
-from tests.unit.export.conftest import CHINESE, ENGLISH, odd_strings
+from tests.tiny_models import CHINESE, ENGLISH, odd_strings
 
 TEMPLATE = "<s>{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 

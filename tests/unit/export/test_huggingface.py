@@ -21,7 +21,7 @@ from configs.model import ModelConfig
 from data_pipeline.tokens.tokenizer import Tokenizer
 from export import huggingface, publishing
 from posttrain.chat.chat_format import ChatFormat, jinja_template
-from tests.unit.export.conftest import ENGLISH, make_source, random_weights, tiny
+from tests.tiny_models import ENGLISH, make_source, random_weights, tiny
 
 
 def run(source, out: Path, **keys) -> tuple[int, str]:

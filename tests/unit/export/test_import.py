@@ -22,7 +22,7 @@ from export.model_source import open_source
 from export.publishing import RECORD
 from export.tensors import open_tensors, write_tensors
 from pretrain.checkpoint import storage
-from tests.unit.export.conftest import random_weights, tiny
+from tests.tiny_models import random_weights, tiny
 from tests.unit.export.conversion.parity import export_again
 
 LLAMA = {

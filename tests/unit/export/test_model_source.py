@@ -11,7 +11,7 @@ from configs.loader import ConfigError, Failure, load, plain
 from export.model_source import open_source
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage
-from tests.unit.export.conftest import random_weights, tiny
+from tests.tiny_models import random_weights, tiny
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -11,7 +11,7 @@ from configs.model import ModelConfig
 from configs.model_parts import AttentionConfig
 from export import generate, huggingface, import_hf
 from export.model_source import open_source
-from tests.unit.export.conftest import tiny, write_imported
+from tests.tiny_models import tiny, write_imported
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from pretrain.generation.text_codec import TextCodec
 from pretrain.generation.text_stream import CharacterStream, TextStream
-from tests.unit.export.conftest import CHINESE, odd_strings
+from tests.tiny_models import CHINESE, odd_strings
 
 
 def decode_bytes(ids: list[int]) -> str:

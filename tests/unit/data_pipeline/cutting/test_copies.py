@@ -19,7 +19,7 @@ from data_pipeline.cutting.copies import AllotQuotas, CountUnits, TextUnits
 from data_pipeline.cutting.cuts import Cut, CutStep, apply, merge, read_cuts
 from data_pipeline.cutting.lines import CutLines, Lines
 from data_pipeline.cutting.substrings import CutSubstrings, Minimizers, Windows
-from tests.unit.data_pipeline.conftest import DEMO, demo_records
+from tests.demo_corpus import DEMO, demo_records
 
 Corpus = dict[str, list[str]]  # shard -> texts, in order
 

@@ -9,7 +9,7 @@ import pytest
 from data_pipeline.command import main
 from data_pipeline.core.shards import read_records, shard_path, shards_under
 from tests.data_runs import data_config, ledger, published
-from tests.unit.data_pipeline.conftest import demo_records, write_jsonl
+from tests.demo_corpus import demo_records, write_jsonl
 
 
 def config_in(folder: Path) -> Path:

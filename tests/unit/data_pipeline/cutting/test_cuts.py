@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.cutting.cuts import Cut, MergedCuts, apply, byte_offsets, merge, read_cuts, write_cuts
-from tests.unit.data_pipeline.conftest import demo_records
+from tests.demo_corpus import demo_records
 
 TEXT = "第一回 宴桃园豪杰三结义 — naïve café, 😀 and so on. " * 3
 

@@ -23,7 +23,7 @@ from data_pipeline.cutting.cuts import apply, merge, read_cuts
 from data_pipeline.cutting.decontamination import Decontaminate
 from data_pipeline.cutting.evaluation_items import read_items
 from data_pipeline.cutting.ngram_index import NgramIndex, require_ngrams, words_of
-from tests.unit.data_pipeline.conftest import demo_records
+from tests.demo_corpus import demo_records
 
 
 def jsonl(path: Path, records: list[dict[str, Any]]) -> str:

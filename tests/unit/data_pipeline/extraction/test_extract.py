@@ -12,7 +12,7 @@ from data_pipeline.extraction import extract as extraction
 from data_pipeline.extraction import extractors
 from data_pipeline.extraction.extract import repair
 from data_pipeline.extraction.extractors import main_text
-from tests.unit.data_pipeline.conftest import DEMO
+from tests.demo_corpus import DEMO
 
 PAGE = """<html><head><title>T</title><script>var x = 1;</script></head><body>
 <nav><a href="/">Home</a> <a href="/about">About us</a></nav>

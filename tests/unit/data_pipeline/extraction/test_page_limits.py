@@ -11,7 +11,7 @@ from data_pipeline.extraction import page_limits
 from data_pipeline.extraction.extractors import main_text
 from data_pipeline.extraction.page_limits import PageReader, too_complex
 from data_pipeline.reading.page_decoding import decode_page
-from tests.unit.data_pipeline.conftest import DEMO
+from tests.demo_corpus import DEMO
 from tests.unit.data_pipeline.extraction.slow_page import SLOW
 
 MANY = "<html><body><main>" + "<p>Call me Ishmael. Some years <b>ago</b>, never mind.</p>" * 2_000 + "</main></body>"

@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.language.fasttext_model import FastTextModel
 from data_pipeline.language.identification import Identifier, model_path
-from tests.unit.data_pipeline.conftest import DEMO
+from tests.demo_corpus import DEMO
 
 MAX_CHARS = 10_000
 # Exponentials are rounded once here; C's expf now and then the other way.

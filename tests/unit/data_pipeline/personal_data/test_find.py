@@ -12,7 +12,7 @@ import pytest
 
 from data_pipeline.personal_data.find import PLACEHOLDERS, find, luhn, mask
 from data_pipeline.personal_data.hiding import Hiding
-from tests.unit.data_pipeline.conftest import DEMO
+from tests.demo_corpus import DEMO
 
 R36 = "a8Kd03jfLq92nXpZ7vBt5RyWc1eUgHs6oMi4"
 PEM = "-----BEGIN RSA " + "PRIVATE KEY-----\n" + (R36 * 2 + "\n") * 3 + "-----END RSA " + "PRIVATE KEY-----"

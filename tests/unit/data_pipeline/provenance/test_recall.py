@@ -9,7 +9,7 @@ import pytest
 from data_pipeline.dedup.greedy import jaccard
 from data_pipeline.provenance.recall import CandidateDocuments, measure, similar_pairs, total
 from data_pipeline.scan.minhash import shingles
-from tests.unit.data_pipeline.conftest import demo_records
+from tests.demo_corpus import demo_records
 
 
 @pytest.fixture(scope="module")

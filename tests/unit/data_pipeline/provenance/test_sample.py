@@ -12,7 +12,7 @@ from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.provenance import sample
 from data_pipeline.provenance.excerpts import excerpt, piece
 from tests.data_runs import data_config
-from tests.unit.data_pipeline.conftest import demo_records
+from tests.demo_corpus import demo_records
 
 
 def config_in(folder: Path) -> Path:

@@ -11,9 +11,9 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from data_pipeline.core.tables import as_table, read_table, write_table
 from data_pipeline.provenance.what_if import changes, expanded, main, margin
-from data_pipeline.scan.scores import Scanner
+from data_pipeline.scan.scores import Scanner, definition_of
 from data_pipeline.scores.filtering import verdict
-from data_pipeline.scores.scoring import HEAD_CHARS, definition_of
+from data_pipeline.scores.scoring import HEAD_CHARS
 from tests.data_runs import data_config
 
 ROOT = Path(__file__).parents[4]

@@ -16,7 +16,7 @@ from data_pipeline.reading.ids import id_of_location, name_of, published_id, roo
 from data_pipeline.tokens.store import Store
 from data_pipeline.tokens.tokenizer import Tokenizer
 from tests.data_runs import data_config, published
-from tests.unit.data_pipeline.conftest import demo_records
+from tests.demo_corpus import demo_records
 
 MAIL, PHONE = "anna.karenina@levin.ru", "+44 207 154 1707"
 

@@ -15,7 +15,7 @@ from data_pipeline.provenance.smallest import Smallest
 from data_pipeline.report import measures
 from data_pipeline.report import page_samples as samples
 from data_pipeline.scores.filtering import broken
-from tests.unit.data_pipeline.report.conftest import MAIL, ROOT
+from tests.unit.data_pipeline.report.reported_run import MAIL, ROOT
 
 
 def test_score_histograms_count_what_the_rules_count(run_dir: Path) -> None:

@@ -13,7 +13,7 @@ from data_pipeline import command
 from data_pipeline.report import ledger_tables as report
 from data_pipeline.report.report_page import chain_of
 from tests.browser import Browser
-from tests.unit.data_pipeline.report.conftest import MAIL
+from tests.unit.data_pipeline.report.reported_run import MAIL
 
 _DROPPING = ("extract", "language", "filter", "dedup", "decontaminate", "documents")
 

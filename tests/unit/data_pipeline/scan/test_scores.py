@@ -17,15 +17,14 @@ from datatrove.pipeline.filters import (
     gopher_repetition_filter,
 )
 
-from configs.rules import RuleSet
+from configs.rules import Bound, RuleSet
 from data_pipeline.scan.characters import codes_of, kinds_of
 from data_pipeline.scan.english import words_of
 from data_pipeline.scan.repetition import joined_duplicates, ngram_scores
-from data_pipeline.scan.scores import SCORES, Definition, Scanner, in_lower_case
+from data_pipeline.scan.scores import SCORES, Definition, Scanner, definition_of, in_lower_case
 from data_pipeline.scan.words import Splitter, describe, split
 from data_pipeline.scores.filtering import verdict
 from data_pipeline.scores.model_scores import MODEL_SCORES
-from data_pipeline.scores.scoring import definition_of
 
 ROOT = Path(__file__).parents[4]
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
@@ -261,3 +260,17 @@ def _words(text: str, splitter: str) -> list[str]:
 def _sentences(scanner: Scanner, line: str) -> float:
     """Number of sentences of a line; the three words before it make sure that no rule drops the line."""
     return Scanner(Definition(c4="fineweb")).scores("a b c " + line)["c4_sentences"] if line.strip() else 0.0
+
+
+def test_a_list_of_bad_words_is_read_once_it_is_as_the_message_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = RuleSet(bad_words=Bound(max=0), bad_words_file="words.txt")
+    (tmp_path / "words.txt").write_bytes("Übel\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"bad_words_file words\.txt does not exist, seen from .*; correct the path$"):
+        definition_of(rules)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"convert it to UTF-8$"):
+        definition_of(rules)
+    (tmp_path / "words.txt").write_text("Übel\n", encoding="utf-8")
+    assert definition_of(rules).bad_words == ("übel",)

@@ -13,7 +13,7 @@ from configs.loader import ConfigError
 from data_pipeline.language.identification import model_path
 from data_pipeline.scores import classifier
 from data_pipeline.scores.classifier import load, main
-from tests.unit.data_pipeline.conftest import DEMO, write_jsonl
+from tests.demo_corpus import DEMO, write_jsonl
 
 SMALL = ["--slots", "5000", "--max-chars", "2000"]
 

@@ -1,14 +1,11 @@
 """Tests verdicts that follow from scores and rules."""
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from configs.rules import Bound, RuleSet, combined
 from data_pipeline.scores.filtering import verdict, verdicts
-from data_pipeline.scores.scoring import definition_of
 
 RULES = RuleSet(word_count=Bound(min=50, max=100), dup_line_ratio=Bound(max=0.3))
 
@@ -72,20 +69,6 @@ def test_published_sets_are_combined_and_overridden() -> None:
 def test_sets_that_do_not_go_together_are_refused(names: list[str], own: dict[str, str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         combined(names, own)
-
-
-def test_a_list_of_bad_words_is_read_once_it_is_as_the_message_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rules = RuleSet(bad_words=Bound(max=0), bad_words_file="words.txt")
-    (tmp_path / "words.txt").write_bytes("Übel\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"bad_words_file words\.txt does not exist, seen from .*; correct the path$"):
-        definition_of(rules)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"convert it to UTF-8$"):
-        definition_of(rules)
-    (tmp_path / "words.txt").write_text("Übel\n", encoding="utf-8")
-    assert definition_of(rules).bad_words == ("übel",)
 
 
 def test_a_rule_switched_off_has_to_be_on() -> None:

@@ -17,7 +17,7 @@ from data_pipeline.provenance import explain, what_if
 from data_pipeline.scores import classifier
 from data_pipeline.scores.model_scores import kept_model_scores
 from tests.data_runs import data_config
-from tests.unit.data_pipeline.conftest import DEMO, demo_records, write_jsonl
+from tests.demo_corpus import DEMO, demo_records, write_jsonl
 from tests.unit.data_pipeline.scores.arpa import SMALL
 
 

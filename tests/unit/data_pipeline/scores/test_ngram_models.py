@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.scan.words import Splitter
 from data_pipeline.scores.ngram_models import UNSEEN, Arpa, Unigrams
-from tests.unit.data_pipeline.conftest import demo_records
+from tests.demo_corpus import demo_records
 from tests.unit.data_pipeline.scores.arpa import SMALL
 
 

@@ -13,8 +13,8 @@ from configs.tokenizer import TokenizerConfig, TokenizerKind
 from data_pipeline.tokens import bpe_cache
 from data_pipeline.tokens.tokenizer import SPECIALS, Tokenizer
 from data_pipeline.tokens.training import train
+from tests.demo_corpus import SOURCES, demo_records
 from tests.shards import write_shard
-from tests.unit.data_pipeline.conftest import SOURCES, demo_records
 
 AWKWARD = [
     "",

@@ -79,7 +79,7 @@ def export_again(source: ModelSource, folder: Path) -> TensorFolder:
 
 def exported_logits(config: ModelConfig, weights: dict[str, torch.Tensor], folder: Path) -> torch.Tensor:
     """Returns the logits of transformers' model of a folder written from Trivium's weights."""
-    from tests.unit.export.conftest import make_source
+    from tests.tiny_models import make_source
 
     export_again(make_source(config, weights, Path("no tokenizer")), folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()

@@ -26,7 +26,7 @@ from pretrain.model.batch import Batch
 from pretrain.model.documents import Documents
 from pretrain.model.head_loss import HeadLoss
 from pretrain.model.losses import NextToken
-from tests.unit.export.conftest import make_source, random_weights
+from tests.tiny_models import make_source, random_weights
 from tests.unit.export.conversion.parity import (
     LENGTH,
     TOKENS,

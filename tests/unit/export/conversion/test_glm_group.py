@@ -10,7 +10,7 @@ from configs.model import ModelConfig
 from export.conversion.walk import ConversionError
 from export.hf_config import from_hf_config, to_hf_config
 from pretrain.model import build_single
-from tests.unit.export.conftest import random_weights
+from tests.tiny_models import random_weights
 from tests.unit.export.conversion.parity import (
     LENGTH,
     TOKENS,

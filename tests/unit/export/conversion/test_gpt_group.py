@@ -19,7 +19,7 @@ from export.import_hf import import_directory
 from export.model_source import open_source
 from pretrain.generation.sampling import generate
 from pretrain.model import build_single
-from tests.unit.export.conftest import random_weights
+from tests.tiny_models import random_weights
 from tests.unit.export.conversion.parity import LENGTH, TOKENS, check_both_ways, exported_logits, random_model
 
 GPT = {"vocab_size": 97, "n_embd": 36, "n_layer": 3, "n_head": 6, "n_positions": 64}

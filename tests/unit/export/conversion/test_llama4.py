@@ -10,7 +10,7 @@ from export.conversion.walk import ConversionError
 from export.hf_config import from_hf_config
 from export.import_hf import import_directory
 from pretrain.model import build_single
-from tests.unit.export.conftest import random_weights
+from tests.tiny_models import random_weights
 from tests.unit.export.conversion.parity import check_both_ways, check_greedy, random_model
 
 SIZES: dict[str, Any] = {

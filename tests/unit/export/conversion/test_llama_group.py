@@ -6,7 +6,7 @@ import torch
 from configs.loader import validate
 from configs.model import ModelConfig
 from pretrain.model import build_single
-from tests.unit.export.conftest import random_weights
+from tests.tiny_models import random_weights
 from tests.unit.export.conversion.parity import LENGTH, TOKENS, check_both_ways, exported_logits, random_model
 
 SIZES = {

@@ -31,7 +31,7 @@ from pretrain.model import Decoder, LayerContext
 from pretrain.model.adapters import add_adapters, is_adapter
 from pretrain.model.adapters.merging import merged
 from pretrain.run.initial_model import InitialModel
-from tests.unit.export.conftest import tiny, write_imported
+from tests.tiny_models import tiny, write_imported
 from tests.unit.export.conversion.parity import TOKENS, random_model
 
 LLAMA: dict[str, Any] = {
