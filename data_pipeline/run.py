@@ -27,7 +27,7 @@ from configs.folders import check_writable
 from configs.loader import ConfigError, write
 from data_pipeline.alarms import alarms
 from data_pipeline.canaries.check import check_canaries, missed
-from data_pipeline.core.console import warn, wide_console
+from data_pipeline.core.console import say, warn, wide_console
 from data_pipeline.core.full_disk import explain_write_error
 from data_pipeline.core.run_context import RunContext
 from data_pipeline.core.shortfalls import COUNTED, short_plans, short_sources
@@ -126,7 +126,7 @@ def run(
             done[stage.name] = earlier or perform(stage, run_dir, before)
             if stage.name == "extract":
                 forget_failure(run_dir)
-            _say(done[stage.name], number, len(stages), console)
+            _print_counts(done[stage.name], number, len(stages), console)
             _check_some_left(done[stage.name], run_dir)
             if done[stage.name].fresh:
                 for warning in warnings([stage.name], done, config):
@@ -247,24 +247,20 @@ def _say_set_aside(done: Sequence[PublishedStage], config: DataConfig, console: 
     """Prints how many input records were set aside; the exit status is 0 nevertheless."""
     if reasons := count_set_aside(done):
         counts = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
-        console.print(
+        say(
             f"{sum(reasons.values()):,} records set aside ({counts}), within extract.max_bad_share = "
             f"{config.extract.max_bad_share}: {Path(config.run.dir) / 'extract' / 'rejected'}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            console,
         )
 
 
 def _say_made_by_other_code(stages: Sequence[Stage], chosen: Sequence[str], run_dir: Path, console: Console) -> None:
     """Prints which stages run again only because the code or a package that made them has changed."""
     if names := made_by_other_code([stage for stage in stages if stage.name in chosen], run_dir):
-        console.print(
+        say(
             "the code of these stages, or a package that they use, has changed since they were made; they run again, "
             f"with all stages that need them: {', '.join(names)}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            console,
         )
 
 
@@ -276,23 +272,20 @@ def _where(stage: PublishedStage) -> str:
     return stage.folder.name
 
 
-def _say(done: PublishedStage, number: int, count: int, console: Console) -> None:
+def _print_counts(done: PublishedStage, number: int, count: int, console: Console) -> None:
     """Prints the counts of a finished stage, and where its earlier result is kept, if anywhere."""
     total = done.tally.total()
     dropped = sum(amount.documents for amount in total.dropped.values())
     how = f"{done.seconds:.1f} s" if done.fresh else "done before, kept"
-    console.print(
+    say(
         f"[{number}/{count}] {done.name}: {total.came_in.documents:,} in, {total.kept.documents:,} kept, "
         f"{dropped:,} dropped ({how})",
-        highlight=False,
-        markup=False,
+        console,
     )
     if done.kept:
-        console.print(
+        say(
             f"the earlier {done.name} is kept in {done.kept} for training runs that use it; remove it when none does",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            console,
         )
 
 
@@ -318,7 +311,7 @@ def dry_run(config: DataConfig, console: Console, executor: Executor, only: str 
         if published(stage, run_dir):
             done.add(stage.name)
             verdict = "done, would be skipped"
-        console.print(f"{stage.name:<11} {verdict:<23} {run_dir / stage.name}", highlight=False, soft_wrap=True)
+        say(f"{stage.name:<11} {verdict:<23} {run_dir / stage.name}", console)
     if {"tokenizer", "tokens"} <= done:
         show_forecast(config, console)
 
@@ -345,7 +338,7 @@ def lead(config: DataConfig, args: argparse.Namespace, executor: Executor) -> in
     _say_set_aside(done, config, console)
     if canaries := check_canaries(run_dir, config.canaries, [stage.name for stage in done]):
         right = sum(one["caught"] for one in canaries)
-        console.print(f"canaries: {right} of {len(canaries)} caught as they should be", highlight=False, soft_wrap=True)
+        say(f"canaries: {right} of {len(canaries)} caught as they should be", console)
     console.print(
         f"{sum(stage.fresh for stage in done)} of {len(done)} stages ran; drops: trivium data report CONFIG",
         soft_wrap=True,
@@ -354,5 +347,5 @@ def lead(config: DataConfig, args: argparse.Namespace, executor: Executor) -> in
     for warning in warnings(stages, stages, config):
         warn(warning, console)
     for alarm in found:
-        console.print(f"alarm: {alarm}", highlight=False, markup=False, soft_wrap=True)
+        say(f"alarm: {alarm}", console)
     return 1 if found and config.alarms.fail else 0

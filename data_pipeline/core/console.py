@@ -1,4 +1,4 @@
-"""Makes the console that the data commands print tables to, and prints warnings on it."""
+"""Makes the console that the data commands print tables to, and prints sentences and warnings on it."""
 
 import os
 
@@ -11,6 +11,11 @@ def wide_console() -> Console:
     return console if console.is_terminal or os.environ.get("COLUMNS", "").isdigit() else Console(width=140)
 
 
+def say(sentence: str, console: Console) -> None:
+    """Prints a sentence as it is: no word is taken for markup or highlighted, and no line is wrapped."""
+    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
 def warn(sentence: str, console: Console) -> None:
-    """Prints "warning: " and the sentence on one line, without wrapping it at the console's width."""
-    console.print(f"warning: {sentence}", highlight=False, markup=False, soft_wrap=True)
+    """Prints "warning: " and the sentence, as `say` does."""
+    say(f"warning: {sentence}", console)

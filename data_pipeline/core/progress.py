@@ -12,11 +12,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from data_pipeline.core.console import say
+
 _TICK_SECONDS = 0.3
 _LINE_SECONDS = 5.0
 _UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
-Say = Callable[[str], None]  # sets the text shown beside the progress bar
+SetNote = Callable[[str], None]  # sets the text shown beside the progress bar
 
 
 class ProgressFile:
@@ -45,7 +47,7 @@ def _done(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def watch(title: str, folder: Path, total: int, console: Console) -> Iterator[Say]:
+def watch(title: str, folder: Path, total: int, console: Console) -> Iterator[SetNote]:
     """Shows the sum of the progress files in `folder` during the block, as a bar on a terminal, else as lines.
 
     `total` is the expected sum in bytes, 0 if unknown. Yields a function that sets the text shown beside the bar, such
@@ -81,7 +83,7 @@ def _bar(title: str, folder: Path, total: int, console: Console, stop: threading
 def _lines(title: str, folder: Path, total: int, console: Console, stop: threading.Event, note: list[str]) -> None:
     while not stop.wait(_LINE_SECONDS):
         beside = f"; {note[0]}" if note[0] else ""
-        console.print(f"{title}: {_how_far(_done(folder), total)}{beside}", highlight=False, soft_wrap=True)
+        say(f"{title}: {_how_far(_done(folder), total)}{beside}", console)
 
 
 def _how_far(done: int, total: int) -> str:

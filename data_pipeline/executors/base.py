@@ -14,7 +14,7 @@ from types import TracebackType
 from datatrove.pipeline.base import PipelineStep
 from rich.console import Console
 
-from data_pipeline.core.progress import Say, watch
+from data_pipeline.core.progress import SetNote, watch
 from data_pipeline.executors.tasks import check, prepare, quiet
 
 
@@ -43,11 +43,11 @@ class Executor(ABC):
         return None  # an executor that keeps workers between stages overrides this
 
     @abstractmethod
-    def run(self, job: PipelineJob, say: Say) -> None:
+    def run(self, job: PipelineJob, set_note: SetNote) -> None:
         """Runs the tasks; returns when all are done, or when one has failed and the executor starts no more.
 
-        A task that fails writes an error file, see `tasks`. Raises TaskError if a task was lost without one. `say` sets
-        the text shown beside the progress bar.
+        A task that fails writes an error file, see `tasks`. Raises TaskError if a task was lost without one. `set_note`
+        sets the text shown beside the progress bar.
         """
 
     def serve(self) -> int:
@@ -64,8 +64,8 @@ class Executor(ABC):
         prepare(logs)
         quiet(logs / "executor.log")
         try:
-            with watch(title, logs / "progress", total_bytes, console) as say:
-                self.run(PipelineJob(title, steps, tasks, logs), say)
+            with watch(title, logs / "progress", total_bytes, console) as set_note:
+                self.run(PipelineJob(title, steps, tasks, logs), set_note)
             check(title, tasks, logs)
         finally:
             quiet(None)

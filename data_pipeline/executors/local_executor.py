@@ -21,7 +21,7 @@ from typing import Any, cast
 import dill
 from datatrove.executor.local import LocalPipelineExecutor
 
-from data_pipeline.core.progress import Say
+from data_pipeline.core.progress import SetNote
 from data_pipeline.executors.base import Executor, PipelineJob
 from data_pipeline.executors.tasks import TaskError, Tasks, lost, quiet, ranks_in
 
@@ -61,7 +61,7 @@ class LocalExecutor(Executor):
             connection.close()
         self._crew.clear()
 
-    def run(self, job: PipelineJob, say: Say) -> None:
+    def run(self, job: PipelineJob, set_note: SetNote) -> None:
         tasks = LocalTasks(list(job.steps), tasks=job.tasks, workers=self.workers, logging_dir=str(job.logs))
         if self._crew:
             self._distribute(job, dill.dumps(tasks))

@@ -21,7 +21,7 @@ import dill
 from datatrove.executor.base import PipelineExecutor
 
 from configs.loader import ConfigError
-from data_pipeline.core.progress import Say
+from data_pipeline.core.progress import SetNote
 from data_pipeline.executors.base import Executor, PipelineJob
 from data_pipeline.executors.local_executor import run_in_order
 from data_pipeline.executors.tasks import Tasks, claim, quiet, ranks_in
@@ -99,7 +99,7 @@ class MpiExecutor(Executor):
         self._world.Abort(status)
         os._exit(status)  # with some MPI libraries Abort returns
 
-    def run(self, job: PipelineJob, say: Say) -> None:
+    def run(self, job: PipelineJob, set_note: SetNote) -> None:
         tasks = MpiTasks(job)
         if job.tasks == 1:
             run_in_order(tasks)

@@ -17,7 +17,7 @@ from datatrove.executor.ray import RayPipelineExecutor
 
 from configs.data_run import RayConfig
 from configs.loader import ConfigError
-from data_pipeline.core.progress import Say
+from data_pipeline.core.progress import SetNote
 from data_pipeline.executors.base import Executor, PipelineJob
 from data_pipeline.executors.tasks import Tasks
 
@@ -105,7 +105,7 @@ class RayExecutor(Executor):
             self._ray.shutdown()
             raise ConfigError(reason)
 
-    def run(self, job: PipelineJob, say: Say) -> None:
+    def run(self, job: PipelineJob, set_note: SetNote) -> None:
         RayTasks(
             list(job.steps),
             tasks=job.tasks,

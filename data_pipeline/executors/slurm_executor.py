@@ -25,7 +25,7 @@ from datatrove.executor.slurm import SlurmPipelineExecutor
 
 from configs.data_run import SlurmConfig
 from configs.loader import ConfigError
-from data_pipeline.core.progress import Say
+from data_pipeline.core.progress import SetNote
 from data_pipeline.executors.base import Executor, PipelineJob
 from data_pipeline.executors.tasks import TaskError, Tasks, lost, ranks_in
 
@@ -97,7 +97,7 @@ class SlurmExecutor(Executor):
         self._options = options
         self.workers = workers
 
-    def run(self, job: PipelineJob, say: Say) -> None:
+    def run(self, job: PipelineJob, set_note: SetNote) -> None:
         if re.search(r"\s", str(job.logs.absolute())):
             raise ConfigError(
                 f"run.dir: a Slurm script cannot hold a path with spaces, and {job.logs.absolute()} has some; set "
@@ -111,13 +111,13 @@ class SlurmExecutor(Executor):
             record.write_text(name, encoding="utf-8")
             try:
                 _submit(SlurmTasks(job, name, self._options, self.workers, jobs))
-                self._wait(job, name, jobs, say)
+                self._wait(job, name, jobs, set_note)
             finally:
                 if ranks_in(job.logs / "completions") != set(range(job.tasks)):
                     cancel(name)
                 record.unlink(missing_ok=True)
 
-    def _wait(self, job: PipelineJob, name: str, jobs: list[str], say: Say) -> None:
+    def _wait(self, job: PipelineJob, name: str, jobs: list[str], set_note: SetNote) -> None:
         """Waits until all tasks are done or one has written an error file.
 
         Raises TaskError if an element ended without either, or if Slurm's controller does not answer for 10 minutes.
@@ -133,7 +133,7 @@ class SlurmExecutor(Executor):
             states = _queue(name)
             if states is not None:
                 last_answer = now
-                say(_count(states))
+                set_note(_count(states))
                 gone = [rank for rank in undone if self._element(rank, jobs) not in states]
                 gone_since = {rank: gone_since.get(rank, now) for rank in gone}
                 for rank, since in gone_since.items():

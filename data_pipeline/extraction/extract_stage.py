@@ -10,7 +10,7 @@ from configs.data import DataConfig
 from configs.loader import plain
 from configs.sources import SourceConfig
 from data_pipeline.canaries.plant import PlantCanaries, as_input
-from data_pipeline.core.console import warn
+from data_pipeline.core.console import say, warn
 from data_pipeline.core.hashing import digest
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.run_context import RunContext
@@ -107,12 +107,10 @@ def _extract(context: RunContext, units: list[InputUnit], folder: Path, logs: Pa
             )
     for source in config.sources:
         if alike := tally.of(source).notes.get(MADE_UNIQUE):
-            context.console.print(
+            say(
                 f"source {source}: {alike:,} documents had an id that another document has too; each is now called "
                 "ID#SOURCE/FILE/POSITION (its id, and where it was found)",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
+                context.console,
             )
     return tally
 

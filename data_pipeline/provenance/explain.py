@@ -15,7 +15,7 @@ from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
 from configs.loader import ConfigError
 from configs.rules import RuleSet
-from data_pipeline.core.console import wide_console
+from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.shards import TRAIN
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.provenance.lookup import (
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     console: Console = wide_console()
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line, console)
     return 0
 
 

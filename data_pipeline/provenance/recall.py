@@ -22,7 +22,7 @@ from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from data_pipeline.core.canary_naming import is_canary
-from data_pipeline.core.console import wide_console
+from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.core.tables import kept_rows, read_table, shards_of
 from data_pipeline.dedup.greedy import jaccard
@@ -213,7 +213,7 @@ def _share(value: float) -> str:
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    say(line, console)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

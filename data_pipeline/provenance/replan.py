@@ -15,7 +15,7 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from configs.mixture import PlanConfig
 from configs.sealed import CHECKPOINT
-from data_pipeline.core.console import wide_console
+from data_pipeline.core.console import say, wide_console
 from data_pipeline.mixture.forecast import show
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import Plan, open_plans
@@ -96,12 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, one in made.items():
         show(one.description, console, name)
     first = next(iter(made.values()))
-    console.print(
-        f"goes on after sample {first.first_sample:,} of the run: train with data.plan={first.path}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    say(f"goes on after sample {first.first_sample:,} of the run: train with data.plan={first.path}", console)
     return 0
 
 

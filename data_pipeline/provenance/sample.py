@@ -18,7 +18,7 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from configs.rules import RuleSet
 from data_pipeline.core.canary_naming import is_canary
-from data_pipeline.core.console import wide_console
+from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.shards import read_records, shard_path, shards_under
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.core.tables import TABLE_STAGES, read_table, shards_of
@@ -152,7 +152,7 @@ def show(
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+    say(line, console)
 
 
 def _switched_off(config: DataConfig, stage: str) -> str:

@@ -16,7 +16,7 @@ from configs.cli import command_parser, entrypoint
 from configs.data import DataConfig
 from configs.files import write_atomic
 from configs.loader import ConfigError, load
-from data_pipeline.core.console import wide_console
+from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import open_plans
@@ -133,23 +133,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = touched(run_dir, wanted, found, args.run)
         for entry in report["documents"]:
             in_steps = f", {len(entry['steps'])} steps" if args.run else ""
-            console.print(
+            say(
                 f"{entry['id']}: {entry['split']}/{entry['source']}, {entry['tokens']:,} tokens in "
                 f"{sum(map(len, entry['rows'].values()))} rows{in_steps}",
-                highlight=False,
-                markup=False,
+                console,
             )
         for line, alike in report["given_to_several"].items():
-            console.print(
+            say(
                 f"{line}: nothing is removed, since {len(alike)} records share this id; list the documents to be "
                 f"removed by their own ids: {', '.join(alike[:_SHOWN])}{', ...' if len(alike) > _SHOWN else ''}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
+                console,
             )
         for name, what in (("dropped_earlier", "dropped before tokens were made"), ("not_found", "not found")):
             for line in report[name]:
-                console.print(f"{line}: {what}", highlight=False, markup=False, soft_wrap=True)
+                say(f"{line}: {what}", console)
         if args.dry_run:
             return 0
         rows = without(config, found, args.out, args.after)
@@ -159,9 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    console.print(
-        f"a plan of {rows:,} rows without {len(found)} documents: {args.out}", highlight=False, soft_wrap=True
-    )
+    say(f"a plan of {rows:,} rows without {len(found)} documents: {args.out}", console)
     return 0
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from configs.cli import command_parser, entrypoint
 from configs.loader import ConfigError
-from data_pipeline.core.console import wide_console
+from data_pipeline.core.console import say, wide_console
 from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance.lookup import DataSpan, data_spans
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokens[segment["source"]] += segment["length"]
     whole = sum(tokens.values())
     shares = ", ".join(f"{source} {count:,} ({count / whole:.1%})" for source, count in tokens.most_common())
-    console.print(f"{whole:,} tokens: {shares}", highlight=False, soft_wrap=True)
+    say(f"{whole:,} tokens: {shares}", console)
     return 0
 
 

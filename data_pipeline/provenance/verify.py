@@ -20,7 +20,7 @@ from rich.console import Console
 from configs.cli import command_parser, entrypoint
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
-from data_pipeline.core.console import wide_console
+from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.integrity import STAGE_MANIFEST, DamagedData, Expected, fault, remedy
 from data_pipeline.core.stage import expected_files, read_manifest
 from data_pipeline.mixture.earlier import USED_BY
@@ -128,9 +128,7 @@ class ReadProgress:
             if time.monotonic() - self._said < _LINE_SECONDS:
                 return
             self._said = time.monotonic()
-        self._console.print(
-            f"{self._name}: {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB read", highlight=False, soft_wrap=True
-        )
+        say(f"{self._name}: {self._done / 1e9:.1f} of {self._total / 1e9:.1f} GB read", self._console)
 
 
 def verify(part: VerifiedPart, console: Console) -> list[str]:
@@ -148,7 +146,7 @@ def verify(part: VerifiedPart, console: Console) -> list[str]:
     beside = f" ({unknown} of an earlier version, by their size alone)" if unknown else ""
     size = sum(file.size or 0 for file in part.files)
     counted = f"{part.name:<13} {len(part.files):>6,} files {size / 1e6:>12,.1f} MB"
-    console.print(f"{counted}  {how}{beside}", highlight=False, soft_wrap=True)
+    say(f"{counted}  {how}{beside}", console)
     return faults
 
 
@@ -169,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in parts_of(folder):
         faults += verify(part, console)
     if not faults:
-        console.print(f"{folder}: everything is as it was written", highlight=False, markup=False, soft_wrap=True)
+        say(f"{folder}: everything is as it was written", console)
         return 0
     for sentence in faults:
         print(f"damaged: {sentence}", file=sys.stderr)

@@ -23,7 +23,7 @@ from configs.loader import ConfigError, load
 from configs.rules import RuleSet
 from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.checked_parquet import columns_in
-from data_pipeline.core.console import wide_console
+from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.stage import read_manifest
 from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.scan.scores import definition_of
@@ -195,17 +195,13 @@ def show(config: DataConfig, changed: DataConfig, console: Console) -> None:
     console.print(overlap(broken(table, changed.rules)))
     for change in differing:
         title = f"{change.score}.{change.side} of {change.rules}: {change.before} -> {change.after}; nearest to it:"
-        console.print(f"\n{title}", highlight=False, markup=False, soft_wrap=True)
+        say(f"\n{title}", console)
         for word, row in margin(table, change):
             text = " ".join(head_of(run_dir, row).split())[:_HEAD_CHARS]
-            console.print(
-                f"  {word:<3} {row[change.score]:<10.4g} {row['id']}", highlight=False, markup=False, soft_wrap=True
-            )
-            console.print(f"      {text}", highlight=False, markup=False, soft_wrap=True)
+            say(f"  {word:<3} {row[change.score]:<10.4g} {row['id']}", console)
+            say(f"      {text}", console)
     if not differing:
-        console.print(
-            "no bound differs from the config's; change one, e.g. word_count.min=100", highlight=False, soft_wrap=True
-        )
+        say("no bound differs from the config's; change one, e.g. word_count.min=100", console)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from rich.table import Table
 from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
 from configs.files import file_sha256, write_atomic
-from data_pipeline.core.console import wide_console
+from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.integrity import STAGE_MANIFEST
 from data_pipeline.core.shards import HELDOUT, TRAIN, read_records, shard_path, shards_under
 from data_pipeline.report.baselines_file import FILE, ORDER, TITLES, kept
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     run_dir, console = Path(config.run.dir), wide_console()
     if args.dry_run:
-        console.print(f"would measure the held-out text of {run_dir}", highlight=False, soft_wrap=True)
+        say(f"would measure the held-out text of {run_dir}", console)
         return 0
     try:
         show(baselines(run_dir, config.run.workers), console)

@@ -17,7 +17,7 @@ from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from data_pipeline.core.canary_naming import is_canary
-from data_pipeline.core.console import wide_console
+from data_pipeline.core.console import say, wide_console
 from data_pipeline.report.report_page import write
 
 _SAMPLE_CHARS = 160
@@ -82,8 +82,8 @@ def print_drops(run_dir: Path, console: Console) -> None:
             text = " ".join((sample.get("head") or sample.get("sample") or sample.get("context") or "").split())[
                 :_SAMPLE_CHARS
             ]
-            console.print(f"  {reason}  {sample['id']}", highlight=False, markup=False, soft_wrap=True)
-            console.print(f"    {text}", highlight=False, markup=False, soft_wrap=True)
+            say(f"  {reason}  {sample['id']}", console)
+            say(f"    {text}", console)
 
 
 def read_ledger(run_dir: Path) -> dict[str, Any]:
@@ -123,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for alarm in ledger["alarms"]:
-        console.print(f"alarm: {alarm}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
+        say(f"alarm: {alarm}", console)
+    say(f"page: {page}", console)
     return 0
 
 

@@ -21,7 +21,7 @@ from configs.cli import command_parser, entrypoint
 from configs.files import write_atomic
 from configs.folders import check_writable
 from configs.loader import ConfigError
-from data_pipeline.core.console import wide_console
+from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.shards import HELDOUT, TRAIN
 from data_pipeline.tokens.published import Published, open_published
 from data_pipeline.tokens.store import SourceStores
@@ -165,12 +165,10 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     for name, one in found["tokenizers"].items():
         longest = ", ".join(f"{token['text']!r} ({token['bytes']})" for token in one["longest"][:3])
         whole = f", {one['unused_in_run']:,} in all of the run" if "unused_in_run" in one else ""
-        console.print(
+        say(
             f"{name}: {one['vocab_size']:,} tokens; not used by this text {one['unused']:,} "
             f"({one['unused_share']:.0%}){whole}; longest, in bytes: {longest}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            console,
         )
 
 
@@ -219,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     write_atomic(out, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     show(found, console)
-    console.print(f"written to {out}", markup=False, highlight=False, soft_wrap=True)
+    say(f"written to {out}", console)
     return 0
 
 

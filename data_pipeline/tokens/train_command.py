@@ -19,7 +19,7 @@ from configs.files import sync
 from configs.folders import check_writable
 from configs.loader import ConfigError
 from configs.tokenizer import TokenizerTrainConfig
-from data_pipeline.core.console import wide_console
+from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.shards import TRAIN
 from data_pipeline.tokens.tokenizer import Tokenizer
 from data_pipeline.tokens.training import train_on_texts
@@ -58,12 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             markup=False,
             soft_wrap=True,
         )
-    console.print(
+    say(
         f"{out}: {trained.vocab_size:,} tokens, of which {len(trained.special_ids):,} are control symbols; a data run "
         f"takes it as tokenizer.file={out}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        console,
     )
     return 0
 
@@ -78,12 +76,10 @@ def _say(config: TokenizerTrainConfig, files: FileTexts, shards: Sequence[Path],
     filled = len(padding(settings))
     size = files.size + sum(shard.stat().st_size for shard in shards)
     rounded = f" and {filled} reserved to make it a multiple of {settings.vocab_multiple}" if filled else ""
-    console.print(
+    say(
         f"{settings.kind.value}, {settings.vocab_size:,} tokens, {own} of them control symbols{rounded}; up to "
         f"{settings.train_bytes:,} bytes of text from {len(files.paths) + len(shards):,} files ({size:,} bytes)",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        console,
     )
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGKILL, SIGSTOP
+from signal import SIGKILL, SIGSTOP, Signals
 
 from configs.layout import Layout
 from configs.signals import HUNG
@@ -52,13 +52,7 @@ class Drill:
 
 def kill(setting: Setting, run: DrilledRun, outcome: DrillOutcome) -> None:
     """Kills one rank by SIGKILL."""
-    victim = setting.last_rank
-    run.start()
-    run.wait_for_step(AFTER, SAVED)
-    began = time.monotonic()
-    run.kill(victim, SIGKILL)
-    outcome.fault = f"SIGKILL of rank {victim} after step {run.step}"
-    (status,) = _ended(run, outcome)
+    began, status = _signalled(setting, run, outcome, SIGKILL)
     outcome.said = _last(NAMES_RANK, run)
     outcome.expect(status not in (0, 2), f"the first start ended with status {status}, as if no rank had died")
     outcome.expect(bool(outcome.said), "no rank was named")
@@ -67,15 +61,10 @@ def kill(setting: Setting, run: DrilledRun, outcome: DrillOutcome) -> None:
 
 def stop(setting: Setting, run: DrilledRun, outcome: DrillOutcome) -> None:
     """Stops one rank by SIGSTOP, which the watchdog must find."""
-    victim = setting.last_rank
-    run.start()
-    run.wait_for_step(AFTER, SAVED)
-    began = time.monotonic()
-    run.kill(victim, SIGSTOP)
-    outcome.fault = f"SIGSTOP of rank {victim} after step {run.step}"
-    (status,) = _ended(run, outcome)
+    began, status = _signalled(setting, run, outcome, SIGSTOP)
     outcome.said = next((one for one in run.sentences if "no progress" in one), "")
     outcome.expect(status == HUNG, f"the first start ended with status {status}, not with the watchdog's {HUNG}")
+    victim = setting.last_rank
     named = f"rank {victim} gives no sign of life" in outcome.said and "stopped by a signal" in outcome.said
     outcome.expect(named, f"the watchdog did not say that rank {victim} is stopped by a signal")
     _go_on(setting, run, outcome, began)
@@ -182,6 +171,17 @@ def node(setting: Setting, run: DrilledRun, outcome: DrillOutcome) -> None:
     outcome.said = _last(NAMES_RANK, run)
     outcome.expect(first not in (0, 2), f"the launcher of node 0 ended with status {first}, as if no node had died")
     _go_on(setting, run, outcome, began, nodes=2)
+
+
+def _signalled(setting: Setting, run: DrilledRun, outcome: DrillOutcome, signal: Signals) -> tuple[float, int]:
+    """Sends the last rank a signal after a checkpoint; returns when, and the status with which the run then ends."""
+    run.start()
+    run.wait_for_step(AFTER, SAVED)
+    began = time.monotonic()
+    run.kill(setting.last_rank, signal)
+    outcome.fault = f"{signal.name} of rank {setting.last_rank} after step {run.step}"
+    (status,) = _ended(run, outcome)
+    return began, status
 
 
 def _ended(run: DrilledRun, outcome: DrillOutcome) -> list[int]:
