@@ -16,45 +16,6 @@ import tomli_w
 ROOT = Path(__file__).resolve().parents[1]
 TEMPORARY = ("ledger.json", "inputs.json", "config.toml", "stage.json", ".lock")  # have times and paths in them
 
-CONFIG = """
-[run]
-dir = "{run}"
-workers = 1
-shard_bytes = 20000
-
-[sources.prose]
-files = ["{files}/prose*.jsonl*"]
-format = "jsonl"
-rules = {{ en = "english" }}
-
-[sources.pages]
-files = ["{files}/pages*.warc.gz"]
-format = "warc"
-rules = {{ en = "pages" }}
-
-[extract]
-max_bad_share = 0.1
-
-[rules.english]
-stop_words = ["the", "of", "and", "to"]
-language_score = {{ min = 0.5 }}
-word_count = {{ min = 50 }}
-
-[rules.pages]
-word_count = {{ min = 50 }}
-
-[tokenizer]
-vocab_size = 400
-
-[heldout]
-share = 0.1
-
-[mixture]
-seq_length = 64
-samples = 60
-weights = {{ prose = 1.0, pages = 1.0 }}
-"""
-
 
 def data_config(path: Path, sources: dict[str, dict[str, Any]], **sections: dict[str, Any]) -> Path:
     """Writes the config of a small data run to `path`; `sections` add keys to the few that are required."""
@@ -68,6 +29,29 @@ def data_config(path: Path, sources: dict[str, dict[str, Any]], **sections: dict
         tree[name] = tree.get(name, {}) | section
     path.write_text(tomli_w.dumps(tree), encoding="utf-8")
     return path
+
+
+def prose_and_pages(path: Path, files: Path | str, run: str = "run") -> Path:
+    """Writes to `path` the config of a run, in folder `run` beside it, over the prose and the pages in `files`."""
+    return data_config(
+        path,
+        {
+            "prose": {"files": [f"{files}/prose*.jsonl*"], "format": "jsonl", "rules": {"en": "english"}},
+            "pages": {"files": [f"{files}/pages*.warc.gz"], "format": "warc", "rules": {"en": "pages"}},
+        },
+        run={"dir": str(path.parent / run), "shard_bytes": 20000},
+        extract={"max_bad_share": 0.1},
+        rules={
+            "english": {
+                "stop_words": ["the", "of", "and", "to"],
+                "language_score": {"min": 0.5},
+                "word_count": {"min": 50},
+            },
+            "pages": {"word_count": {"min": 50}},
+        },
+        heldout={"share": 0.1},
+        mixture={"samples": 60},
+    )
 
 
 def write_inputs(folder: Path) -> Path:
@@ -84,9 +68,7 @@ def write_inputs(folder: Path) -> Path:
     half, end = (pages.index(b"\x1f\x8b\x08", offset) for offset in (40_000, 80_000))
     (folder / "pages-0.warc.gz").write_bytes(pages[:half])
     (folder / "pages-1.warc.gz").write_bytes(pages[half:end])
-    config = folder / "data.toml"
-    config.write_text(CONFIG.format(run=folder / "run", files=folder))
-    return config
+    return prose_and_pages(folder / "data.toml", folder)
 
 
 def command(config: Path, *args: str, ranks: int = 0) -> list[str]:

@@ -8,50 +8,31 @@ import ast
 import operator
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from posttrain.tasks.task import Attempt, Problem, Split, Task, TaskScore, split_of
+from posttrain.tasks.digit_task import DigitTask
+from posttrain.tasks.task import Attempt, Problem, Split, TaskScore, split_of
 
-LEAST, MOST = 3, 6
 LONGEST = 100  # characters of an expression that is still read
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 
 @dataclass(frozen=True)
-class CountdownTask:
+class CountdownTask(DigitTask):
     """Task of making a number from digits: "Make 22 of 3 5 7" -> "3*5+7".
 
     Digits are 1 to 9. The number is that of a random expression of the digits, at least 0, so there is a solution.
     Reward is 1 for an expression that uses each digit once and makes the number, else 0; parentheses are allowed.
     """
 
+    least_digits = 3
+    most_digits = 6
+    advice = " for the task countdown; three is what a tiny model can learn"
+
     digits: int = 3
     max_new_tokens: int = 16
     name: str = "countdown"
-
-    def __post_init__(self) -> None:
-        if not LEAST <= self.digits <= MOST:
-            raise ValueError(
-                f"task.digits = {self.digits} is outside {LEAST} to {MOST} for the task countdown; three is what a "
-                "tiny model can learn"
-            )
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-    @property
-    def reward_names(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def reward_weights(self) -> dict[str, float]:
-        return {}
-
-    def size(self, split: Split) -> None:
-        return None
 
     def problem(self, seed: int, split: Split, index: int) -> Problem:
         generator = random.Random(f"{self.name}/{self.digits}/{seed}/{split}/{index}")
@@ -69,10 +50,6 @@ class CountdownTask:
 
     def score(self, attempts: Sequence[Attempt]) -> list[TaskScore]:
         return [_score(attempt) for attempt in attempts]
-
-    def smaller(self) -> Iterator[tuple[int, Task]]:
-        for digits in range(self.digits - 1, LEAST - 1, -1):
-            yield digits, replace(self, digits=digits)
 
 
 def value_of(expression: str) -> int:

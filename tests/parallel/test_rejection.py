@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from configs import signals
+from configs.loader import toml
 from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.chat.dialogues import read_dialogues
@@ -21,20 +22,6 @@ from tests.small_data import VOCAB, make_tokens
 
 MODEL = {"vocab_size": VOCAB, "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_heads": 4,
          "num_kv_heads": 2}  # fmt: skip
-CONFIG = """
-[run]
-dir = "{dir}/run"
-[init]
-run = "{dir}/init"
-[task]
-digits = 4
-max_new_tokens = 24
-[sample]
-problems = 24
-completions = 4
-part = 8
-precision = "fp32"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +29,13 @@ def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with an untrained model and a config."""
     base = tmp_path_factory.mktemp("rejection")
     _, tokenizer = make_tokens(base)
-    (base / "sample.toml").write_text(CONFIG.format(dir=base))
+    config = {
+        "run": {"dir": f"{base}/run"},
+        "init": {"run": f"{base}/init"},
+        "task": {"digits": 4, "max_new_tokens": 24},
+        "sample": {"problems": 24, "completions": 4, "part": 8, "precision": "fp32"},
+    }
+    (base / "sample.toml").write_bytes(toml(config))
     ranks(1).run(
         "tests.parallel.workers.posttraining:save_untrained",
         process_group=False,

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from posttrain.tasks.verifiable_tasks import SortTask
+from posttrain.tasks.sorting import SortTask
 from tests.bench.rl.learning import ROOT, Runs
 
 STEPS, WARM = 30, 5

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +17,14 @@ import pytest
 
 from configs.cli import entrypoint
 from configs.data import DataConfig
-from configs.loader import ConfigError, load
+from configs.loader import ConfigError, load, toml
 from data_pipeline.command import main
 from data_pipeline.core import stage
 from data_pipeline.core.shards import read_records
 from data_pipeline.mixture.earlier import find, first_difference, note_use
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import explain
-from tests.data_runs import CONFIG, ROOT, ledger, published, run_folder
+from tests.data_runs import ROOT, ledger, prose_and_pages, published, run_folder
 
 BROKEN = {"bad_json": 1, "invalid_utf8": 1, "missing_text": 1}  # of the lines in `inputs`
 
@@ -51,9 +52,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(inputs: Path, tmp_path: Path) -> Path:
     (tmp_path / "in").symlink_to(inputs)
-    path = tmp_path / "data.toml"
-    path.write_text(CONFIG.format(run=tmp_path / "run", files=tmp_path / "in"))
-    return path
+    return prose_and_pages(tmp_path / "data.toml", tmp_path / "in")
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("finished")
-    config = folder / "data.toml"
-    config.write_text(CONFIG.format(run=folder / "run", files=inputs))
+    config = prose_and_pages(folder / "data.toml", inputs)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         assert main([str(config)]) == 0
     return Finished(config, folder / "run", " ".join(said.getvalue().split()))
@@ -195,31 +193,17 @@ def test_too_many_broken_records_stop_the_run(config: Path, capsys) -> None:
         assert (run_folder(config) / "extract.failed/rejected").is_dir()
 
 
-FOLDERS = """
-[sources.text]
-files = ["{folder}/texts"]
-format = "text"
-rules = {{ en = "english" }}
-
-[sources.code]
-files = ["{folder}/code"]
-format = "code"
-skip_vendored = true
-rules = {{ any = "code" }}
-
-[extract.blocklist]
-domains = ["{folder}/blocked"]
-
-[rules.code]
-word_count = {{ min = 1 }}
-"""
-
-
 def test_folders_loops_and_blocked_pages_in_one_run(config: Path, tmp_path: Path, capsys) -> None:
     """Documents from folders reach the plan; a changed blocklist counts as changed input."""
-    weights = "prose = 1.0, pages = 1.0"
-    text = config.read_text().replace(weights, f"{weights}, text = 1.0, code = 1.0")
-    config.write_text(text + FOLDERS.format(folder=tmp_path))
+    tree = tomllib.loads(config.read_text())
+    tree["sources"] |= {
+        "text": {"files": [f"{tmp_path}/texts"], "format": "text", "rules": {"en": "english"}},
+        "code": {"files": [f"{tmp_path}/code"], "format": "code", "skip_vendored": True, "rules": {"any": "code"}},
+    }
+    tree["extract"]["blocklist"] = {"domains": [f"{tmp_path}/blocked"]}
+    tree["rules"]["code"] = {"word_count": {"min": 1}}
+    tree["mixture"]["weights"] |= {"text": 1.0, "code": 1.0}
+    config.write_bytes(toml(tree))
     with gzip.open(ROOT / "data/demo/english.jsonl.gz", "rb") as lines:
         for number, line in enumerate(lines.readlines()[1:40:3]):
             folder = tmp_path / f"texts/{number % 3}"

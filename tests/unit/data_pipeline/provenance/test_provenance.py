@@ -16,6 +16,7 @@ from data_pipeline.provenance import takedown, trace
 from data_pipeline.provenance.lookup import stored, uses
 from data_pipeline.tokens import store
 from data_pipeline.tokens.tokenizer import Tokenizer
+from tests.data_runs import data_config
 from tests.shards import write_shard
 
 L, SAMPLES, BATCH = 64, 600, 16
@@ -44,14 +45,13 @@ def training_run(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def config(run_dir: Path, tmp_path: Path) -> Path:
-    sources = "\n".join(f'[sources.{name}]\nfiles=["x"]\nformat="jsonl"\nrules={{any="r"}}' for name in MIXTURE)
-    weights = ", ".join(f"{name} = {share}" for name, share in MIXTURE.items())
-    path = tmp_path / "data.toml"
-    path.write_text(
-        f'[run]\ndir="{run_dir}"\n{sources}\n[rules.r]\n[mixture]\n'
-        f"seq_length={L}\nsamples={SAMPLES}\nseed=1\nweights={{ {weights} }}\n"
+    return data_config(
+        tmp_path / "data.toml",
+        {name: {"files": ["x"], "format": "jsonl", "rules": {"any": "r"}} for name in MIXTURE},
+        run={"dir": str(run_dir)},
+        rules={"r": {}},
+        mixture={"seq_length": L, "samples": SAMPLES, "seed": 1, "weights": MIXTURE},
     )
-    return path
 
 
 def brute_force(plan: Plan) -> dict[tuple[str, str, int], list[tuple[int, int, int]]]:

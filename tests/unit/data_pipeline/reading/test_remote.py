@@ -21,7 +21,7 @@ from data_pipeline.command import main
 from data_pipeline.core.shards import read_records
 from data_pipeline.reading.files import find_files
 from data_pipeline.reading.source_reader import find_units, read_file
-from tests.data_runs import CONFIG, ROOT
+from tests.data_runs import ROOT, prose_and_pages
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -151,11 +151,9 @@ def test_a_run_over_http_is_the_run_from_disk(web: tuple[str, dict[str, bytes]],
     (tmp_path / "in").mkdir()
     for name, content in files.items():
         (tmp_path / "in" / name).write_bytes(content)
-    config = CONFIG.format(run=tmp_path / "local", files=tmp_path / "in")
-    (tmp_path / "local.toml").write_text(config)
-    config = CONFIG.format(run=tmp_path / "remote", files="F")
-    config = config.replace("F/prose*.jsonl*", f"{address}/files/prose.jsonl")
-    (tmp_path / "remote.toml").write_text(config.replace("F/pages*.warc.gz", f"{address}/files/pages.warc.gz"))
+    prose_and_pages(tmp_path / "local.toml", tmp_path / "in", "local")
+    remote = prose_and_pages(tmp_path / "remote.toml", f"{address}/files", "remote")
+    remote.write_text(remote.read_text().replace("*.jsonl*", ".jsonl").replace("*.warc.gz", ".warc.gz"))
 
     def documents(name: str) -> dict[str, list[str]]:
         assert main([str(tmp_path / f"{name}.toml"), "run.workers=2"]) == 0

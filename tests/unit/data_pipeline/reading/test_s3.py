@@ -22,7 +22,7 @@ from data_pipeline.core.shards import read_records
 from data_pipeline.extraction.extract_stage import input_units, inputs_hash
 from data_pipeline.reading.files import find_files
 from data_pipeline.reading.source_reader import find_units, read_file
-from tests.data_runs import CONFIG, ROOT, run_folder
+from tests.data_runs import ROOT, prose_and_pages, run_folder
 from tests.object_store import SECRET, serve
 from tests.unit.data_pipeline.reading.raw_files import PAGE, warc
 
@@ -84,7 +84,7 @@ def test_a_large_object_is_read_in_blocks(s3: Any) -> None:
 
 def test_the_key_follows_the_object(s3: Any, tmp_path: Path) -> None:
     config_file = tmp_path / "data.toml"
-    config_file.write_text(CONFIG.format(run=tmp_path / "run", files="s3://corpus/in"))
+    prose_and_pages(config_file, "s3://corpus/in")
     put(s3, "in/prose.jsonl", b'{"text": "one"}')
     put(s3, "in/pages.warc.gz", b"page")
 
@@ -107,12 +107,12 @@ def test_a_run_from_s3_is_the_run_from_disk_and_keeps_no_secret(s3: Any, tmp_pat
     (tmp_path / "in/prose.jsonl").write_bytes(b"\n".join(records))
     (tmp_path / "in/pages.warc.gz").write_bytes((ROOT / "data/demo/web.warc.gz").read_bytes()[:300_000])
     local = tmp_path / "local.toml"
-    local.write_text(CONFIG.format(run=tmp_path / "run", files=tmp_path / "in"))
+    prose_and_pages(local, tmp_path / "in")
     assert main([str(local)]) == 0
     for name in ("prose.jsonl", "pages.warc.gz"):
         put(s3, f"in/{name}", (tmp_path / "in" / name).read_bytes())
     remote = tmp_path / "remote.toml"
-    remote.write_text(CONFIG.format(run=tmp_path / "remote", files="s3://corpus/in"))
+    prose_and_pages(remote, "s3://corpus/in", "remote")
     assert main([str(remote), "run.workers=2"]) == 0
 
     def documents(run_dir: Path) -> dict[str, list[str]]:
@@ -168,7 +168,7 @@ def test_addresses_that_lead_nowhere(s3: Any, address: str, message: str) -> Non
 )
 def test_an_address_with_credentials_is_refused_and_not_repeated(tmp_path: Path, address: str) -> None:
     config = tmp_path / "data.toml"
-    config.write_text(CONFIG.format(run=tmp_path / "run", files=tmp_path / "in"))
+    prose_and_pages(config, tmp_path / "in")
     with pytest.raises(ConfigError, match=r"files: an address with") as caught:
         load(DataConfig, config, [f"sources.prose.files=['{address}']"])
     assert SECRET not in str(caught.value)
@@ -177,7 +177,7 @@ def test_an_address_with_credentials_is_refused_and_not_repeated(tmp_path: Path,
 def test_a_local_key_is_of_contents(tmp_path: Path) -> None:
     """The cache key of a local file depends on its content, not on its modification time."""
     config_file = tmp_path / "data.toml"
-    config_file.write_text(CONFIG.format(run=tmp_path / "run", files=tmp_path / "in"))
+    prose_and_pages(config_file, tmp_path / "in")
     (tmp_path / "in").mkdir()
     for name in ("prose.jsonl", "pages.warc.gz"):
         (tmp_path / "in" / name).write_bytes(hashlib.sha256(name.encode()).digest())

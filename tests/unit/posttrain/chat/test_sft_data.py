@@ -21,7 +21,7 @@ from posttrain.chat.dialogues import Example, demonstrations, read_dialogues
 from posttrain.chat.sft_data import SFTSource, TextShare, pack
 from posttrain.pretraining_text import PretrainingText
 from posttrain.records import Records
-from posttrain.tasks.verifiable_tasks import SortTask
+from posttrain.tasks.sorting import SortTask
 from tests.shards import write_shard
 
 LENGTH = 64

@@ -28,8 +28,8 @@ from posttrain.rl.policy_loss import PolicyLoss
 from posttrain.rl.rollout import Rollout, judge, sample
 from posttrain.rl.rollout_rows import rollout_rows
 from posttrain.rl.rollout_source import RolloutSource, SamplingPlan
+from posttrain.tasks.sorting import SortTask
 from posttrain.tasks.task import Problem, TaskScore
-from posttrain.tasks.verifiable_tasks import SortTask
 from pretrain.data.batch_source import collate
 from pretrain.generation.sampling import Completion
 from pretrain.model import Decoder, init_weights

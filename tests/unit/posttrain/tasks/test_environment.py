@@ -6,9 +6,9 @@ import pytest
 
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.tasks.episode_environment import ToolEnvironment, Transcript, play
+from posttrain.tasks.sorting import SortTask
 from posttrain.tasks.task import Problem, TaskScore
 from posttrain.tasks.tools import calculator, python
-from posttrain.tasks.verifiable_tasks import SortTask
 from pretrain.generation.sampling import Completion
 
 TASK = SortTask(3, max_new_tokens=120)

@@ -10,7 +10,7 @@ from posttrain.chat.chat_format import ChatFormat
 from posttrain.rl.rollout import _empty, _fill
 from posttrain.tasks.episode_environment import Transcript
 from posttrain.tasks.lengths import check_answers, check_rows
-from posttrain.tasks.verifiable_tasks import SortTask
+from posttrain.tasks.sorting import SortTask
 from pretrain.generation.sampling import Completion
 
 PARALLEL = ParallelConfig()

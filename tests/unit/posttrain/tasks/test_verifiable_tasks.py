@@ -6,8 +6,8 @@ from itertools import permutations, product
 import pytest
 
 from posttrain.tasks.countdown import CountdownTask, value_of
+from posttrain.tasks.sorting import SortTask
 from posttrain.tasks.task import Attempt, Problem, Task, TaskScore, split_of
-from posttrain.tasks.verifiable_tasks import SortTask
 
 
 def score(task: Task, prompt: str, completion: str) -> TaskScore:
