@@ -25,6 +25,17 @@ class LossFunction(Protocol):
     def __call__(self, outputs: torch.Tensor, batch: Batch, /) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 
 
+class NextToken:
+    """Cross entropy of the next token, for pretraining, and for SFT with a mask that selects the answers."""
+
+    metrics: tuple[str, ...] = ()
+    temperature = 1.0
+    is_linear = True
+
+    def __call__(self, logprobs_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return -logprobs_BS, {}
+
+
 class SquaredValues:
     """Mean square of a scalar head's distance to one, with which proofs and tests train such models."""
 
@@ -35,14 +46,3 @@ class SquaredValues:
     def __call__(self, values: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         squared = (values - 1).square()
         return squared if squared.ndim == 2 else squared.sum(-1), {}
-
-
-class NextToken:
-    """Cross entropy of the next token, for pretraining, and for SFT with a mask that selects the answers."""
-
-    metrics: tuple[str, ...] = ()
-    temperature = 1.0
-    is_linear = True
-
-    def __call__(self, logprobs_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return -logprobs_BS, {}
