@@ -1,4 +1,4 @@
-"""What the tasks of digits share: problems that are drawn without end, one reward, and a range of task.digits."""
+"""Methods that the tasks of digits share: problems are drawn without end, and a task has one reward."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
