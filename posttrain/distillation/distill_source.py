@@ -19,13 +19,13 @@ from posttrain.chat.format_interface import Chat
 from posttrain.distillation.distill_loss import DistillLoss
 from posttrain.distillation.teacher import Teacher
 from posttrain.rl.policy_copy import PolicyCopy
-from posttrain.rl.rollout import Rollout, sample
+from posttrain.rl.rollout import Rollout
 from posttrain.rl.rollout_rows import rollout_rows
+from posttrain.rl.shared_sampling import sample_together
 from posttrain.tasks.task import Task
 from pretrain.data.batch_source import BatchSource, micro_batches
 from pretrain.heldout_loss import batches_of_rank
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.rank_messages import gather_rows
 
 OWN = "own samples"  # the source of what the student wrote
 
@@ -114,21 +114,7 @@ class DistillSource(BatchSource):
         self._policy.refresh(engine)
         size = self._train.global_batch_size
         numbers = range(step * size, (step + 1) * size)
-        own = self._policy.share(size)
-        found = sample(
-            self._policy.decoder,
-            sampling.task,
-            sampling.chat,
-            sampling.temperature,
-            sampling.seed,
-            numbers[own.start : own.stop],
-            1,
-            self._train.seq_length,
-            scores=False,
-        )
-        leads = self._policy.leads
-        arrays = {name: array if leads else array[:0] for name, array in found.arrays.items()}
-        self._rollout = Rollout(gather_rows(arrays), 1)
+        self._rollout = sample_together(self._policy, sampling, numbers, 1, self._train.seq_length, scores=False)
 
     def rows(self, samples: range) -> Sequence[Any]:
         """Returns this data-parallel rank's rows of a step, after the teacher has seen them. Collective."""

@@ -23,13 +23,13 @@ from posttrain.preference.preference_examples import rows_of_pairs
 from posttrain.preference.trained_loss import PairPreference
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.reference_policy import ReferencePolicy
-from posttrain.rl.rollout import Rollout, sample
+from posttrain.rl.rollout import Rollout
 from posttrain.rl.rollout_source import SamplingPlan
+from posttrain.rl.shared_sampling import sample_together
 from posttrain.tasks.verifiable_tasks import made_from
 from pretrain.checkpoint.lineage import Pin
 from pretrain.data.batch_source import BatchSource
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.rank_messages import gather_rows
 
 NAME = "pairs"
 
@@ -116,23 +116,10 @@ class OnlinePreferenceSource(BatchSource):
         return self._metrics
 
     def _sampled(self, prompts: range) -> Rollout:
-        """Samples the completions of some prompts; each rank samples a share, and all get all."""
-        sampling, size = self.sampling, self.online.completions
+        """Samples the completions of some prompts."""
+        size = self.online.completions
         numbers = range(prompts.start * size, prompts.stop * size)
-        own = self._policy.share(len(numbers))
-        found = sample(
-            self._policy.decoder,
-            sampling.task,
-            sampling.chat,
-            sampling.temperature,
-            sampling.seed,
-            numbers[own.start : own.stop],
-            size,
-            self._train.seq_length,
-            scores=self._policy.leads,
-        )
-        spoken = found.arrays if self._policy.leads else {name: array[:0] for name, array in found.arrays.items()}
-        return Rollout(gather_rows(spoken), size)
+        return sample_together(self._policy, self.sampling, numbers, size, self._train.seq_length)
 
 
 def pairs_of(rollout: Rollout) -> list[Pair]:

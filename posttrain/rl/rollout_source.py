@@ -29,9 +29,10 @@ from posttrain.rl.logprob_check import LogprobCheck
 from posttrain.rl.phases import Phases
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.reference_policy import ReferencePolicy
-from posttrain.rl.rollout import METRICS, PART, Rollout, sample
+from posttrain.rl.rollout import METRICS, PART, Rollout
 from posttrain.rl.rollout_file import Recorded
 from posttrain.rl.rollout_rows import RolloutRow, rollout_rows
+from posttrain.rl.shared_sampling import sample_together
 from posttrain.rl.text_rows import TextRows
 from posttrain.rl.token_values import token_values
 from posttrain.tasks.episode_environment import Environment, environments
@@ -42,7 +43,6 @@ from pretrain.checkpoint.lineage import Pin
 from pretrain.data.batch_source import BatchSource
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
-from pretrain.parallel.rank_messages import gather_rows
 
 DRAWN = (*METRICS, "drawn_groups")  # metrics of all that was drawn, also of what was replaced
 ROLLOUTS = "rollouts"  # folder in run.dir of the rollouts that a resume may need
@@ -263,21 +263,9 @@ class RolloutSource(BatchSource):
         sampling, first = self.sampling, self._next_prompt * self.sampling.group_size
         self._next_prompt += count
         numbers = range(first, first + count * sampling.group_size)
-        own = self.policy.share(len(numbers))
-        rollout = sample(
-            self.policy.decoder,
-            sampling.task,
-            sampling.chat,
-            sampling.temperature,
-            sampling.seed,
-            numbers[own.start : own.stop],
-            sampling.group_size,
-            self.seq_length,
-            scores=self.policy.leads,
-            make=sampling.make,
+        whole = sample_together(
+            self.policy, sampling, numbers, sampling.group_size, self.seq_length, make=sampling.make
         )
-        spoken = rollout.arrays if self.policy.leads else {name: array[:0] for name, array in rollout.arrays.items()}
-        whole = Rollout(gather_rows(spoken), sampling.group_size)
         if np.isnan(whole.scores).all():
             raise Failure(
                 f"task {sampling.task.name!r} could score none of the {len(whole)} completions of prompts "
