@@ -18,6 +18,7 @@ from pretrain.rehearsal.collective_calls import Group, GroupCall
 from pretrain.rehearsal.comparison import mismatch
 from pretrain.rehearsal.distinct_ranks import coordinates_of, distinct_micro_batches, distinct_ranks, smallest_world
 from pretrain.rehearsal.rehearsal_rank import RehearsedRank
+from tests.parallel.forks import Forks
 
 DEMO = "configs/pretrain/demo.toml"
 DEMO_MOE = "configs/pretrain/demo_moe.toml"
@@ -212,16 +213,15 @@ def test_a_difference_and_a_failure_end_with_status_1(capsys: pytest.CaptureFixt
     assert "All 2 calls of 2 ranks fit together" in capsys.readouterr().out
 
 
-def test_a_part_of_the_micro_batches_tells_the_bytes_of_all(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+def test_a_part_of_the_micro_batches_tells_the_bytes_of_all(forks: Forks, tmp_path: Path) -> None:
+    """Each rehearsal begins in a process that has computed nothing: after a backward pass, forks cannot take one."""
 
     def printed(*options: str) -> list[str]:
+        log = tmp_path / str(len(options))
         parallel = ("parallel.tp=2", "parallel.sp=true", "parallel.pp=2")
-        assert rehearse.main([DEMO, *parallel, "train.global_batch_size=5", "train.seq_length=64", *options]) == 0
-        return capfd.readouterr().out.splitlines()
+        argv = [DEMO, *parallel, "train.global_batch_size=5", "train.seq_length=64", *options]
+        assert forks.start("pretrain.rehearsal.rehearse:main", log, argv=argv).wait() == 0, log.read_text()
+        return log.read_text().splitlines()
 
     whole, part = printed("--micro-batches", "5"), printed()
     assert "Runs 3 of 5 micro-batches" in "\n".join(part) and "Runs 3 of 5" not in "\n".join(whole)
