@@ -1,6 +1,6 @@
 """Comparison of several training runs on one page: final values, differences of their configs, curves over each other.
 
-It reads what `pretrain.report.run_report` reads, and imports no torch.
+It draws what `pretrain.report.run_report` draws, and imports no torch.
 """
 
 import html
@@ -16,8 +16,8 @@ from configs.files import write_atomic
 from pages import duration, page, short
 from pretrain.logs import goodput
 from pretrain.logs.metrics_file import numbers, read_metrics
+from pretrain.report.drawn_metrics import CHARTS, NOT_DRAWN, WITHOUT_NOISE, last_of_each_step, read_json
 from pretrain.report.line_charts import Points, line_chart
-from pretrain.report.run_report import CHARTS, NOT_DRAWN, WITHOUT_NOISE, last_of_each_step, read_json
 
 STYLE = "table.runs td { white-space: nowrap; } summary { cursor: pointer; padding: 4px 0; }"
 

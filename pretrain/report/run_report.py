@@ -9,7 +9,7 @@ module imports no torch.
 import html
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeGuard
@@ -21,32 +21,15 @@ from configs.loader import ConfigError
 from pages import duration, page, short
 from pretrain.logs import goodput, text_samples_file
 from pretrain.logs.metrics_file import read_metrics
-from pretrain.report import mask_page
+from pretrain.report import mask_page, run_comparison
+from pretrain.report.drawn_metrics import CHARTS, NOT_DRAWN, WITHOUT_NOISE, last_of_each_step, read_json
 from pretrain.report.line_charts import Mark, Points, line_chart
 from pretrain.run import history
 
-# Order, titles and units of charts; charts of other numbers follow, titled by their keys.
-CHARTS = {
-    "reward": ("Mean reward", "reward"),
-    "loss": ("Training loss", "nats per token"),
-    "loss_by_source": ("Training loss by source", "nats per token"),
-    "grad_norm": ("Gradient norm, before clipping", "norm"),
-    "lr": ("Learning rate", "rate"),
-    "tokens_per_s": ("Speed", "tokens per second"),
-    "mfu": ("Model FLOPs utilisation", "share of the peak"),
-    "memory_bytes": ("Memory of one rank", "bytes"),
-    "save_copy_s": ("Wait for a checkpoint's copy", "seconds"),
-    "update_ratio": ("Update to weight norm", "ratio"),
-    "activation_rms_by_layer": ("Outputs of layers, root mean square", "size"),
-    "attention_logit": ("Largest attention logit", "logit"),
-    "attention_logit_by_layer": ("Largest attention logit by layer", "logit"),
-}
 MOST_LINES = 12  # in a chart by layer; of more layers only the highest, the median and the lowest are drawn
 SHOWN_SAMPLES = 6  # evaluations from which the report shows texts
-NOT_DRAWN = {"step", "tokens", "eval", "loss_spike", "grad_norm_spike", "skipped"}
 SPIKY = ("loss", "grad_norm")  # charts on which spikes are marked
 SPIKES = ("loss_spike", "grad_norm_spike", "skipped")
-WITHOUT_NOISE = {"lr", "memory_bytes"}  # drawn without a running mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,8 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(run_dirs) == 1:
         print(write(run_dirs[0]))
         return 0
-    from pretrain.report import run_comparison  # it uses this module
-
     print(run_comparison.write(run_dirs))
     return 0
 
@@ -104,18 +85,6 @@ def write(run_dir: str | Path) -> Path:
     path = run_dir / "report.html"
     write_atomic(path, page(f"{run_dir.name}: Trivium run", body, mask_page.STYLE).encode())
     return path
-
-
-def last_of_each_step(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns one record per step in the order of steps; where a step has several, later values replace earlier ones.
-
-    A resumed run repeats the steps after its checkpoint, and evaluations have records of their own.
-    """
-    merged: dict[int, dict[str, Any]] = {}
-    for record in records:
-        if "step" in record:
-            merged[record["step"]] = {**merged.get(record["step"], {}), **record}
-    return [merged[step] for step in sorted(merged)]
 
 
 def summary(steps: list[dict[str, Any]]) -> str:
@@ -275,15 +244,6 @@ def _samples(found: Mapping[str, Sequence[tuple[int, str]]]) -> str:
             f'<div class="scroll"><table><tr><th class="n">step</th><th>continuation</th></tr>{rows}</table></div>'
         )
     return "<h2>What it wrote</h2>" + "".join(parts) if parts else ""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; an empty one if the file is missing or broken."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _ranks(run_dir: Path) -> str:

@@ -11,8 +11,9 @@ from configs.loader import ConfigError
 from pages import short, ticks
 from pretrain.logs.metrics import MetricsLog
 from pretrain.logs.metrics_file import read_metrics
+from pretrain.report.drawn_metrics import last_of_each_step
 from pretrain.report.line_charts import line_chart, running_mean, thin
-from pretrain.report.run_report import last_of_each_step, main, write
+from pretrain.report.run_report import main, write
 from tests.browser import Browser
 
 
