@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import random
-import textwrap
 from pathlib import Path
 
 import sentencepiece
@@ -20,13 +19,12 @@ from pretrain.checkpoint.lineage import Lineage
 
 CONTROLS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHINESE = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"
-ENGLISH = textwrap.dedent(
-    """\
-    It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of
-    foolishness, it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it
-    was the season of Darkness, it was the spring of hope, it was the winter of despair, we had everything
-    before us.
-    """
+# With a backslash and indented lines, as in code, which tokenizers have to keep.
+ENGLISH = (
+    "\\ It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of\n"
+    "    foolishness, it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it\n"
+    "    was the season of Darkness, it was the spring of hope, it was the winter of despair, we had everything\n"
+    "    before us.\n"
 )
 
 
