@@ -24,7 +24,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "data_pipeline.provenance.verify:main",
         "check every file of a data run against its checksum",
     ),
-    "data sample": ("data_pipeline.provenance.sample:main", "show random documents that a stage dropped, cut or kept"),
+    "data sample": (
+        "data_pipeline.provenance.document_samples:main",
+        "show random documents that a stage dropped, cut or kept",
+    ),
     "data recall": ("data_pipeline.provenance.recall:main", "compare near-duplicate removal with brute force"),
     "data what-if": (
         "data_pipeline.provenance.what_if:main",

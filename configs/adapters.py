@@ -104,7 +104,7 @@ class AdapterConfig(Section):
 
     @field_validator("after")
     @classmethod
-    def _some_place(cls, after: tuple[str, ...]) -> tuple[str, ...]:
+    def _each_position_once(cls, after: tuple[str, ...]) -> tuple[str, ...]:
         if not after or len(set(after)) < len(after):
             raise ValueError(f"{list(after)} must name attention, mlp, or each of them once")
         return after

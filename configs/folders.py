@@ -9,11 +9,11 @@ from configs.loader import ConfigError
 
 # What is wrong and what to do about it, by error number.
 REASONS = {
-    errno.EROFS: "it is on a read-only file system; name a place that can be written to",
-    errno.EACCES: "this user may not write there; name another place, or have its permissions changed",
-    errno.EPERM: "this user may not write there; name another place, or have its permissions changed",
-    errno.ENOSPC: "the file system is full; make room, or name a place on another one",
-    errno.EDQUOT: "the disk quota is used up; make room, or name a place on another file system",
+    errno.EROFS: "it is on a read-only file system; name a folder that can be written to",
+    errno.EACCES: "this user may not write there; name another folder, or have its permissions changed",
+    errno.EPERM: "this user may not write there; name another folder, or have its permissions changed",
+    errno.ENOSPC: "the file system is full; make room, or name a folder on another one",
+    errno.EDQUOT: "the disk quota is used up; make room, or name a folder on another file system",
 }
 _PROBE_BYTES = 4096
 # Names in the folder of a training run.
@@ -33,8 +33,8 @@ def check_writable(folder: str | Path, key: str, value: str | Path | None = None
             probe.write(bytes(_PROBE_BYTES))
             probe.flush()
     except OSError as error:
-        asked = str(folder if value is None else value)
-        raise ConfigError(f"{key} = {asked!r}: {_reason(folder, error)}") from None
+        named = str(folder if value is None else value)
+        raise ConfigError(f"{key} = {named!r}: {_reason(folder, error)}") from None
 
 
 def check_run_dir(run_dir: str | Path) -> None:
@@ -55,5 +55,5 @@ def _reason(folder: Path, error: OSError) -> str:
     # os.path.exists does not raise if a folder above cannot be entered; `error` already says that.
     file = next((path for path in (folder, *folder.parents) if os.path.exists(path) and not os.path.isdir(path)), None)
     if file is not None:
-        return f"{file} is a file; name a folder, or a place in one"
-    return REASONS.get(error.errno or 0, f"nothing can be written there ({error.strerror}); name another place")
+        return f"{file} is a file; name a folder"
+    return REASONS.get(error.errno or 0, f"nothing can be written there ({error.strerror}); name another folder")

@@ -30,7 +30,7 @@ class PlanConfig(Section):
     unimax: bool = False
     """Whether the shares of all sources are as even as their limits on epochs allow (UniMax, arXiv:2304.09151)."""
     packing: Literal["concat", "best_fit"] = "best_fit"
-    """The way documents fill rows: cut where a row ends (concat), or placed where they fit whole (best_fit)."""
+    """The way documents fill rows: cut where a row ends (concat), or put where they fit whole (best_fit)."""
     max_epochs: int = Field(default=4, ge=1)
     """The maximum number of times that a source's tokens are used."""
     epochs: dict[str, float] = Field(default_factory=dict)

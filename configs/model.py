@@ -105,7 +105,7 @@ class ModelConfig(Section):
     norm: NormConfig = NormConfig()
     """The norms of hidden states."""
     residual: ResidualConfig = ResidualConfig()
-    """The place of the norms of a block, and of its residual connections."""
+    """The placement of norms and residual connections in a block."""
     head: HeadConfig = HeadConfig()
     """The output head, from hidden states to logits."""
     moe: MoEConfig | None = None
@@ -122,7 +122,7 @@ class ModelConfig(Section):
         return self
 
     def _problem(self) -> str:
-        """Returns what does not fit together and how to correct it, or ""."""
+        """Returns a sentence on keys that do not fit together and how to correct them; "" if all fit."""
         return self._heads_problem() or self._kinds_problem() or self._head_problem() or self._parts_problem()
 
     def _heads_problem(self) -> str:
@@ -184,7 +184,7 @@ class ModelConfig(Section):
                 f"a section [model.kinds.{unknown[0]}]"
             )
         if unused := [name for name in self.kinds if name not in self.layer_pattern]:
-            return f"model.kinds.{unused[0]} is in no place of model.layer_pattern; name it there or remove it"
+            return f"model.kinds.{unused[0]} is not in model.layer_pattern; name it there or remove it"
         for kind in ("", *self.kinds):
             if kind == "" and self.layer_pattern:
                 continue

@@ -143,7 +143,7 @@ class NormConfig(Section):
 
 
 class ResidualConfig(Section):
-    """The place of the norms of a block, and of its residual connections."""
+    """The placement of norms and residual connections in a block."""
 
     kind: Literal["pre", "post", "sandwich", "outputs", "deepnorm", "parallel"] = "pre"
     """Norms before attention and MLP, after each sum, on both sides, on outputs only, DeepNorm, or both in parallel."""

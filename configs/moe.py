@@ -69,7 +69,7 @@ class MoEConfig(Section):
         return self
 
     def _problem(self) -> str:
-        """Returns what does not fit together and how to correct it, or ""."""
+        """Returns a sentence on keys that do not fit together and how to correct them; "" if all fit."""
         experts, groups, top_groups = self.num_experts, self.num_groups, self.top_groups
         if self.weigh == "input" and self.top_k > 1:
             return (

@@ -103,12 +103,12 @@ def _degrees(request: LayoutRequest) -> Iterator[ParallelConfig]:
 
 
 def _parts(degrees: ParallelConfig | Layout) -> int:
-    """Returns how many ranks divide the model, or its experts, and the sequence among them."""
+    """Returns the number of parts into which degrees split the model, or its experts, and a sequence."""
     return degrees.tp * degrees.cp * degrees.pp * degrees.ep
 
 
 def _nearness(given: ParallelConfig, one: NearestLayout) -> tuple[Any, ...]:
-    """Returns what orders legal layouts with other degrees; the greatest is the nearest."""
+    """Returns a sort key for legal layouts with other degrees; the greatest is the nearest."""
     layout = one.layout
     return (
         _parts(layout),

@@ -33,8 +33,8 @@ class OnlineSection(Section):
     temperature: float = Field(default=1.0, gt=0)
     """The temperature at which completions are sampled."""
     max_draws: int = Field(default=4, ge=1)
-    """How often the prompts of a step may be drawn to replace those whose completions all score the same; places of a
-    step that stay empty count nothing."""
+    """How often the prompts of a step may be drawn to replace those whose completions all score the same; pairs that a
+    step still lacks then have no weight in its loss."""
     sampler: Literal["whole", "split"] = "whole"
     """How weights come to sampling: each rank gathers a whole copy, or ranks of tp and ep sample with their slices."""
 

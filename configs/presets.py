@@ -63,7 +63,7 @@ def _section(name: Any) -> dict[str, Any]:
 
 
 def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Returns a nested dict with the values of both, those of `above` where both have one."""
+    """Merges two nested dicts; where both have a value, that of `above` is taken."""
     both = {
         key: merged(below[key], value)
         for key, value in above.items()

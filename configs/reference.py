@@ -78,15 +78,15 @@ def keys_of(schema: type[Section], prefix: str = "", like: str = "") -> Iterator
         yield from keys_of(section, f"{whole}.", prefix if issubclass(schema, section) else "")
 
 
-def explain(name: str, asked: str = "") -> str:
-    """Returns the reference of one kind of config, or the part of it at or below the key `asked`.
+def explain(name: str, prefix: str = "") -> str:
+    """Returns the reference of one kind of config, or the part of it at or below the key `prefix`.
 
     Raises ConfigError if there is no such key.
     """
     keys = _all_keys(name)
-    chosen = _chosen(keys, asked.split(".")) if asked else keys
+    chosen = _chosen(keys, prefix.split(".")) if prefix else keys
     if not chosen:
-        raise ConfigError(f"{name} has no key {asked!r}; {_nearest(asked, keys)}")
+        raise ConfigError(f"{name} has no key {prefix!r}; {_nearest(prefix, keys)}")
     return "\n".join(("\n" if key.kind == "" and key is not chosen[0] else "") + str(key) for key in chosen)
 
 
@@ -155,31 +155,31 @@ def _all_keys(name: str) -> tuple[Key, ...]:
     return tuple(keys_of(schema_of(name)))
 
 
-def _chosen(keys: Sequence[Key], asked: Sequence[str]) -> list[Key]:
-    """Returns the keys at or below `asked`, in which NAME may stand, be left out, or be any name of the user's."""
+def _chosen(keys: Sequence[Key], prefix: Sequence[str]) -> list[Key]:
+    """Returns the keys at or below `prefix`, in which NAME may stand, be left out, or be any name of the user's."""
     short = [[part for part in key.name.split(".") if part != NAME] for key in keys]
     named = [key.name.split(".") for key in keys]
     for all_parts in (short, named):
-        found = [key for key, parts in zip(keys, all_parts, strict=True) if _begins(parts, asked)]
+        found = [key for key, parts in zip(keys, all_parts, strict=True) if _begins(parts, prefix)]
         # The bounds of a rule (min, max) have no entry of their own; they are part of the rule's line.
         found = found or [
             key
             for key, parts in zip(keys, all_parts, strict=True)
-            if len(asked) > 1 and _begins(parts, asked[:-1]) and f" {asked[-1]} = " in key.kind
+            if len(prefix) > 1 and _begins(parts, prefix[:-1]) and f" {prefix[-1]} = " in key.kind
         ]
         if found:
             return found
     return []
 
 
-def _begins(parts: Sequence[str], asked: Sequence[str]) -> bool:
-    return len(parts) >= len(asked) and all(part in (one, NAME) for part, one in zip(parts, asked, strict=False))
+def _begins(parts: Sequence[str], prefix: Sequence[str]) -> bool:
+    return len(parts) >= len(prefix) and all(part in (one, NAME) for part, one in zip(parts, prefix, strict=False))
 
 
-def _nearest(asked: str, keys: Sequence[Key]) -> str:
+def _nearest(prefix: str, keys: Sequence[Key]) -> str:
     names = [key.name for key in keys]
-    same = [name for name in names if name.split(".")[-1] == asked.split(".")[-1]]
-    close = same or difflib.get_close_matches(asked, names, n=3)
+    same = [name for name in names if name.split(".")[-1] == prefix.split(".")[-1]]
+    close = same or difflib.get_close_matches(prefix, names, n=3)
     if close:
         return f"did you mean {' or '.join(close[:3])}?"
     return f"its sections and keys begin with: {', '.join(dict.fromkeys(name.split('.')[0] for name in names))}"

@@ -161,7 +161,7 @@ class GRPOConfig(TrainerConfig):
     """Rollouts and what is done with them, in every method: updates, corrections, the reference policy, records."""
 
     @model_validator(mode="after")
-    def _divergence_has_a_place(self) -> "GRPOConfig":
+    def _divergence_can_be_charged(self) -> "GRPOConfig":
         if self.grpo.dialect == "gdpo" and self.rl.kl == "reward":
             raise ValueError(
                 "grpo.dialect = 'gdpo' normalises each reward by itself, and rl.kl = 'reward' would charge the "

@@ -87,8 +87,8 @@ class SampleConfig(Section):
 
     @model_validator(mode="after")
     def _bounds_have_scores(self) -> "SampleConfig":
-        asked = {"keep.min_score": self.keep.min_score, "keep.min_rewards": self.keep.min_rewards or None}
-        for key, value in asked.items():
+        bounds = {"keep.min_score": self.keep.min_score, "keep.min_rewards": self.keep.min_rewards or None}
+        for key, value in bounds.items():
             if value is not None and not self.task.is_scored:
                 raise ValueError(
                     f"{key} = {value} needs scores, and task.answer_key = '' without task.rewards gives none; leave "

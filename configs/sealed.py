@@ -52,7 +52,8 @@ class Format:
         return tree
 
 
-CHECKPOINT = Format("trivium-checkpoint", version=2, oldest=2)  # version 1 lacks a run's initial checkpoint
+# Version 1 lacks a run's initial checkpoint; version 2 has its data spans under another key.
+CHECKPOINT = Format("trivium-checkpoint", version=3, oldest=2)
 PLAN = Format("trivium-plan", version=3, oldest=2)
 STAGE = Format("trivium-stage", version=1, oldest=1)
 STORE = Format("trivium-tokens", version=1, oldest=1)

@@ -1,7 +1,7 @@
 """Config of trackers: services and files, besides metrics.jsonl, that get the numbers of a training run.
 
-Keys and passwords have no place here, since the config is written into the run's folder, its checkpoints and the
-tracker itself. The libraries read them from the environment.
+Keys and passwords are not part of it, since the config is written into the run's folder, its checkpoints and the
+tracker itself. The trackers' libraries read them from the environment.
 """
 
 import re

@@ -43,7 +43,7 @@ from data_pipeline.dedup.dedup_stages import dedup_stage, signatures_stage
 from data_pipeline.documents.documents_stage import documents_stage
 from data_pipeline.executors.base import Executor
 from data_pipeline.executors.slurm_executor import cancel_leftovers
-from data_pipeline.executors.tasks import TaskError, quiet
+from data_pipeline.executors.stage_tasks import TaskError, quiet
 from data_pipeline.extraction.extract import set_aside
 from data_pipeline.extraction.extract_stage import extract_stage, forget_failure
 from data_pipeline.language.language_stage import language_stage
@@ -84,8 +84,8 @@ def select(names: Sequence[str], only: str, until: str) -> list[str]:
     Raises ConfigError if an option names another stage, or if both are given.
     """
     chosen = only.split(",") if only else names[: 1 + names.index(until)] if until in names else list(names)
-    for option, asked in (("--stage", chosen), ("--until", [until] if until else [])):
-        for name in asked:
+    for option, given in (("--stage", chosen), ("--until", [until] if until else [])):
+        for name in given:
             if name not in names:
                 raise ConfigError(f"{option} {name}: this run has no such stage; it has {', '.join(names)}")
     if only and until:

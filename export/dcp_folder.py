@@ -66,12 +66,12 @@ class DcpFolder:
         self._tensors = {
             name: entry for name, entry in found.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
         }
-        self._places = found.storage_data
+        self._locations = found.storage_data
         self.shapes = {name: tuple(entry.size) for name, entry in self._tensors.items()}
 
     def missing_files(self) -> list[str]:
         """Returns the names of files that the metadata names and the folder lacks."""
-        named = {info.relative_path for info in self._places.values()}
+        named = {info.relative_path for info in self._locations.values()}
         return sorted(name for name in named if not self._file(name).is_file())
 
     def read(self, name: str, row: int | None = None) -> torch.Tensor:
@@ -100,7 +100,7 @@ class DcpFolder:
                 yield chunk
 
     def _load(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
-        info = self._places.get(MetadataIndex(name, chunk.offsets))
+        info = self._locations.get(MetadataIndex(name, chunk.offsets))
         if info is None:
             raise ValueError(f"{self.folder / METADATA} does not say where a part of {name} is; save the model again")
         if getattr(info, "transform_descriptors", None):

@@ -185,8 +185,8 @@ def _build(opened: "ModelSource", precision: str) -> "Decoder":
 
 def _held_out(args: argparse.Namespace, decoder: "Decoder", plan: "Plan") -> dict[str, Any]:
     from export.evaluation_report import grouped
+    from pretrain.evaluation.evaluation_progress import ProgressCount
     from pretrain.evaluation.heldout_text import count_rows, heldout_text
-    from pretrain.evaluation.progress import ProgressCount
 
     counts = count_rows(plan, args.rows)
     with ProgressCount("held-out rows", sum(counts.values())) as progress:

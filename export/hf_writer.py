@@ -126,7 +126,7 @@ def with_plain_head(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, 
 
 
 def without_modules(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
-    """Returns a model without its modules of multi-token prediction, which most families have no place for."""
+    """Returns a model without its modules of multi-token prediction, which most families cannot hold."""
     modules = tuple(f"layers.{layer.index}." for layer in model.mtp_layers)
     if not modules:
         return model, weights

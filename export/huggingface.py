@@ -110,7 +110,7 @@ def read_texts(source: "ModelSource", config: ExportConfig, console: Any) -> Tex
     if codec.chat_template is None:
         prompts = [codec.encode_prompt(text) for text in config.prompts]
     else:
-        prompts = [codec.encode_chat(asked(text)) for text in config.chat_prompts]
+        prompts = [codec.encode_chat(user_message(text)) for text in config.chat_prompts]
     passages: list[list[int]] = []
     most, tokenizer = min(options.max_tokens, source.context), source.need_tokenizer()
     if config.plan is not None:
@@ -314,7 +314,7 @@ def sample(hf: "Reloaded", reference: "Reference", config: ExportConfig, console
     chat = codec.chat_template is not None
     for prompt in config.chat_prompts if chat else config.prompts:
         if chat:
-            ids = hf.tokenizer.apply_chat_template(asked(prompt), add_generation_prompt=True, return_dict=False)
+            ids = hf.tokenizer.apply_chat_template(user_message(prompt), add_generation_prompt=True, return_dict=False)
         else:
             ids = hf.tokenizer(prompt).input_ids
         tokens = torch.tensor([ids])
@@ -326,7 +326,7 @@ def sample(hf: "Reloaded", reference: "Reference", config: ExportConfig, console
     console.print(table)
 
 
-def asked(text: str) -> list[dict[str, str]]:
+def user_message(text: str) -> list[dict[str, str]]:
     """Returns a dialogue of one user message."""
     return [{"role": "user", "content": text}]
 

@@ -103,7 +103,7 @@ class ModelSource:
         return self.tokenizer
 
     def need_logits(self) -> None:
-        """Raises ConfigError if it is a reward model."""
+        """Raises ConfigError if the model is a reward model, which gives values and no logits."""
         if not self.model.has_logits:
             raise ConfigError(f"{self.path} is a reward model, which writes no text; name a language model")
 

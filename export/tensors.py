@@ -102,7 +102,7 @@ def scan_tensors(folder: str | Path) -> TensorFolder:
     else:
         found.problems.append(f"{folder} has no {SINGLE} and no {INDEX}; name a folder with safetensors files")
     for file in sorted(set(found.files.values())):
-        named = [name for name, place in found.files.items() if place == file]
+        named = [name for name, held_in in found.files.items() if held_in == file]
         inside = _shapes(folder / file, found)
         found.shapes |= {name: inside.get(name) if inside is not None else None for name in named}
         lost = sorted(name for name in named if inside is not None and name not in inside)

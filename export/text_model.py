@@ -148,8 +148,8 @@ class TextModel:
 def keys_of(prompts: Iterable[Sequence[int]], seen: Counter[str]) -> list[str]:
     """Returns the keys of prompts' random numbers: a hash of the prompt, and how often it has come before.
 
-    So a prompt's text depends on the seed, and neither on the prompts beside it nor on its place among them. `seen`
-    counts from call to call.
+    So a prompt's text depends on the seed, and neither on the prompts beside it nor on their order. `seen` counts from
+    call to call.
     """
     keys = []
     for prompt in prompts:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from configs.model import ModelConfig
-from export.conversion.families.checkpoints import MEGATRON, MEGATRON_SPLIT, TORCHTITAN
+from export.conversion.families.other_trainers import MEGATRON, MEGATRON_SPLIT, TORCHTITAN
 from export.conversion.family_registry import family_of_config
 from export.conversion.table import Family
 from export.conversion.walk import ConversionError, embedding_name, fit, head_name
@@ -39,7 +39,7 @@ class CheckpointTensors(TensorFolder):
     def __init__(self, dcp: DcpFolder, prefix: str, table: Family, vocabulary: int):
         super().__init__(dcp.folder)
         self._dcp, self._vocabulary = dcp, vocabulary
-        self._places: dict[str, tuple[str, int | None]] = {}
+        self._stored_as: dict[str, tuple[str, int | None]] = {}
         self._tables = (embedding_name(table), head_name(table))
         for name in dcp.shapes:
             if name.startswith(prefix):
@@ -52,15 +52,15 @@ class CheckpointTensors(TensorFolder):
         if _STACKED.match(name):
             for layer in range(shape[0] if shape else 0):
                 each = _STACKED.sub(f"decoder.layers.{layer}.", name)
-                self._places[each], self.shapes[each] = (stored, layer), shape[1:]
+                self._stored_as[each], self.shapes[each] = (stored, layer), shape[1:]
             return
         if name in self._tables and shape[0] > self._vocabulary:
             shape = (self._vocabulary, *shape[1:])
-        self._places[name], self.shapes[name] = (stored, None), shape
+        self._stored_as[name], self.shapes[name] = (stored, None), shape
 
     def read(self, name: str) -> torch.Tensor:
         """Reads one tensor by its name."""
-        stored, layer = self._places[name]
+        stored, layer = self._stored_as[name]
         whole = self._dcp.read(stored, layer)
         return whole[: self._vocabulary] if name in self._tables else whole
 

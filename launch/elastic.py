@@ -21,7 +21,7 @@ from launch.launched_command import OVERRIDE
 
 @dataclass(frozen=True)
 class ElasticStart:
-    """Arguments of a command for the nodes that are there, the ranks that it has then, and a sentence if that is new.
+    """Start of a command on the nodes that are there: arguments, ranks, and a sentence if the layout is another one.
 
     The last nodes may have fewer ranks than the others, or none.
     """
@@ -65,7 +65,7 @@ def elastic_start(
 
 
 def _sentence(config: PretrainConfig, found: NearestLayout, nodes: int, per_node: int, wanted: int | None) -> str:
-    """Returns what is other than with all nodes; "" if nothing is."""
+    """Returns a sentence on how the start differs from one on all nodes; "" if it does not."""
     missing = wanted is not None and nodes < wanted
     if not (missing or found.changed or found.idle):
         return ""

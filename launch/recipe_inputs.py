@@ -82,7 +82,7 @@ def _patterns(tree: Mapping[str, Any]) -> Iterator[str]:
 
 
 def result_of(folder: Path, mark: str = "") -> str | None:
-    """Hash of what others start from: the newest checkpoint's manifest, else the file `mark`, or one of `MARKS`."""
+    """Hash of a result that stages start from: of the newest checkpoint's manifest, else of `mark` or of `MARKS`."""
     newest = _newest_manifest(folder)
     files = [newest] if newest else [folder / name for name in ([mark] if mark else MARKS)]
     return next((file_sha256(path) for path in files if path.is_file()), None)

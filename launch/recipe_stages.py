@@ -107,7 +107,7 @@ class RecipeStage:
         return [name for name in {**then, **now} if not is_same(then.get(name), now.get(name))]
 
     def result(self) -> str | None:
-        """Hash of what other stages start from: the newest checkpoint's manifest, or without checkpoints the mark."""
+        """Hash of the result that others start from: of the newest checkpoint's manifest, or else of the mark."""
         return result_of(self.output, self.mark)
 
     def data(self) -> list[str]:

@@ -99,11 +99,11 @@ class SlurmJob:
         return [*self._python(), "launch.bootstrap", *launcher, self.command.module, *self.command.arguments]
 
     def elastic(self) -> list[str]:
-        """The command that says how many nodes are of use, of those whose number follows; empty if all have to be."""
+        """The command that prints how many of the job's nodes have work to do; empty if the job needs all its nodes."""
         return [*self._python(), "launch.bootstrap", "launch.elastic"] if self.min_nodes < self.nodes else []
 
     def wanted(self) -> list[str]:
-        """The words of that command after the number: all nodes, ranks on each, and what is to be started."""
+        """The last words of the command `elastic`: the nodes wanted, the ranks on each, and what is to be started."""
         counts = (str(self.nodes), str(self.config.nproc_per_node))
         return [*counts, self.command.module, *self.command.arguments] if self.min_nodes < self.nodes else []
 

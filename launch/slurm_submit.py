@@ -33,28 +33,30 @@ class Submission:
     dry_run: bool = False
 
 
-def submit(asked: Submission) -> int:
+def submit(submission: Submission) -> int:
     """Renders the job or jobs, and submits them unless it is a dry run. Raises ConfigError if that cannot be."""
-    _check(asked)
-    jobs = (Path(asked.job_dir) if asked.job_dir else Path(asked.command.folder or ".", "launch")).absolute()
+    _check(submission)
+    jobs = (
+        Path(submission.job_dir) if submission.job_dir else Path(submission.command.folder or ".", "launch")
+    ).absolute()
     if "\\" in str(jobs) or not str(jobs).isprintable():
         raise ConfigError(f"{str(jobs)!r} cannot hold the output of a Slurm job; choose another path")
-    if not asked.dry_run:
-        check_writable(jobs, "--job-dir" if asked.job_dir else f"the folder of `{asked.command.name}`")
-    folder = _numbered(jobs, asked.dry_run)
+    if not submission.dry_run:
+        check_writable(jobs, "--job-dir" if submission.job_dir else f"the folder of `{submission.command.name}`")
+    folder = _numbered(jobs, submission.dry_run)
     job = SlurmJob(
-        command=_with_copied_config(asked.command, folder, asked.dry_run),
-        config=asked.config,
-        python=python_of(asked.config),
+        command=_with_copied_config(submission.command, folder, submission.dry_run),
+        config=submission.config,
+        python=python_of(submission.config),
         folder=Path.cwd(),
-        code=snapshot(jobs / "code", copy=not asked.dry_run),
+        code=snapshot(jobs / "code", copy=not submission.dry_run),
         script=folder / "job.sh",
-        after=asked.after,
+        after=submission.after,
     )
-    before = asked.after
+    before = submission.after
     for one in _stages(job):
         one = replace(one, after=before)
-        if asked.dry_run:
+        if submission.dry_run:
             print(f"# {one.script}\n{one.render()}")
             number = f"JOB-OF-{one.script.stem}"
         else:
@@ -73,25 +75,25 @@ def python_of(config: LaunchConfig) -> str:
     return os.path.abspath(python) if "/" in python else python
 
 
-def _check(asked: Submission) -> None:
+def _check(submission: Submission) -> None:
     """Raises ConfigError for what no Slurm job can have."""
-    if asked.config.hosts:
+    if submission.config.hosts:
         raise ConfigError("hosts names machines, and Slurm chooses them itself; set nnodes, and leave hosts out")
-    if asked.config.setup and not Path(asked.config.setup).is_file():
-        raise ConfigError(f"setup = {asked.config.setup!r} is no file; write the shell commands into one")
-    if asked.command.folder is None and not asked.job_dir:
+    if submission.config.setup and not Path(submission.config.setup).is_file():
+        raise ConfigError(f"setup = {submission.config.setup!r} is no file; write the shell commands into one")
+    if submission.command.folder is None and not submission.job_dir:
         raise ConfigError(
-            f"{asked.command.name} is a module and names no folder for its job; give one, as in --job-dir runs/job"
+            f"{submission.command.name} is a module and names no folder for its job; give one, as in --job-dir runs/job"
         )
-    words = asked.command.arguments
+    words = submission.command.arguments
     if "--resume=no" in words or ("--resume", "no") in itertools.pairwise(words):
         raise ConfigError("--resume no would refuse to go on after a requeue; leave it out, and name another run.dir")
     given = [word for word in words if word.startswith(("--until", "--only"))]
-    if given and asked.command.name == "recipe run":
+    if given and submission.command.name == "recipe run":
         raise ConfigError(f"{given[0]} is for a recipe that runs here; leave it out, each stage is a job of its own")
-    if wrong := [job for job in asked.after if not (job.isascii() and job.isdecimal())]:
+    if wrong := [job for job in submission.after if not (job.isascii() and job.isdecimal())]:
         raise ConfigError(f"--after {wrong[0]} is no number of a job; squeue lists them")
-    if not asked.dry_run and shutil.which("sbatch") is None:
+    if not submission.dry_run and shutil.which("sbatch") is None:
         raise ConfigError(
             "--on slurm needs the command sbatch, which is not on PATH; run where jobs are submitted, or add --dry-run "
             "before the command to print the script"

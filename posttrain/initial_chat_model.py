@@ -1,4 +1,4 @@
-"""Initial model of a post-training run: that of any run, with the chat format that its dialogues are written in."""
+"""The model that a post-training run begins from, with the chat format that its dialogues are written in."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -179,7 +179,7 @@ def _joined(intervals: Iterable[tuple[float, float]]) -> Intervals:
 
 
 def _minus(intervals: Intervals, taken: Intervals) -> Intervals:
-    """Returns what of `intervals` is in none of `taken`; both are in order and without overlap."""
+    """Returns the parts of `intervals` that no interval of `taken` covers; both are in order and without overlap."""
     left: Intervals = []
     next_taken = 0
     for first, end in intervals:
@@ -197,7 +197,7 @@ def _minus(intervals: Intervals, taken: Intervals) -> Intervals:
 
 
 def _both(intervals: Intervals, others: Intervals) -> Intervals:
-    """Returns what is in both; both are in order and without overlap."""
+    """Returns the times that two lists of intervals share; both are in order and without overlap."""
     return _minus(intervals, _minus(intervals, others))
 
 

@@ -22,7 +22,7 @@ from pretrain import determinism
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.adapter_base import base_facts, keep_bases
 from pretrain.checkpoint.lineage import Lineage
-from pretrain.checkpoint.mirroring import make_up
+from pretrain.checkpoint.mirror_copies import make_up
 from pretrain.checkpoint.saving import Saver
 from pretrain.companion import Companion
 from pretrain.data.batch_source import BatchSource, check_source
@@ -34,8 +34,8 @@ from pretrain.flops import mfu_per_rate
 from pretrain.health.corruption import CorruptionCheck, SilentCorruption
 from pretrain.health.not_finite import NOTHING, first_not_finite
 from pretrain.health.recording import StepRecorder
+from pretrain.health.rewind_history import BadStep, Rewinds
 from pretrain.health.rewinding import go_back
-from pretrain.health.rewinds import BadStep, Rewinds
 from pretrain.health.spikes import SpikeGuard
 from pretrain.health.stragglers import BusyTime, Stragglers
 from pretrain.heldout_loss import Evaluator
@@ -119,7 +119,7 @@ class Trainer:
         self.rewinds = Rewinds(config.spikes, self.run.path, mesh, source.fingerprint)
         self.rows = StepRows(source, train, mesh, self.rewinds)
         check_source(source, config.spikes)
-        if train.compile:  # torch's own place for compiled code is a temporary folder, which a restart may not find
+        if train.compile:  # torch would keep compiled code in a temporary folder, which a restart may not find
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.run.dir, "compiled").absolute()))
         sources, adapter = max(1, len(source.sources)), config.adapter
         self.engine = Engine(model_config, train, config.optimizer, mesh, config.run.seed, dtype, sources, adapter)
@@ -345,7 +345,7 @@ class Trainer:
             "tokens": self.tokens,
             "source": self.source.state(),
             "ledger": dict(self.tokens_by_source),  # a copy: the manifest is written while training goes on
-            "stretches": self.run.data_spans,
+            "data_spans": self.run.data_spans,
             "passed_over": self.rewinds.ranges,
             "identity": self.identity,
             "context": self.context,

@@ -21,9 +21,9 @@ FIRST = ("unit/data_pipeline/scan/test_scores.py", "parallel/test_layouts.py", "
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Moves the tests of the files in FIRST to the beginning; all others stay in their order."""
-    place = {Path(__file__).parent / name: number for number, name in enumerate(FIRST)}
-    assert all(path.is_file() for path in place)
-    items.sort(key=lambda item: place.get(item.path, len(FIRST)))
+    order = {Path(__file__).parent / name: number for number, name in enumerate(FIRST)}
+    assert all(path.is_file() for path in order)
+    items.sort(key=lambda item: order.get(item.path, len(FIRST)))
 
 
 def pytest_collection_finish() -> None:

@@ -17,7 +17,7 @@ def serve(bucket: str) -> Iterator[tuple[Any, dict[str, str]]]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    # moto keeps what the servers of a process hold in one place, which an earlier one may have left.
+    # moto keeps what the servers of a process hold in one dictionary, which an earlier one may have left.
     address, region = f"http://{host}:{port}", "us-east-1"
     urllib.request.urlopen(urllib.request.Request(f"{address}/moto-api/reset", method="POST")).close()
     client = boto3.client(

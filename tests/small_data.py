@@ -5,7 +5,7 @@ from pathlib import Path
 from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import Tokenizer
-from data_pipeline.tokens.training import train
+from data_pipeline.tokens.tokenizer_training import train
 from tests.shards import write_shard
 
 ROOT = Path(__file__).resolve().parents[1]

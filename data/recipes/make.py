@@ -126,11 +126,11 @@ FORMS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 def form(draw: random.Random) -> dict[str, Any]:
     """Returns the problem of writing two words in a wanted form, with instructions that can be checked as IFEval's."""
     name, words = draw.choice(sorted(FORMS)), draw.sample(WORDS, k=2)
-    asked, look, instruction, arguments = FORMS[name]
+    wording, look, instruction, arguments = FORMS[name]
     return problem(
-        f"Write {words[0]} and {words[1]} {asked}",
+        f"Write {words[0]} and {words[1]} {wording}",
         name,
-        f"{words[0]} and {words[1]}, {asked}",
+        f"{words[0]} and {words[1]}, {wording}",
         look.format(*words),
         instruction_id_list=["keywords:existence", instruction],
         kwargs=[{"keywords": words}, arguments],

@@ -30,7 +30,7 @@ class Amount:
         self.bytes += size
 
     def plain(self) -> dict[str, int]:
-        """Returns both counts as a dict for JSON."""
+        """Returns the counts of documents and bytes as a dict for JSON."""
         return {"documents": self.documents, "bytes": self.bytes}
 
 

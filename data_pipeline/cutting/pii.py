@@ -1,6 +1,6 @@
 """The PII stage: replaces personal data, keys and tokens, or drops the document, depending on the kind.
 
-`personal_data` describes what is found and what is not. The stage publishes the places and kinds of what it found,
+`personal_data` describes what is found and what is not. The stage publishes the spans and kinds of what it found,
 never the text: none of its tables, samples and logs holds it.
 """
 

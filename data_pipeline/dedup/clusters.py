@@ -16,7 +16,7 @@ from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from data_pipeline.core.tables import kept_rows, read_table
-from data_pipeline.dedup.pairs import EarlierRun, Numbering, earlier_code
+from data_pipeline.dedup.duplicate_pairs import EarlierRun, Numbering, earlier_code
 
 MEMBERS = "members"  # file with the number of documents that share their cluster with another
 
@@ -134,7 +134,7 @@ class ClusterArrays:
         self._opened: dict[str, np.ndarray] = {}
 
     def of(self, name: str) -> np.ndarray:
-        """Array [documents] of one property, a key of `_TYPES`."""
+        """Array [documents] of one property of the documents, such as `labels` or `sizes`."""
         if name not in self._opened:  # opening it again with "w+" would empty it
             path, kind = self.folder / f"{name}.bin", np.dtype(_TYPES[name])
             self._opened[name] = np.memmap(path, dtype=kind, mode=self.mode, shape=(self.documents,))

@@ -24,7 +24,7 @@ from data_pipeline.core.shards import ShardReader
 from data_pipeline.core.stage import Stage, expected_files, read_manifest
 from data_pipeline.core.tables import count_verdicts, shards_of
 from data_pipeline.dedup.clusters import MEMBERS, FindClusters, Population, write_matched
-from data_pipeline.dedup.pairs import EarlierRun, FindPairs, Numbering, key_ranges
+from data_pipeline.dedup.duplicate_pairs import EarlierRun, FindPairs, Numbering, key_ranges
 from data_pipeline.dedup.shingles import WriteEarlierShingles, WriteShingles, mark_candidates, shards_with
 from data_pipeline.dedup.signatures import EXACT, URL, MinHasher, SignDocuments, kinds_of_keys
 from data_pipeline.dedup.survivors import BYTES_A_MEMBER, ChooseSurvivors, JudgeDocuments, sample_duplicates

@@ -17,7 +17,7 @@ from datatrove.pipeline.base import PipelineStep
 from data_pipeline.core.shards import read_records, shard_path
 from data_pipeline.core.tables import read_table
 from data_pipeline.dedup.clusters import OWN, Population
-from data_pipeline.dedup.pairs import NOT_KEPT, EarlierRun
+from data_pipeline.dedup.duplicate_pairs import NOT_KEPT, EarlierRun
 from data_pipeline.scan.minhash import shingles
 from data_pipeline.scan.words import Splitter
 

@@ -23,7 +23,7 @@ from configs.dedup import DedupConfig
 from data_pipeline.core.canary_naming import salt
 from data_pipeline.core.hashing import stable_hash
 from data_pipeline.core.tables import FileKey, TableStep, file_key
-from data_pipeline.reading.addresses import url_key, url_of
+from data_pipeline.reading.document_urls import url_key, url_of
 from data_pipeline.scan.folding import plain_bytes
 from data_pipeline.scan.minhash import band_keys, signature
 from data_pipeline.scan.words import Splitter, mix

@@ -27,7 +27,7 @@ from data_pipeline.cutting.cuts import MergedCuts, apply, merge, read_cuts
 from data_pipeline.documents.heldout import Extremes, HeldoutRule
 from data_pipeline.personal_data.find import PLACEHOLDERS
 from data_pipeline.personal_data.hiding import Hiding
-from data_pipeline.reading.addresses import URL_KEY, url_key, url_of
+from data_pipeline.reading.document_urls import URL_KEY, url_key, url_of
 
 MOSTLY_CUT = "mostly_cut"
 FROM_RECORD = ("file", "path", "url", "record", "fields")  # metadata that comes from the input file or record

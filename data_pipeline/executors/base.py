@@ -15,7 +15,7 @@ from datatrove.pipeline.base import PipelineStep
 from rich.console import Console
 
 from data_pipeline.core.progress import SetNote, watch
-from data_pipeline.executors.tasks import check, prepare, quiet
+from data_pipeline.executors.stage_tasks import check, prepare, quiet
 
 
 @dataclass(frozen=True)

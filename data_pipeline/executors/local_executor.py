@@ -23,7 +23,7 @@ from datatrove.executor.local import LocalPipelineExecutor
 
 from data_pipeline.core.progress import SetNote
 from data_pipeline.executors.base import Executor, PipelineJob
-from data_pipeline.executors.tasks import TaskError, Tasks, lost, quiet, ranks_in
+from data_pipeline.executors.stage_tasks import TaskError, Tasks, lost, quiet, ranks_in
 
 # Forked workers have everything imported already. The parent has one thread when it forks, so no lock is copied in a
 # locked state. On other systems than Linux, forking is not safe with system libraries.

@@ -24,7 +24,7 @@ from configs.loader import ConfigError
 from data_pipeline.core.progress import SetNote
 from data_pipeline.executors.base import Executor, PipelineJob
 from data_pipeline.executors.local_executor import run_in_order
-from data_pipeline.executors.tasks import Tasks, claim, quiet, ranks_in
+from data_pipeline.executors.stage_tasks import Tasks, claim, quiet, ranks_in
 
 _POLL_SECONDS = 0.01
 _INTERRUPTED = 130

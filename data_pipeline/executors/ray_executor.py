@@ -19,7 +19,7 @@ from configs.data_run import RayConfig
 from configs.loader import ConfigError
 from data_pipeline.core.progress import SetNote
 from data_pipeline.executors.base import Executor, PipelineJob
-from data_pipeline.executors.tasks import Tasks
+from data_pipeline.executors.stage_tasks import Tasks
 
 ANSWER_SECONDS = 10.0  # in which a cluster's port must answer
 

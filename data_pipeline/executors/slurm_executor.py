@@ -27,7 +27,7 @@ from configs.data_run import SlurmConfig
 from configs.loader import ConfigError
 from data_pipeline.core.progress import SetNote
 from data_pipeline.executors.base import Executor, PipelineJob
-from data_pipeline.executors.tasks import TaskError, Tasks, lost, ranks_in
+from data_pipeline.executors.stage_tasks import TaskError, Tasks, lost, ranks_in
 
 _RECORD = "slurm_name"  # file with the name of a stage's jobs, which lets the next run cancel those of a killed one
 _POLL_SECONDS = (1.0, 15.0)  # first and longest pause between queries; pauses grow to spare the controller

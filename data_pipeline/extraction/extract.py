@@ -23,8 +23,8 @@ from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.ledger import SourceTally, Tally
 from data_pipeline.extraction.blocklist import Blocklist
 from data_pipeline.extraction.page_limits import PageReader
-from data_pipeline.reading.addresses import url_of
-from data_pipeline.reading.records import BROKEN, HARMLESS
+from data_pipeline.reading.document_urls import url_of
+from data_pipeline.reading.input_records import BROKEN, HARMLESS
 
 _SAMPLES = 5
 _SAMPLE_CHARS = 300

@@ -21,11 +21,10 @@ from data_pipeline.extraction.blocklist import Blocklist
 from data_pipeline.extraction.extract import Extract, SetAside, bad_shares, set_aside, shard_record
 from data_pipeline.extraction.unique import MADE_UNIQUE, MakeUnique, NoteIds, shared
 from data_pipeline.reading import InputUnit, SourceReader, find_units
-from data_pipeline.reading.files import is_remote
 from data_pipeline.reading.ids import roots_of
+from data_pipeline.reading.input_records import BROKEN, UNDECODABLE
 from data_pipeline.reading.keys import check_keys
 from data_pipeline.reading.names import openable
-from data_pipeline.reading.records import BROKEN, UNDECODABLE
 
 FAILED = "extract.failed"  # folder of the ledger and rejected records of an attempt with too many of them
 

@@ -47,7 +47,7 @@ _EXTRACTORS = {"resiliparse": _resiliparse, "trafilatura": _trafilatura}
 
 
 def send(pipe: BinaryIO, content: bytes) -> None:
-    """Writes one frame."""
+    """Writes one frame, as the module's docstring defines it, to a pipe."""
     pipe.write(len(content).to_bytes(_LENGTH_BYTES, "big"))
     pipe.write(content)
     pipe.flush()

@@ -172,7 +172,7 @@ def _shares(
 def _check_enough(
     sources: list[PlannedSource], shares: Mapping[str, float], counts: np.ndarray, settings: PlanConfig, key: str
 ) -> None:
-    asked = [
+    wanted = [
         {
             "name": source.name,
             "share": shares[source.name],
@@ -186,7 +186,7 @@ def _check_enough(
         for source, count in zip(sources, counts, strict=True)
     ]
     limits = settings.samples, settings.seq_length, settings.max_epochs, settings.epochs
-    check_enough(asked, *limits, capped=settings.unimax, weighted=bool(settings.weights), key=key)
+    check_enough(wanted, *limits, capped=settings.unimax, weighted=bool(settings.weights), key=key)
 
 
 def _open_sources(

@@ -105,7 +105,7 @@ class SourceEpochs:
         return self.epoch + number
 
     def rows(self, samples: int) -> Packed:
-        """Returns the first `samples` rows."""
+        """Returns the source's first `samples` rows, epoch after epoch."""
         parts: list[Packed] = []
         missing = samples
         while missing:

@@ -1,6 +1,6 @@
 """Packing of documents into rows, by concatenation or best-fit, from the documents' lengths alone.
 
-Both place every token of every document exactly once, and neither reads tokens. `concat` puts documents end to end and
+Both put every token of every document into one row, and neither reads tokens. `concat` puts documents end to end and
 cuts every `seq_length` tokens: only the last row has padding, but documents are cut anywhere. `best_fit` cuts only
 documents longer than a row, fills rows with whole pieces, and pads the rest (Ding et al., "Fewer Truncations Improve
 Language Modeling", 2024, arXiv:2404.10830). `extra` reserves positions with each piece of a document, for the control
@@ -88,7 +88,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, seq_length: int, extra: np.nda
     order = np.argsort(-size, kind="stable")
     row_of = np.empty(len(order), dtype=np.int64)
     rows = _fill_rows(size[order], seq_length, row_of)
-    by_row = np.argsort(row_of, kind="stable")  # keeps the order of placing within a row
+    by_row = np.argsort(row_of, kind="stable")  # keeps the order of filling within a row
     chosen = order[by_row]
     offsets = _offsets(np.bincount(row_of, minlength=rows))
     return Packed(document[chosen], start[chosen], length[chosen], offsets)

@@ -106,7 +106,7 @@ def _score_lines(row: dict[str, Any], rules: RuleSet | None) -> list[str]:
 
 
 def _training_lines(run_dir: Path, documents: Sequence[StoredDocument], run: Path | None) -> list[str]:
-    """Returns the lines on a document's place in token stores, in plans, and in the steps of a training run."""
+    """Returns lines that say where a document is in token stores and plans, and which steps of a run trained on it."""
     if not documents:
         return []
     lines = [

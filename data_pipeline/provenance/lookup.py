@@ -19,7 +19,7 @@ from data_pipeline.core.stage import read_manifest
 from data_pipeline.core.tables import TABLE_STAGES, read_table, shards_of
 from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan, open_plans
-from data_pipeline.reading.addresses import URL_KEY, url_key, url_of
+from data_pipeline.reading.document_urls import URL_KEY, url_key, url_of
 from data_pipeline.reading.ids import unique_id
 
 

@@ -39,8 +39,8 @@ def used(checkpoint: Path, plan: Path | None = None) -> tuple[Plan, int]:
     if where is None:
         raise ConfigError(f"--after {checkpoint}: it was not trained on a plan, so there is none to go on from")
     try:
-        places = (plan,) if plan else (where, *kept_plan_paths(checkpoint.resolve().parent.parent))
-        opened = find_in(map(str, places), manifest["identity"]["data"])
+        paths = (plan,) if plan else (where, *kept_plan_paths(checkpoint.resolve().parent.parent))
+        opened = find_in(map(str, paths), manifest["identity"]["data"])
     except ValueError as error:
         raise ConfigError(f"--after {checkpoint}: {error}; or say where its plan is by --plan") from None
     if opened is None:

@@ -23,7 +23,7 @@ from data_pipeline.mixture.rows import open_plans
 from data_pipeline.personal_data.hiding import hide
 from data_pipeline.provenance.lookup import StoredDocument, data_spans, given, locations, plans, steps, stored, uses
 from data_pipeline.provenance.replan import rest, used
-from data_pipeline.reading.addresses import url_key
+from data_pipeline.reading.document_urls import url_key
 from data_pipeline.reading.ids import published_id
 
 _SHOWN = 8  # ids listed for one line of the list

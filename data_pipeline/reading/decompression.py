@@ -14,7 +14,7 @@ from typing import BinaryIO
 import zstandard
 
 from configs.sources import ExtractConfig
-from data_pipeline.reading.records import Advance
+from data_pipeline.reading.input_records import Advance
 
 BLOCK = 1 << 16
 # Expansion is judged only above this many bytes of content: a short repetitive file is no zip bomb.
@@ -116,7 +116,7 @@ class Member:
             yield block
 
     def skip_to(self, mark: bytes, start: int) -> bool:
-        """Moves to the first `mark` at or after byte `start` that follows a line end or a zero; whether there is one.
+        """Moves to the first `mark` from byte `start` on behind a line end or a zero; returns whether there is one.
 
         Always False for a compressed member.
         """
@@ -141,7 +141,7 @@ class Member:
         return self._source.position if self._source.pass_over(b"\0\r\n") else -1
 
     def goes_on_with(self, mark: bytes, start: int) -> bool:
-        """Moves to byte `start` of an uncompressed file if `mark` is there; whether it is."""
+        """Moves to byte `start` of an uncompressed file if `mark` is there; returns whether it is."""
         self._source.seek(start)
         if not self._source.begins_with(mark):
             return False
@@ -204,7 +204,7 @@ class _Source:
             self._furthest = self.position
 
     def pass_over(self, padding: bytes) -> bool:
-        """Skips the bytes that are in `padding`; whether anything comes after them."""
+        """Skips the bytes that are in `padding`; returns whether anything comes after them."""
         while data := self.peek():
             left = len(bytes(data).lstrip(padding))
             self.consume(len(data) - left)
@@ -231,7 +231,7 @@ class _Source:
             raise _Stop("expansion_limit")
 
     def begins_with(self, mark: bytes) -> bool:
-        """Whether the next bytes are `mark`; consumes them."""
+        """Consumes as many bytes as `mark` has; returns whether they were `mark`."""
         head = b""
         while len(head) < len(mark) and (data := self.peek()):
             head += bytes(data[: len(mark) - len(head)])

@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from configs.sources import ExtractConfig, SourceConfig
-from data_pipeline.reading.records import Record
+from data_pipeline.reading.input_records import Record
 
 SURROGATES = "lone surrogates replaced"
 NOT_FINITE = "NaN or Infinity in JSON"

@@ -18,8 +18,8 @@ from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.charsets import wide_charset
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.fields import NOT_FINITE, fill, plain
+from data_pipeline.reading.input_records import Advance, FoundFile, Record, sample
 from data_pipeline.reading.lines import Line, LineSplitter
-from data_pipeline.reading.records import Advance, FoundFile, Record, sample
 
 
 def read_jsonl(

@@ -17,11 +17,11 @@ from data_pipeline.personal_data.hiding import hide
 from data_pipeline.reading.charsets import wide_charset
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.fields import lookup
-from data_pipeline.reading.files import open_file
+from data_pipeline.reading.input_records import FoundFile, InputUnit
 from data_pipeline.reading.jsonl import parse
 from data_pipeline.reading.lines import LineSplitter
 from data_pipeline.reading.parquet import leaves_of
-from data_pipeline.reading.records import FoundFile, InputUnit
+from data_pipeline.reading.source_files import open_file
 
 _FILES = 8  # files of a source that are looked at: the first and others evenly spread over the list
 _RECORDS = 1000  # records of each file that are looked at, in at most _BYTES bytes
@@ -99,7 +99,7 @@ def _check(name: str, source: SourceConfig, files: Sequence[FoundFile], limits: 
 
 
 def _has(fields: dict[str, Any], key: str, wanted: str, kinds: set[str]) -> bool:
-    """Whether a record has the key `wanted`, with text if `key` is the text key; adds kinds of other values."""
+    """Whether a record has the key `wanted`, with text if `key` is the text key; else notes the kind of its value."""
     if not (slot := lookup(fields, wanted)):
         return False
     value = slot[0][slot[1]]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from data_pipeline.reading.charsets import STATEFUL, WIDE, incremental_decoder, marked_charset
-from data_pipeline.reading.records import SAMPLE_BYTES
+from data_pipeline.reading.input_records import SAMPLE_BYTES
 
 _LONGEST_MARK = 4  # bytes of a byte order mark
 

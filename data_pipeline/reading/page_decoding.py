@@ -26,7 +26,7 @@ from resiliparse.parse.encoding import detect_encoding
 
 from configs.sources import ExtractConfig
 from data_pipeline.reading.charsets import WIDE, charset_of, decode, marked_charset, wide_charset
-from data_pipeline.reading.records import SAMPLE_BYTES, Record
+from data_pipeline.reading.input_records import SAMPLE_BYTES, Record
 
 # How a page's encoding was found.
 MARKED, HEADER, DECLARED = "byte order mark", "HTTP header", "the page's declaration"

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.fields import LEFT_OUT, fill, lookup, plain
-from data_pipeline.reading.records import SAMPLE_BYTES, Advance, FoundFile, Record, sample
+from data_pipeline.reading.input_records import SAMPLE_BYTES, Advance, FoundFile, Record, sample
 
 _BATCH_BYTES = 8 << 20
 _BATCH_ROWS = 1000

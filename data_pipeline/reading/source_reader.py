@@ -18,11 +18,11 @@ from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.progress import ProgressFile
 from data_pipeline.reading.charsets import charset_of
-from data_pipeline.reading.files import find_files, is_http, is_remote, open_file
 from data_pipeline.reading.ids import id_of_location, name_of, published_id, roots_of
+from data_pipeline.reading.input_records import Advance, FoundFile, InputUnit, Record
 from data_pipeline.reading.jsonl import read_jsonl
 from data_pipeline.reading.parquet import read_parquet
-from data_pipeline.reading.records import Advance, FoundFile, InputUnit, Record
+from data_pipeline.reading.source_files import find_files, is_http, is_remote, open_file
 from data_pipeline.reading.trees import read_code, read_html, read_text
 from data_pipeline.reading.warc import read_warc
 

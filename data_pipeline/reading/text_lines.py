@@ -9,8 +9,8 @@ from typing import BinaryIO
 from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.charsets import WIDE, charset_of, decode_whole
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
+from data_pipeline.reading.input_records import SAMPLE_BYTES, Advance, FoundFile, Record, sample
 from data_pipeline.reading.lines import Line, LineSplitter
-from data_pipeline.reading.records import SAMPLE_BYTES, Advance, FoundFile, Record, sample
 
 
 def read_lines(

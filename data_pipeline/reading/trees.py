@@ -13,8 +13,8 @@ from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.charsets import charset_of, marked_charset
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.formats import language_of
+from data_pipeline.reading.input_records import Advance, FoundFile, Record, sample
 from data_pipeline.reading.page_decoding import fill_page
-from data_pipeline.reading.records import Advance, FoundFile, Record, sample
 from data_pipeline.reading.text_lines import fill_text, read_lines
 
 _BINARY_PROBE = 8000  # bytes in which a NUL byte is looked for, as in git's buffer_is_binary

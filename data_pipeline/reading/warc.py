@@ -22,8 +22,8 @@ from data_pipeline.reading.http_response import (
     mime_type,
     parse_response,
 )
+from data_pipeline.reading.input_records import Advance, FoundFile, Record, sample
 from data_pipeline.reading.page_decoding import fill_page
-from data_pipeline.reading.records import Advance, FoundFile, Record, sample
 
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 _PAGE_RECORDS = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion

@@ -159,6 +159,6 @@ def _count_scores(drawn: ScoreHistogram, values: np.ndarray) -> None:
     if drawn.high is not None:
         outside |= known > drawn.high
     # Rounding may put values slightly outside the edges; a score of 0 has no logarithm and is put in the first bin.
-    placed = np.clip(known, drawn.edges[0], drawn.edges[-1])
-    drawn.inside += np.histogram(placed[~outside], drawn.edges)[0]
-    drawn.outside += np.histogram(placed[outside], drawn.edges)[0]
+    within_edges = np.clip(known, drawn.edges[0], drawn.edges[-1])
+    drawn.inside += np.histogram(within_edges[~outside], drawn.edges)[0]
+    drawn.outside += np.histogram(within_edges[outside], drawn.edges)[0]

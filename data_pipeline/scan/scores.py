@@ -86,7 +86,7 @@ SCORES = (*Measured._fields, *_FOUND)
 
 
 class _Kind(IntEnum):
-    """Kind of a pattern that counts towards `_FOUND`; numbers below 100 are those of `web_line_rules.Phrase`."""
+    """Kind of a pattern that a score counts; numbers below 100 are those of `web_line_rules.Phrase`."""
 
     bad_word = 100
     generated = 101
@@ -187,7 +187,7 @@ class Scanner:
         ]
 
     def _find(self, lowered: str) -> tuple[np.ndarray, dict[str, float]]:
-        """Searches for all patterns; returns (position and Phrase of each phrase, int64 [n, 2]; scores of _FOUND)."""
+        """Searches for all patterns; returns (position and Phrase of each phrase, int64 [n, 2]; counted scores)."""
         hits: list[tuple[int, int]] = []
         counts = dict.fromkeys(_Kind, 0)
         for pattern, start, end in self._finder.find_matches_as_indexes(lowered, overlapping=True):

@@ -212,7 +212,7 @@ def _sentences(
     logprobs: np.ndarray,
     backoffs: np.ndarray,
 ) -> float:
-    """Does the work of `sentences_logprob`."""
+    """Computes what `sentences_logprob` returns, in compiled code."""
     history = np.empty(order, np.uint64)  # words before the current one, the nearest first
     weights = np.zeros(order + 1)  # weights[n]: backoff of the n-gram that ends just before the current word
     total, known = 0.0, 0

@@ -18,7 +18,7 @@ _FALLBACK = (0.0, 0.5, 1.0, 1.5)  # discounts, as in `lmplz --discount_fallback`
 
 @dataclass(frozen=True)
 class TokenNgrams:
-    """A model of token ids: `hashes`, uint64 [vocab_size], are what the table knows the ids by."""
+    """A model of token ids: `hashes`, uint64 [vocab_size], stand for the ids in its table."""
 
     order: int
     hashes: np.ndarray
@@ -27,7 +27,7 @@ class TokenNgrams:
     eos: int
 
     def bits(self, documents: Sequence[np.ndarray]) -> float:
-        """Returns the bits of `documents`, each the ids <s> tokens </s>: those of all ids but <s>."""
+        """Returns the information, in bits, of all ids but <s> in `documents`, each the ids <s> tokens </s>."""
         tokens = [document[1:-1] for document in documents]
         firsts = np.zeros(sum(map(len, tokens)), np.bool_)
         firsts[np.cumsum([0, *map(len, tokens)])[:-1]] = True
@@ -56,8 +56,8 @@ def estimate(documents: Sequence[np.ndarray], vocab_size: int, bos: int, eos: in
         raise ValueError("an n-gram model needs at least one document")
     text = np.concatenate(documents).astype(np.int64)
     lengths = np.array([len(document) for document in documents])
-    place = np.arange(len(text)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # in the document, from 0
-    levels = _adjusted(_count(text, place, vocab_size, order), place)
+    index = np.arange(len(text)) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # in the document, from 0
+    levels = _adjusted(_count(text, index, vocab_size, order), index)
     hashes = np.array([word_hash(str(token)) for token in range(vocab_size)], np.uint64)
     table = LogprobTable.of_size(vocab_size + sum(len(level.end) for level in levels[1:]))
     lower, ids = np.full(1, 1 / (vocab_size - 1)), np.zeros((1, 0), np.int32)  # of the empty n-gram: any id but <s>
@@ -81,13 +81,13 @@ def estimate(documents: Sequence[np.ndarray], vocab_size: int, bos: int, eos: in
     return TokenNgrams(order, hashes, table, bos, eos)
 
 
-def _count(text: np.ndarray, place: np.ndarray, vocab_size: int, order: int) -> list[_Ngrams]:
+def _count(text: np.ndarray, index: np.ndarray, vocab_size: int, order: int) -> list[_Ngrams]:
     """Counts the n-grams of every order up to `order`; the 1-grams are all ids of the vocabulary, seen or not."""
     zeros = np.zeros(vocab_size, np.int64)
     levels = [_Ngrams(zeros, np.bincount(text, minlength=vocab_size), zeros, zeros)]
     number = text  # of the n-gram that ends at each token of the text
     for n in range(2, order + 1):
-        ends = np.flatnonzero(place >= n - 1)
+        ends = np.flatnonzero(index >= n - 1)
         keys = number[ends - 1] * vocab_size + text[ends]
         _, first, own, count = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
         end = ends[first]
@@ -97,7 +97,7 @@ def _count(text: np.ndarray, place: np.ndarray, vocab_size: int, order: int) -> 
     return levels
 
 
-def _adjusted(levels: list[_Ngrams], place: np.ndarray) -> list[_Ngrams]:
+def _adjusted(levels: list[_Ngrams], index: np.ndarray) -> list[_Ngrams]:
     """Replaces the counts below the highest order by the number of different tokens that come before the n-gram.
 
     N-grams that begin a document have none before them and keep their counts; <s> alone is never predicted.
@@ -107,7 +107,7 @@ def _adjusted(levels: list[_Ngrams], place: np.ndarray) -> list[_Ngrams]:
         count = level.count
         if longer is not None:
             before = np.bincount(longer.suffix, minlength=len(count))
-            begins = place[level.end] == n - 1 if n > 1 else np.zeros(len(count), np.bool_)
+            begins = index[level.end] == n - 1 if n > 1 else np.zeros(len(count), np.bool_)
             count = np.where(begins, count, before)
         result.append(_Ngrams(level.end, count.astype(np.float64), level.context, level.suffix))
     return result

@@ -2,7 +2,7 @@
 
 The environment is transformers': sandboxed and immutable, with `trim_blocks`, `lstrip_blocks`, `{% break %}`,
 `raise_exception`, `strftime_now`, and a `tojson` that escapes no HTML. A block between `{% generation %}` and
-`{% endgeneration %}` marks text that the model writes; unlike in transformers, its place is also found inside a macro.
+`{% endgeneration %}` marks text that the model writes; unlike in transformers, it may also stand inside a macro.
 Special tokens are given as variables (`bos_token`, `eos_token`, ...). Images and documents are left out.
 """
 

@@ -90,9 +90,9 @@ def find_roles(
             )
         return int(found)
 
-    def role(name: str, asked: str | None, key: str) -> int:
-        if asked is not None:
-            return id_of(asked, key)
+    def role(name: str, given: str | None, key: str) -> int:
+        if given is not None:
+            return id_of(given, key)
         token = _content(told.get(f"{name}_token"))
         return -1 if token is None else id_of(token, f"{folder}: {name}_token")
 
@@ -168,8 +168,8 @@ def locate(path: str, key: str = "tokenizer.file") -> Path:
 
     In a folder with both kinds of files, tokenizer.model counts if Trivium can use it, else tokenizer.json.
     """
-    asked = Path(path)
-    files = [asked] if not asked.is_dir() else [asked / SENTENCEPIECE_FILE, asked / HUGGINGFACE_FILE]
+    given = Path(path)
+    files = [given] if not given.is_dir() else [given / SENTENCEPIECE_FILE, given / HUGGINGFACE_FILE]
     files = [file for file in files if file.is_file()]
     if not files:
         raise ConfigError(

@@ -56,16 +56,16 @@ class Published:
 
 def open_published(path: str | Path) -> Published:
     """Opens a tokenizer by its folder or file. Raises ConfigError if it is none, or in a form that is not known."""
-    asked = Path(path)
-    for file in [asked] if not asked.is_dir() else [asked / SENTENCEPIECE_FILE, asked / HUGGINGFACE_FILE]:
+    given = Path(path)
+    for file in [given] if not given.is_dir() else [given / SENTENCEPIECE_FILE, given / HUGGINGFACE_FILE]:
         if file.is_file() and file.suffix in (".model", ".json") and file.name not in dict(_GPT2_FILES):
             return _of_file(file)
-    folder = asked if asked.is_dir() else asked.parent
+    folder = given if given.is_dir() else given.parent
     for vocabulary, merges in _GPT2_FILES:
-        if (asked.is_dir() or asked.name in (vocabulary, merges)) and (folder / vocabulary).is_file():
+        if (given.is_dir() or given.name in (vocabulary, merges)) and (folder / vocabulary).is_file():
             return _of_gpt2(folder / vocabulary, folder / merges)
-    if asked.is_file() and asked.suffix == ".tiktoken":
-        return _of_ranks(asked)
+    if given.is_file() and given.suffix == ".tiktoken":
+        return _of_ranks(given)
     raise ConfigError(
         f"{path} is no tokenizer that can be measured; name a folder or file of {HUGGINGFACE_FILE}, a sentencepiece "
         f"model, {' or '.join(' with '.join(pair) for pair in _GPT2_FILES)}, or {' or '.join(_PATTERNS)}.tiktoken"

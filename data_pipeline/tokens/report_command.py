@@ -224,13 +224,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _named(own: str, against: Sequence[str]) -> dict[str, Published]:
     """Opens the tokenizers, under the names that the command line gives them, or those of their folders or files."""
     named = {"own": open_published(own)}
-    for asked in against:
-        name, equals, path = asked.partition("=")
-        if not equals or Path(asked).exists():
-            path = asked
+    for given in against:
+        name, equals, path = given.partition("=")
+        if not equals or Path(given).exists():
+            path = given
             name = Path(path).name if Path(path).name != "tokenizer.json" else Path(path).absolute().parent.name
         if name in named:
-            raise ConfigError(f"--against {asked}: there is another tokenizer named {name!r}; write NAME={path}")
+            raise ConfigError(f"--against {given}: there is another tokenizer named {name!r}; write NAME={path}")
         named[name] = open_published(path)
     return named
 

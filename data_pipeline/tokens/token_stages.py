@@ -22,7 +22,7 @@ from data_pipeline.core.stage import KeepEarlier, Stage, file_hashes, read_manif
 from data_pipeline.tokens.foreign import adopt, files_beside, load_named
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import FIM_CONTROLS, Tokenizer
-from data_pipeline.tokens.training import train
+from data_pipeline.tokens.tokenizer_training import train
 
 
 def tokenizer_stage(context: RunContext, documents: Stage, keep: KeepEarlier) -> Stage:
@@ -38,7 +38,7 @@ def tokenizer_stage(context: RunContext, documents: Stage, keep: KeepEarlier) ->
         "tokenizer",
         partial(_tokenizer, context),
         plain(config.tokenizer) | ({"controls": controls} if (controls := _controls(config.mixture)) else {}),
-        ("tokens.training", "tokens.foreign"),
+        ("tokens.tokenizer_training", "tokens.foreign"),
         needs=(documents,),
         counted_against=documents,
         inputs=taken,

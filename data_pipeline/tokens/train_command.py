@@ -22,7 +22,7 @@ from configs.tokenizer import TokenizerTrainConfig
 from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.shards import TRAIN
 from data_pipeline.tokens.tokenizer import Tokenizer
-from data_pipeline.tokens.training import train_on_texts
+from data_pipeline.tokens.tokenizer_training import train_on_texts
 from data_pipeline.tokens.training_text import FileTexts, described, run_shards, shard_texts
 from data_pipeline.tokens.vocabulary import padding, symbols
 

@@ -10,7 +10,7 @@ from configs.sources import ANY_LANGUAGE, ExtractConfig, SourceConfig
 from configs.tokenizer import TextConfig
 from data_pipeline.core.shards import read_records, shard_path, shards_under
 from data_pipeline.reading.formats import Format, format_of
-from data_pipeline.reading.records import InputUnit
+from data_pipeline.reading.input_records import InputUnit
 from data_pipeline.reading.source_reader import find_units, read_file
 
 _SECTION = "text"

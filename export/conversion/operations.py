@@ -27,7 +27,7 @@ class Operation:
         return list(theirs)
 
     def left_over(self, theirs: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """Returns the part of the file's tensor that Trivium's tensors have no place for, or None."""
+        """Returns the part of the file's tensor that none of Trivium's tensors hold, or None."""
         return None
 
     def put_back(self, theirs: Tensors, left_over: torch.Tensor) -> Tensors:

@@ -56,7 +56,7 @@ class Rope:
             return draft.refuse("rope_theta", theta, "a number")
         draft.put("position.theta", float(theta))
         fraction = next(
-            (place["partial_rotary_factor"] for place in (rope, raw) if place.get("partial_rotary_factor") is not None),
+            (keys["partial_rotary_factor"] for keys in (rope, raw) if keys.get("partial_rotary_factor") is not None),
             self.fraction,
         )
         if self.whole and fraction != 1:

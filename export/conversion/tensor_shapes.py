@@ -59,7 +59,7 @@ def layer_parameters(layer: LayerConfig) -> dict[str, Shape]:
 
 
 def _module(layer: LayerConfig) -> dict[str, str]:
-    """Returns what a module of multi-token prediction has beside a block."""
+    """Returns the shapes of the tensors that a module of multi-token prediction has beside its block."""
     norms = (_norm(f"{name}_norm", layer.norm.kind) for name in ("embedding", "hidden", "output"))
     return {name: shape for norm in norms for name, shape in norm.items()} | {"joint_proj.weight": "H2"}
 

@@ -18,7 +18,7 @@ class AdaLoraForm:
     peft_type = "LORA"
 
     def write(self, adapter: OwnAdapter, base: Base) -> PeftAdapter:
-        """See `Form.write`."""
+        """Returns a run's AdaLoRA in PEFT's format, as LoRA (see `Form.write`)."""
         tensors: dict[str, torch.Tensor] = {}
         for target, parts in parts_by_target(adapter.tensors).items():
             tensors[adapter_name(target, "a")] = parts["a"]
@@ -29,5 +29,5 @@ class AdaLoraForm:
         return LowRankForm().write(OwnAdapter(AdapterConfig(kind="lora", **kept), tensors), base)
 
     def read(self, adapter: PeftAdapter, base: Base) -> OwnAdapter:
-        """See `Form.read`."""
+        """Returns an adapter of PEFT in Trivium's form (see `Form.read`)."""
         return LowRankForm().read(adapter, base)

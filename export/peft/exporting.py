@@ -149,7 +149,7 @@ def _reference(
     texts: "Texts",
     config: ExportConfig,
 ) -> Reference:
-    """Returns what the adapter on its base must equal: Trivium's decoder of the weights in the base's folder."""
+    """Returns Trivium's decoder of the base's weights and the adapter, which peft's model of both must equal."""
 
     def read(name: str) -> torch.Tensor:
         return own.tensors[name] if is_adapter(name) else read_base(name).float()

@@ -34,7 +34,7 @@ def import_adapter(directory: Path, out: Path, base: Path | None, any_base: bool
         raise ConfigError(f"{out} exists already; name a new folder")
     adapter, record = folder.read(directory)
     form = form_of_config(adapter.config)
-    source = open_source(_place(directory, base, record))
+    source = open_source(_base_folder(directory, base, record))
     if not any_base:
         _check_base(directory, source, record)
     family = family_of(source.model, source.architecture)
@@ -43,7 +43,7 @@ def import_adapter(directory: Path, out: Path, base: Path | None, any_base: bool
     count = sum(tensor.numel() for tensor in own.tensors.values())
     what = f"{own.config.kind} of {count:,} parameters on {source.path}"
     if dry_run:
-        return f"{what}: every tensor has its place; nothing was written"
+        return f"{what}: every tensor fits; nothing was written"
     initial = InitialModel.open(_init(source.path), str(out), "no")
     with partly_written(out, "OUT") as partial:
         _write(partial, out, own, initial, template_in(directory))
@@ -51,7 +51,7 @@ def import_adapter(directory: Path, out: Path, base: Path | None, any_base: bool
     return f"{what}: written to {out}; train from it with init.run={out}"
 
 
-def _place(directory: Path, base: Path | None, record: BaseRecord) -> Path:
+def _base_folder(directory: Path, base: Path | None, record: BaseRecord) -> Path:
     if base is not None:
         return base
     if record.name is not None and Path(record.name).is_dir():

@@ -45,7 +45,7 @@ class LowRankForm:
     peft_type = "LORA"
 
     def write(self, adapter: OwnAdapter, base: Base) -> PeftAdapter:
-        """See `Form.write`."""
+        """Returns a run's LoRA or DoRA in PEFT's format (see `Form.write`)."""
         config, parts = adapter.config, parts_by_target(adapter.tensors)
         if config.base != "full":
             raise PeftError(
@@ -55,7 +55,7 @@ class LowRankForm:
         everywhere = adapter_matrices(base.family, base.model)
         chosen = [matrix for matrix in everywhere if any(name in parts for name in matrix.ours)]
         if lacking := sorted(set(parts) - {name for matrix in chosen for name in matrix.ours}):
-            raise PeftError(f"{base.family.architecture} has no place for the adapter of {lacking[0]}")
+            raise PeftError(f"{base.family.architecture} has no matrix for the adapter of {lacking[0]}")
         tensors: dict[str, torch.Tensor] = {}
         ranks: dict[str, int] = {}
         for matrix in chosen:
@@ -75,7 +75,7 @@ class LowRankForm:
         return PeftAdapter(_config(config, base, everywhere, chosen, ranks), tensors)
 
     def read(self, adapter: PeftAdapter, base: Base) -> OwnAdapter:
-        """See `Form.read`."""
+        """Returns PEFT's LoRA or DoRA in Trivium's form (see `Form.read`)."""
         config = adapter.config
         for key, plain in _PLAIN.items():
             if key in config and config[key] not in plain:

@@ -46,12 +46,12 @@ class AdapterMatrix:
 
     @property
     def key(self) -> str:
-        """The name by which adapter_config.json names it."""
+        """The name of the matrix in adapter_config.json."""
         return self.module if self.by_module else f"{self.module}.{self.parameter}"
 
     @property
     def tensors(self) -> str:
-        """The beginning of its tensors' names."""
+        """The beginning of the names of the tensors that adapt the matrix."""
         return self.module + ".base_layer" * self.inside
 
 
@@ -110,7 +110,7 @@ def _stacked(matrices: dict[str, Entry], family: Family) -> Iterator[AdapterMatr
 
 
 def _without_transpose(operation: Operation) -> tuple[Operation, bool]:
-    """Returns what an operation does to rows, and whether it makes columns of them at the end."""
+    """Returns an operation without its final transposition, and whether it had one."""
     steps = operation.steps if isinstance(operation, Chain) else (operation,)
     kept = tuple(step for step in steps if not isinstance(step, Transpose))
     assert not any(isinstance(step, Transpose) for step in steps[: len(kept)]), "a file transposes last"

@@ -1,7 +1,7 @@
 """Prompt tuning, P-tuning, prefix tuning and P-tuning v2 in PEFT's format.
 
-A file of PEFT holds what virtual tokens were trained to, one row for each, and no encoder that makes them: vectors in
-place of embeddings, or the keys and values of all layers. So what is read again is of the kind that trains these.
+A file of PEFT holds one trained row for each virtual token, and not the encoder that made it: a vector in place of an
+embedding, or the keys and values of all layers. So an adapter that is read again trains these rows directly.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ LAYER = "layers.{}.attention.adapter.prefix."
 
 @dataclass(frozen=True)
 class VirtualTokenForm:
-    """One of the methods; a file is read as the kind that comes first."""
+    """A method that trains virtual tokens; a file that several kinds could have written is read as the first."""
 
     kinds: tuple[str, ...]
     peft_type: str
 
     def write(self, adapter: OwnAdapter, base: Base) -> PeftAdapter:
-        """See `Form.write`."""
+        """Returns a run's virtual tokens in PEFT's format (see `Form.write`)."""
         config, model = adapter.config, base.model
         if model.scale_embedding and config.prepends:
             raise PeftError(
@@ -54,7 +54,7 @@ class VirtualTokenForm:
         return PeftAdapter(written, {TENSOR: rows.contiguous()})
 
     def read(self, adapter: PeftAdapter, base: Base) -> OwnAdapter:
-        """See `Form.read`."""
+        """Returns PEFT's virtual tokens in Trivium's form (see `Form.read`)."""
         if sorted(adapter.tensors) != [TENSOR]:
             raise PeftError(
                 f"adapter_model.safetensors has the tensors {', '.join(sorted(adapter.tensors)[:4]) or 'none'}, where "
@@ -83,7 +83,7 @@ class VirtualTokenForm:
 
 @torch.no_grad()
 def _vectors(adapter: OwnAdapter, model: ModelConfig) -> torch.Tensor:
-    """Returns the vectors [n, H] in the place of embeddings."""
+    """Returns the vectors [n, H] that stand in place of embeddings."""
     made = PromptVectors(model.hidden_size, adapter.config, LayerContext())
     made.load_state_dict({name.removeprefix(PROMPT): tensor.float() for name, tensor in adapter.tensors.items()})
     return made.vectors()

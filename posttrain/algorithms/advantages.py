@@ -1,7 +1,7 @@
 """Advantages of completions from their rewards: compared within the group of one prompt, or within the whole step.
 
 "GRPO" means several formulas in the field; each has the name of the code base that uses it. `critic` has the
-advantages that need a critic (GAE), `rewards` what is done to rewards beforehand.
+advantages that need a critic (GAE), `reward_shaping` what is done to rewards beforehand.
 """
 
 from enum import StrEnum

@@ -111,7 +111,7 @@ def _table(found: Sequence[Compared]) -> Table:
 
 
 def _said(batch: TokenBatch) -> str:
-    """Returns a line on the batch's size and, where it has the sampler's log-probabilities, how they differ."""
+    """Returns a line on the batch's size and, if it has them, on how the sampler's log-probabilities differ."""
     text = f"{int(batch.mask.sum())} sampled tokens in {int(batch.num_sequences())} completions"
     if batch.rollout_logprobs is None:
         return text

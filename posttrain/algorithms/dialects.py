@@ -99,9 +99,9 @@ def _matrix(batch: TokenBatch, name: str = "rewards") -> tuple[Tensor, Tensor, T
     return found, index, last
 
 
-def _to_tokens(batch: TokenBatch, advantages_PG: Tensor, place_PG: Tensor, last: Tensor) -> Tensor:
+def _to_tokens(batch: TokenBatch, advantages_PG: Tensor, index_PG: Tensor, last: Tensor) -> Tensor:
     of_sequence = torch.zeros(int(last.sum()), dtype=advantages_PG.dtype)
-    of_sequence[place_PG[place_PG >= 0]] = advantages_PG[place_PG >= 0]
+    of_sequence[index_PG[index_PG >= 0]] = advantages_PG[index_PG >= 0]
     at_last = torch.zeros_like(batch.logprobs).detach()
     at_last[last] = of_sequence
     return torch.where(batch.mask, batch.sequence_sum(at_last), 0.0)

@@ -15,7 +15,7 @@ from data_pipeline.tokens.chat_template import REASONING_KEYS, TemplateRefusal
 
 END_OF_REASONING = "</think>"
 _SHOWN = 60  # characters of a part in messages
-_NUMBERS = 907_100_000  # and above: what takes the place of a number
+_NUMBERS = 907_100_000  # and above: what stands in place of a number
 
 Path = tuple[str | int, ...]
 
@@ -34,7 +34,7 @@ class _Part:
         return self.value + self.mark(number) if isinstance(self.value, str) else _NUMBERS + number
 
     def mark(self, number: int) -> str:
-        """Returns what `marked` can be recognized by."""
+        """Returns the mark by which `marked` can be recognized in a rendered dialogue."""
         return f"qz{number}zq" if isinstance(self.value, str) else str(_NUMBERS + number)
 
 
@@ -99,7 +99,7 @@ def _parts(number: int, message: Mapping[str, Any], with_reasoning: bool) -> Ite
 
 
 def _names(tools: Sequence[Any]) -> Iterator[tuple[Path, str]]:
-    """Yields where the names of tools, or of the tools that are called, are in a list of them."""
+    """Yields the path and the text of each tool's name in a list of tools, or of calls of tools."""
     for i, tool in enumerate(tools):
         if not isinstance(tool, Mapping):
             continue
@@ -109,7 +109,7 @@ def _names(tools: Sequence[Any]) -> Iterator[tuple[Path, str]]:
 
 
 def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yields the texts and numbers in a value, with their places; those that are true, false or null are left out."""
+    """Yields the texts and numbers in a value, with the keys that lead to each; true, false and null are left out."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(inner, (*path, key))

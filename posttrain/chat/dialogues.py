@@ -14,7 +14,7 @@ from configs.tasks import DemonstrationConfig
 from posttrain.chat.format_interface import Chat, Sample, UntrainedEnd
 from posttrain.chat.messages import BrokenDialogue, Message, check_order
 from posttrain.chat.thinking import with_switches
-from posttrain.preference.pairs import as_messages
+from posttrain.preference.preference_pairs import as_messages
 from posttrain.records import TOO_LONG, Records, Unusable, read_split, said_keys
 from posttrain.tasks.task import Split, Task, available
 
@@ -162,5 +162,5 @@ def _messages(record: dict[str, Any]) -> Any:
 
 
 def _read(messages: Sequence[Message]) -> list[Message]:
-    """Returns messages of which none is learnt."""
+    """Returns the messages with all answers marked as read and not learnt."""
     return [{**one, "train": False} if one.get("role") == "assistant" else one for one in messages]

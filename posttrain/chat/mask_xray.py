@@ -27,8 +27,8 @@ BEGIN, END = "{+", "+}"  # around what is trained, where there are no colours
 def describe(examples: Mapping[str, Records[Example]], chat: Chat, count: int) -> dict[str, Any]:
     """Returns counts of all samples of each source, and `count` samples, spread evenly over sources and data."""
     shown = []
-    for place, (name, found) in enumerate(examples.items()):
-        share = len(range(place, count, len(examples)))
+    for first, (name, found) in enumerate(examples.items()):
+        share = len(range(first, count, len(examples)))
         shown += [described(chat, name, example) for example in _spread(found, share)]
     return {"sources": {name: _counts(found) for name, found in examples.items()}, "samples": shown}
 

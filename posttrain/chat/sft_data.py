@@ -1,7 +1,7 @@
 """SFT data: examples packed into rows with document masks, and the order in which rows are trained on.
 
 All dialogues are held in memory. Each source is packed into rows of its own by best fit. Rows of all sources are
-visited in a new random order each epoch; rows of pretraining text take their places between them at even distances. So
+visited in a new random order each epoch; rows of pretraining text are put between them at even distances. So
 sample i is a pure function of (data, seed, i). In dialogues the loss is on assistant turns only, in text on every
 token. Sources of dialogues have no weights: give a source more examples instead.
 """

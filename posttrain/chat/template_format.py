@@ -98,16 +98,16 @@ class TemplateFormat(Chat):
         may be left out.
         """
         last = len(messages) - 1
-        asked = [i for i, one in enumerate(messages) if one["role"] != "assistant" or i in turns]
+        with_reasoning = [i for i, one in enumerate(messages) if one["role"] != "assistant" or i in turns]
         own = [i for i in turns if divided and i != last]
         shared = [i for i in range(len(messages)) if i not in own]
         for upto, numbers in ((last, shared), *((i, [i]) for i in own)):
-            missing = dropped(self.encoder, messages[: upto + 1], tools, turns[upto].text, numbers, asked)
+            missing = dropped(self.encoder, messages[: upto + 1], tools, turns[upto].text, numbers, with_reasoning)
             if missing:
                 raise BrokenDialogue(DROPPED, missing)
 
     def _written_around(self) -> tuple[str, str]:
-        """Returns what the template writes in an answer before and after its content."""
+        """Returns the text that the template writes in an answer before and after its content."""
         turns = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
         try:
             prompt, text = self.encoder.text(turns[:1], open_answer=True)[0], self.encoder.text(turns)[0]

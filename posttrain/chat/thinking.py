@@ -25,20 +25,20 @@ def with_switches(messages: Sequence[Mapping[str, Any]], add: bool) -> list[dict
     """
     found = [dict(message) for message in messages]
     add = add and not any(switch_of(message) for message in messages)
-    asked: str | None = None
+    switch: str | None = None
     for begin, end in _turns(messages):
-        asked = switch_of(messages[begin]) or asked
+        switch = switch_of(messages[begin]) or switch
         answers = [i for i in range(begin + 1, end) if messages[i]["role"] == "assistant"]
         if messages[begin]["role"] != "user" or not answers:
             continue
         kind = THINK if any(map(reasoning_of, (messages[i] for i in answers))) else NO_THINK
-        if add and asked != kind:
+        if add and switch != kind:
             found[begin]["content"] += f" {kind}"
-            asked = kind
-        if asked and asked != kind and any(is_trained(messages[i]) for i in answers):
+            switch = kind
+        if switch and switch != kind and any(is_trained(messages[i]) for i in answers):
             has = "has reasoning" if kind == THINK else "has no reasoning"
-            raise BrokenDialogue(f"an answer to {asked} that {has}", f"message {answers[-1]} {has}")
-        for i in answers if asked == NO_THINK else ():
+            raise BrokenDialogue(f"an answer to {switch} that {has}", f"message {answers[-1]} {has}")
+        for i in answers if switch == NO_THINK else ():
             if not _has_block(messages[i]):
                 found[i]["reasoning_content"] = ""
     return found
@@ -65,6 +65,6 @@ def _has_block(message: Mapping[str, Any]) -> bool:
 
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
-    """Returns where each system or user message is, and where the next one is."""
+    """Returns the index of each system or user message, with that of the next one."""
     begins = [i for i, message in enumerate(messages) if message["role"] in ASKING]
     return list(zip(begins, [*begins[1:], len(messages)], strict=True))

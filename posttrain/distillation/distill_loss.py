@@ -16,7 +16,7 @@ class DistillLoss:
     is_linear = True
 
     def __init__(self, section: DistillSection, teacher: Teacher, vocab_size: int) -> None:
-        """`vocab_size` is the student's."""
+        """Makes the loss of a student whose vocabulary has `vocab_size` tokens."""
         self.temperature = section.temperature
         self.settings = Settings(section.loss, section.beta, section.temperature, min(vocab_size, teacher.vocab_size))
         self.states = teacher.states

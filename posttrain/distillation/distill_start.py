@@ -44,7 +44,7 @@ class OpenedDistillation:
 
 
 def opened(config: DistillConfig, resume: str, env: ClusterEnvironment) -> OpenedDistillation:
-    """Opens a run. Raises ConfigError for what does not fit together."""
+    """Opens student, teacher, data and prompts of a run. Raises ConfigError if they do not fit together."""
     student = InitialChatModel.open(config.init, config.run.dir, resume, template=config.data.chat_template)
     student.check_rows(config.train.seq_length)
     layout = Layout.of(env.world_size, config.parallel, student.model, config.train, given=student.given)

@@ -61,7 +61,7 @@ class Settings:
 
 
 class OfDistributions(LossFunction, Protocol):
-    """A loss of whole distributions; `states` returns what the teacher said of a micro-batch, on the last stage."""
+    """A loss of whole distributions; on the last stage `states` has the teacher's hidden states on a micro-batch."""
 
     settings: Settings
 

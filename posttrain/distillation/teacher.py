@@ -74,7 +74,7 @@ def open_teacher(config: DistillConfig, student: InitialModel, world_size: int) 
     if config.parallel.tp > 1 and found.model.vocab_size != student.model.vocab_size:
         raise ConfigError(
             f"{said} has a vocabulary of {found.model.vocab_size} tokens with its padding, and the student one of "
-            f"{student.model.vocab_size}, which parallel.tp = {config.parallel.tp} would split in different places; "
+            f"{student.model.vocab_size}, which parallel.tp = {config.parallel.tp} would split at different tokens; "
             "set parallel.tp=1"
         )
     try:
@@ -136,7 +136,7 @@ class Teacher:
         self._states = kept.found
 
     def states(self, batch: Batch) -> TeacherStates:
-        """Returns what the teacher said of a micro-batch that it saw, known by the numbers of its samples."""
+        """Returns the teacher's hidden states on a micro-batch that it saw, found by the numbers of its samples."""
         assert batch.samples is not None
         states = self._states[batch.samples]
         # Copies of a batch that only fill up a pipeline have nothing to train.
@@ -154,7 +154,7 @@ class _KeptStates:
         self.found: dict[tuple[int, ...], TeacherStates] = {}
 
     def head_loss(self, batch: Batch, scale: float, num_sources: int) -> HeadLoss:
-        """Returns the place of the head's loss, where the states are kept."""
+        """Returns a loss for the output head that keeps hidden states in place of computing anything."""
         return _KeptHead(batch, self, scale, num_sources)
 
     def __call__(self, outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -163,7 +163,7 @@ class _KeptStates:
 
 
 class _KeptHead(HeadLoss):
-    """The place of a head's loss in which hidden states are kept and nothing is computed."""
+    """A loss of the output head that keeps the hidden states it gets, in place of computing anything."""
 
     loss_fn: _KeptStates
 

@@ -26,7 +26,7 @@ class OnlineRun:
 
 
 def opened_online(config: PreferenceConfig, initial: InitialChatModel, layout: Layout, is_main: bool) -> OnlineRun:
-    """Opens the task of a run. Raises ConfigError for what does not fit together."""
+    """Opens the task of a run. Raises ConfigError if its prompts and answers do not fit the model and the rows."""
     assert config.online is not None and config.task is not None
     online, train, seed = config.online, config.train, config.run.seed
     task = make_task(config.task, source_state(initial).get("rewards", {}))

@@ -3,7 +3,7 @@
 In each step the model answers prompts several times; of the answers to a prompt the one with the highest score is
 chosen, and the one with the lowest rejected (Guo et al. 2024, "Direct Language Model Alignment from Online AI
 Feedback", with rewards in place of the judge). Prompts whose answers all score the same give no pair, and further ones
-take their places. What a step samples depends on the seed and its number alone, so a run that goes on needs no state.
+take their place. What a step samples depends on the seed and its number alone, so a run that goes on needs no state.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from configs.preference import OnlineSection, PreferenceSection
 from configs.train import TrainSection
 from posttrain.preference import reference_logprobs
 from posttrain.preference.group_packing import PackedRow
-from posttrain.preference.pairs import Dialogue, Pair
 from posttrain.preference.preference_examples import rows_of_pairs
+from posttrain.preference.preference_pairs import Dialogue, Pair
 from posttrain.preference.trained_loss import PairPreference
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.reference_policy import ReferencePolicy
@@ -101,10 +101,10 @@ class OnlinePreferenceSource(BatchSource):
         if self._section.has_reference:
             if self._reference is None:
                 self._reference = ReferencePolicy(engine, self._initial)
-            with self._reference.in_place():
+            with self._reference.loaded():
                 known = reference_logprobs.compute(engine, rows)
             rows = reference_logprobs.with_reference(rows, known)
-        # The places of pairs that are missing have rows without weight.
+        # Rows without weight stand in place of pairs that are missing.
         empty = replace(rows[0], loss_mask=np.zeros_like(rows[0].loss_mask))
         self._rows = [*rows, *[empty] * (wanted - len(rows))]
 

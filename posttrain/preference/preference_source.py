@@ -68,7 +68,7 @@ class PreferenceSource(PackedSource):
             )
 
     def prepare(self, engine: Engine, step: int) -> None:
-        """Sees to it that rows have reference log-probabilities and, for KTO, that the loss has its reference point."""
+        """Gives rows their reference log-probabilities if they lack them and, for KTO, the loss its reference point."""
         if not self.has_reference:
             self._take_reference(engine, step)
             self.has_reference = True

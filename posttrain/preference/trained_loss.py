@@ -85,7 +85,7 @@ class LogRatio:
 
 
 class _Answers:
-    """Sums over the trained tokens of segments, and back: places for B * S pairs of `of_pair` segments, many empty."""
+    """Sums a batch's values over the trained tokens of each segment; has B * S slots, for pairs of `of_pair`."""
 
     def __init__(self, batch: Batch, of_pair: int = 2) -> None:
         rows, length = batch.segments.shape
@@ -96,11 +96,11 @@ class _Answers:
         self.mask = batch.loss_mask > 0
 
     def sums(self, x_BS: Tensor) -> Tensor:
-        """Returns [B * S, of_pair] in fp64."""
+        """Returns the sum over each segment's trained tokens, [B * S, of_pair] in fp64."""
         values = torch.where(self.mask, x_BS.double(), 0.0).flatten()
         nothing = values.new_zeros(values.numel() * self.of_pair)
         return nothing.index_add(0, self.slot.flatten(), values).view(-1, self.of_pair)
 
     def spread(self, of_pair: Tensor) -> Tensor:
-        """Returns [B, S] in fp32 with each pair's value at its trained tokens."""
+        """Returns values [B, S] in fp32: at each trained token the value of its pair, elsewhere 0."""
         return torch.where(self.mask, of_pair[self.pair], 0.0).float()

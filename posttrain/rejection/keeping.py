@@ -36,7 +36,7 @@ class NotKept:
         return [f"{count:,} {reason} (first: {self.first[reason]})" for reason, count in self._ordered()]
 
     def remedy(self) -> str:
-        """Returns what to do about the commonest reason."""
+        """Returns advice on the commonest reason for which completions are not kept."""
         reason = self._ordered()[0][0]
         if rule := re.search(r"keep\.\w+(\.\w+)?", reason):
             return f"loosen {rule[0]} and run the same command again, which keeps the samples"

@@ -109,7 +109,7 @@ def _dialogue(prompt: Prompt, sample: DrawnSample, config: SampleConfig, facts: 
 
 
 def _read(prompt: Prompt) -> list[Message]:
-    """Returns the messages of a prompt, whose answers, if it has any, are read and not learnt."""
+    """Returns the messages of a prompt with all answers in it marked as read and not learnt."""
     return [{**one, "train": False} if one["role"] == "assistant" else one for one in prompt.problem.messages]
 
 

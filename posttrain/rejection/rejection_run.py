@@ -36,7 +36,7 @@ class SampleRunner:
     """A run of rejection sampling on this rank."""
 
     def __init__(self, config: SampleConfig, env: ClusterEnvironment) -> None:
-        """Checks all that can be checked before ranks join. Raises ConfigError for what does not fit together."""
+        """Checks model, task and layout before ranks join. Raises ConfigError if they do not fit together."""
         self.config, self.env, self.folder = config, env, Path(config.run.dir)
         self.name = self.folder.name
         if storage.steps(self.folder):
@@ -127,7 +127,7 @@ class SampleRunner:
                 raise ConfigError(f"keep.min_rewards.{name}: the task {prompts.task.name!r} {has}")
 
     def _facts(self) -> dict[str, Any]:
-        """Returns what decides the samples, whatever the layout is; numbers are JSON's."""
+        """Returns, as JSON values, the facts on which samples depend, such as model, task and seed."""
         config, initial = self.config, self.initial
         assert initial.tokenizer is not None
         drawn = plain(config.sample)
@@ -179,7 +179,7 @@ def _mean(samples: list[DrawnSample]) -> str:
 
 
 def _lines(counts: Counts, set_aside: NotKept, config: SampleConfig, folder: Path) -> list[str]:
-    """Returns what is printed at the end."""
+    """Returns the lines that are printed at the end: how many samples were kept, and why others were not."""
     lines = [f"set aside: {line}" for line in set_aside.lines()]
     if not counts.kept:
         return [

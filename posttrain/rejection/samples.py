@@ -103,7 +103,10 @@ class SampleFiles:
 
 
 def recorded_facts(run_dir: Path) -> dict[str, Any]:
-    """Returns what decided the samples of a run that began before, or {}. Raises ConfigError if the file is damaged."""
+    """Returns the recorded facts on which the samples of a run depend; {} for a new run.
+
+    Raises ConfigError if the file is damaged.
+    """
     path = run_dir / FOLDER / FACTS
     try:
         return dict(json.loads(path.read_bytes())) if path.exists() else {}
@@ -114,7 +117,7 @@ def recorded_facts(run_dir: Path) -> dict[str, Any]:
 def check_facts(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ConfigError if the samples of a run were decided by other facts than `now`."""
     found = changes(before, now) if before else {}
-    moved = ("model.path", "checkpoint")  # places of what is known by its SHA-256
+    moved = ("model.path", "checkpoint")  # paths of what is known by its SHA-256
     found = {key: change for key, change in found.items() if key != "problems" and not _ends(key, moved)}
     if found:
         raise ConfigError(

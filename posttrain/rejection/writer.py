@@ -136,5 +136,5 @@ def _decoder(initial: InitialChatModel, mesh: Mesh, dtype: torch.dtype) -> Sampl
 
 
 def said_of(prompts: Sequence[Prompt], completions: int) -> str:
-    """Returns how many samples there will be, as text."""
+    """Returns a phrase that says how many samples there will be."""
     return f"{len(prompts) * completions:,} samples, {completions} of each of {len(prompts):,} prompts"

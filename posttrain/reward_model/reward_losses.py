@@ -106,7 +106,7 @@ def _sides(values_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.T
 
 
 def _twice(of_pair_P: torch.Tensor) -> torch.Tensor:
-    """Returns what belongs to each pair [P] at both of its positions [2P]."""
+    """Repeats values of pairs [P] for both positions of each pair [2P]."""
     return of_pair_P.repeat_interleave(2)
 
 

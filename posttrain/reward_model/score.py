@@ -110,7 +110,7 @@ class Scorer:
 
 
 def open_scorer(path: str, key: str = "reward model") -> Scorer:
-    """Opens the reward model at `path`. Raises ConfigError as `RewardModel.open` does, or if it has many classes."""
+    """Opens the reward model at `path`. Raises ConfigError as `RewardModel.open` does, or for more than two classes."""
     model = RewardModel.open(path, key=key)
     if (outputs := model.decoder.model_config.head.outputs) > 2:
         raise ConfigError(

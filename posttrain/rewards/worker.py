@@ -43,7 +43,7 @@ class Call:
 
 
 class _Ended(Exception):
-    """A worker that is over: by its own doing or by a limit of time."""
+    """Error for a worker process that has ended by itself, or that a time limit ended."""
 
 
 class Worker:
@@ -221,7 +221,7 @@ class WorkerReward:
 def _file_of(target: str) -> Path | None:
     """Returns the file of a function's module, as a worker finds it; None if there is no such file."""
     name = target.partition(":")[0].replace(".", "/")
-    places = (
+    candidates = (
         Path(folder, file) for folder in (os.getcwd(), *sys.path) for file in (f"{name}.py", f"{name}/__init__.py")
     )
-    return next((place for place in places if place.is_file()), None)
+    return next((file for file in candidates if file.is_file()), None)

@@ -78,7 +78,7 @@ class ValueLoss:
         self._clip = clip
 
     def __call__(self, logprobs_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns the loss of the values [B, S] that take the place of log-probabilities, and metrics."""
+        """Returns the loss of the values [B, S], which stand in place of log-probabilities, and metrics."""
         values_BS, extra = logprobs_BS, batch.extra
         tokens = TokenBatch(
             values_BS.detach(),

@@ -10,7 +10,7 @@ from configs.rl import RLSection
 from posttrain.algorithms.advantages import decoupled_sums, equal_groups
 from posttrain.algorithms.dialects import Dialect
 from posttrain.algorithms.kl import KLEstimator, rewards_with_kl
-from posttrain.algorithms.rewards import overlong_penalty, reward_at_last_token
+from posttrain.algorithms.reward_shaping import overlong_penalty, reward_at_last_token
 from posttrain.algorithms.token_batch import TokenBatch
 from posttrain.rl.rollout import PART, Rollout
 from pretrain.parallel.engine import Engine
@@ -50,7 +50,7 @@ class GroupCredit:
     def _by_reward(self, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns the rewards [P, G, K] of each name, which of them are scored, and their weights [K].
 
-        What is taken for length is a reward of its own.
+        The penalty on overlong completions counts as one more reward.
         """
         parts, weights = [rollout.arrays[PART + name] for name in self.weights], list(self.weights.values())
         if self.settings.overlong_buffer:
@@ -63,7 +63,7 @@ class GroupCredit:
 
 
 def token_batch(rollout: Rollout, settings: RLSection, max_length: int) -> TokenBatch:
-    """Returns a rollout's tokens with their rewards, less what length and divergence cost, but no unscorable samples.
+    """Returns the tokens of a rollout's scored samples, with rewards less the penalties on length and divergence.
 
     Raises ValueError if the divergence is charged and the rollout lacks the reference's log-probabilities.
     """

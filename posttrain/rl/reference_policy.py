@@ -34,7 +34,7 @@ class ReferencePolicy:
         own.put(engine)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def loaded(self) -> Iterator[None]:
         """Context manager in which the engine has the reference's weights; collective. It must not train in it."""
         if self._weights is None:
             with self._engine.without_adapters():

@@ -36,7 +36,7 @@ class OpenedRun:
 def opened(
     config: GRPOConfig | PPOConfig, section: GRPOSection | PPOSection, name: str, resume: str, env: ClusterEnvironment
 ) -> OpenedRun:
-    """Opens a run whose method has the config section `name`. Raises ConfigError for what does not fit together."""
+    """Opens model and task of a run of the method `name`. Raises ConfigError if they do not fit together."""
     initial = InitialChatModel.open(config.init, config.run.dir, resume)
     initial.check_rows(config.train.seq_length)
     if initial.note and env.is_main:

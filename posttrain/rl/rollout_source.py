@@ -217,7 +217,7 @@ class RolloutSource(BatchSource):
             if self._reference is None:
                 assert self._initial is not None, "the divergence is measured from the run's initial model"
                 self._reference = ReferencePolicy(engine, self._initial)
-            with self._reference.in_place():
+            with self._reference.loaded():
                 reference = token_values(engine, rows, self.sampling.temperature)
             self._metrics["kl_to_reference"] = _kl(rollout, reference)
             rollout = rollout.plus(ref_logprobs=reference.numpy())

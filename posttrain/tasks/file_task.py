@@ -40,7 +40,7 @@ class FileTask:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Name, limit and hash of the problems: of all that a reward sees, and not of the place of a record."""
+        """Name, limit and number of the problems, with a hash of all that a reward sees of them."""
         digest = hashlib.sha256()
         for problem in self.problems["train"]:
             seen = (problem.messages, problem.answer, problem.metadata)

@@ -19,7 +19,7 @@ class MixtureTask:
         self.parts = {part: task for part, (_, task) in parts.items()}
         total = sum(weight for weight, _ in parts.values())
         self._shares = [weight / total for weight, _ in parts.values()]
-        self._places: list[tuple[int, int]] = []  # of each index: number of the part, index in the part
+        self._parts_of_indices: list[tuple[int, int]] = []  # of each index: number of the part, index in the part
         self._counts = [0] * len(parts)
 
     @property
@@ -80,10 +80,10 @@ class MixtureTask:
         return f"{self.name} of {', '.join(f'{s:.0%} {p}' for p, s in zip(self.parts, self._shares, strict=True))}"
 
     def _part_of(self, index: int) -> tuple[int, int]:
-        while len(self._places) <= index:
-            total = len(self._places) + 1
+        while len(self._parts_of_indices) <= index:
+            total = len(self._parts_of_indices) + 1
             behind = [share * total - count for share, count in zip(self._shares, self._counts, strict=True)]
             part = behind.index(max(behind))
-            self._places.append((part, self._counts[part]))
+            self._parts_of_indices.append((part, self._counts[part]))
             self._counts[part] += 1
-        return self._places[index]
+        return self._parts_of_indices[index]

@@ -30,7 +30,7 @@ def make_task(settings: TaskConfig, begun: MadeFrom | None = None) -> Task:
 
 
 def made_from(task: Task) -> MadeFrom:
-    """Returns what the rewards of a task are made from outside the config, by config key: reward models, functions."""
+    """Returns, by config key, what a task's rewards depend on outside the config: reward models and functions."""
     if isinstance(task, MixtureTask):
         return {key: facts for part in task.parts.values() for key, facts in made_from(part).items()}
     if not isinstance(task, FileTask):

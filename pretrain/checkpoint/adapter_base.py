@@ -23,14 +23,14 @@ FOLDER = "base"  # where a run keeps the files of its bases
 
 
 def base_facts(config: TrainerConfig, init: Pin | None) -> dict[str, Any] | None:
-    """Returns what names the base in manifests, where frozen weights are left out of a run's checkpoints, else None."""
+    """Returns the entry that names the base in manifests of checkpoints without frozen weights, else None."""
     if init is None or not (config.adapter or config.train.freeze):
         return None
     return named_base(init, Path(config.run.dir))
 
 
 def named_base(pin: Pin, run_dir: Path) -> dict[str, Any]:
-    """Returns what names the model of `pin` as the base in manifests of a run."""
+    """Returns the entry by which a run's manifests name the model of `pin` as the base."""
     return {**asdict(pin), "relative": os.path.relpath(Path(pin.checkpoint).resolve(), run_dir.resolve())}
 
 
@@ -116,7 +116,7 @@ def _files_of(model: Path) -> list[Path]:
 
 
 def content_of(model: Path) -> str | None:
-    """Returns what identifies a checkpoint, its manifest's SHA-256, or a Hugging Face folder; None if none is there."""
+    """Returns a hash that identifies the content of a checkpoint or a Hugging Face folder; None if neither is there."""
     if (model / storage.MANIFEST).is_file():
         return file_sha256(model / storage.MANIFEST)
     if not (model / "config.json").is_file():

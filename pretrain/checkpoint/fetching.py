@@ -25,7 +25,10 @@ Fits = Callable[[str, dict[str, Any]], None]  # raises ConfigError if a manifest
 
 
 class Fetcher:
-    """Access of a run that starts to its mirror at `address`. The main rank makes one and calls its methods."""
+    """Fetches checkpoints for a run that starts, from its mirror at `address`.
+
+    The main rank makes one and calls its methods.
+    """
 
     def __init__(self, mesh: Mesh, run_dir: Path, address: str, fits: Fits):
         self._mesh, self._run_dir, self._fits = mesh, run_dir, fits
@@ -133,7 +136,7 @@ def put_whole(temporary: Path, final: Path, manifest: bytes) -> None:
     try:
         write_atomic(temporary / MANIFEST, manifest)
         sync(temporary)
-        storage.put_in_place(temporary, final)
+        storage.rename_to_final(temporary, final)
     except OSError as error:
         raise CheckpointError(f"{final} cannot be written: {error.strerror}; free disk space") from None
 

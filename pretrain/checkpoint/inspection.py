@@ -110,7 +110,7 @@ def _summary(path: Path, manifest: dict[str, Any], facts: list[TensorFacts]) -> 
         "tokens": manifest["tokens"],
         "samples": manifest["samples"],
         "ledger": manifest.get("ledger", {}),
-        "stretches": manifest.get("stretches", []),
+        "data_spans": manifest.get("data_spans", []),
         "layout": manifest["layout"],
         "optimizer_steps": manifest["optimizer_steps"],
         "parameters": sum(math.prod(f.shape) for f in facts),
@@ -142,7 +142,7 @@ def _show(summary: dict[str, Any], config: dict[str, Any], facts: list[TensorFac
         console.print(f"trained on, in tokens with a loss: {', '.join(used)}", markup=False, highlight=False)
     for kind, seconds, share in goodput.table(goodput.read(storage.run_of(Path(summary["path"])))):
         console.print(f"time: {share:6.1%}  {duration(seconds):>12}  {kind}", markup=False, highlight=False)
-    for line in history.describe_spans(summary["stretches"]):
+    for line in history.describe_spans(summary["data_spans"]):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if summary["not_finite"]:
         console.print(f"{summary['not_finite']:,} values are not finite (red); go back to an earlier checkpoint")

@@ -118,7 +118,7 @@ class LocalSaver:
             for name in sorted(manifests, reverse=True):  # that of the whole checkpoint last
                 write_atomic(temporary / name / MANIFEST, manifests[name].encode())
                 sync(temporary / name)
-            storage.put_in_place(temporary, final)
+            storage.rename_to_final(temporary, final)
         except OSError as error:
             return f"rank {self._rank} could not publish {final}: {error.strerror}"
         return None

@@ -71,7 +71,7 @@ class Mirror:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a folder of this machine's file systems."""
+        """Whether the mirror is a folder of this machine's file systems."""
         return isinstance(self._system, fsspec.implementations.local.LocalFileSystem)
 
     def named(self, step: int) -> str:

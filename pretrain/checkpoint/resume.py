@@ -224,7 +224,7 @@ def model_changes(
 
 def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
     """Returns the facts of the data that the checkpoint was last trained on; empty if its manifest has none."""
-    data_spans = manifest.get("stretches") or [{}]
+    data_spans = manifest.get("data_spans") or [{}]
     return dict(data_spans[-1].get("facts", {}))
 
 

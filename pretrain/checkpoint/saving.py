@@ -26,7 +26,7 @@ from configs.loader import plain
 from pretrain.checkpoint import pruning, state, storage
 from pretrain.checkpoint.local_disk import LocalDisk
 from pretrain.checkpoint.local_saving import LocalSaver
-from pretrain.checkpoint.mirroring import SIGNAL_SECONDS, Mirroring
+from pretrain.checkpoint.mirror_copies import SIGNAL_SECONDS, Mirroring
 from pretrain.checkpoint.storage import CheckpointError, Piece
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.rank_messages import broadcast_json, gather_json
@@ -111,7 +111,7 @@ class Saver:
 
     @property
     def why(self) -> str:
-        """Why the last save was given up, and what to do."""
+        """Sentence on why the last save was given up, and what to do."""
         full = any(os.strerror(number) in str(self.failure) for number in (errno.ENOSPC, errno.EDQUOT))
         return f"{self.failure}; {'free disk space' if full else 'see to that'} and run the same command again"
 

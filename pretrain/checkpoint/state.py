@@ -55,7 +55,7 @@ def copy_owned(engine: Engine, host: dict[str, torch.Tensor]) -> dict[str, tuple
 
 
 def manifest_facts(engine: Engine) -> dict[str, Any]:
-    """Returns what a manifest says of the engine: Adam's step count, expert balance, and its base. Collective."""
+    """Returns an engine's entries for a manifest: Adam's step count, expert balance, and its base. Collective."""
     steps = max(engine.mesh.gather_json(zero.steps_done(engine.zero)))  # a rank may have nothing to train
     facts = {"optimizer_steps": steps, "balance": expert_balance.state(engine.module, engine.mesh)}
     return facts | ({"base": engine.base} if engine.base else {})
@@ -113,7 +113,10 @@ def begin_from(engine: Engine, tensors: WholeTensors) -> list[str]:
 
 
 def fill_evaluated(engine: Engine, tensors: WholeTensors) -> None:
-    """Fills an engine without an optimizer. Raises CheckpointError if the tensors are of another model."""
+    """Copies a model's tensors into an engine that only evaluates.
+
+    Raises CheckpointError if the tensors are of another model.
+    """
     _check_shapes(engine, tensors, required=[])
     _fill_frozen(engine, tensors.read)
     expert_balance.restore(engine.module, tensors.balance)
@@ -234,9 +237,9 @@ def _owned(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.T
 
 
 def _frozen(engine: Engine) -> Iterator[tuple[str, tuple[Piece, dict[str, torch.Tensor]]]]:
-    """Yields the frozen weights that this rank writes: whole slices, by their first holder.
+    """Yields the frozen weights that this rank writes: whole slices of which it is the first holder.
 
-    Where the run's base has them they are the numbers of AdaLoRA's schedule alone.
+    If the run's base holds the frozen weights, only the numbers of AdaLoRA's schedule are written.
     """
     mesh = engine.mesh
     for name, parameter in engine.module.named_global_parameters():

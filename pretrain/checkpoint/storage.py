@@ -137,10 +137,10 @@ def publish(
     Raises OSError, and CheckpointError if the parts do not cover every parameter.
     """
     complete(temporary, parts, state, kinds)
-    put_in_place(temporary, final)
+    rename_to_final(temporary, final)
 
 
-def put_in_place(temporary: Path, final: Path) -> None:
+def rename_to_final(temporary: Path, final: Path) -> None:
     """Renames the directory of a checkpoint whose files are all written to its final name. Raises OSError."""
     replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():  # a damaged checkpoint of this very step
@@ -168,7 +168,7 @@ def complete(folder: Path, parts: list[dict[str, Any]], state: dict[str, Any], k
 
 def manifest_content(parts: list[dict[str, Any]], state: dict[str, Any], kinds: tuple[str, ...] = KINDS) -> bytes:
     """Returns the content of a manifest. Raises CheckpointError if the parts do not cover every parameter."""
-    parameters, kept = _places(parts, "pieces"), _places(parts, "kept")
+    parameters, kept = _with_pieces(parts, "pieces"), _with_pieces(parts, "kept")
     frozen = sorted({name for part in parts for name in part["frozen"]})
     for name, entry in (parameters | kept).items():
         covered = sum(piece["length"] for piece in entry["pieces"])
@@ -187,8 +187,8 @@ def manifest_content(parts: list[dict[str, Any]], state: dict[str, Any], kinds: 
     return CHECKPOINT.write(values)
 
 
-def _places(parts: list[dict[str, Any]], key: str) -> dict[str, Any]:
-    """Returns the shape of each tensor that the parts list under `key`, and the places of its pieces."""
+def _with_pieces(parts: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """Returns the shape of each tensor that the parts list under `key`, with file and position of its pieces."""
     found: dict[str, Any] = {}
     for part in parts:
         for piece in part[key]:
@@ -203,7 +203,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     """Reads the manifest of a checkpoint directory. Raises CheckpointError or OtherVersionError."""
     file = Path(path) / MANIFEST
     try:
-        return CHECKPOINT.read(file.read_bytes(), file)
+        manifest = CHECKPOINT.read(file.read_bytes(), file)
     except FileNotFoundError:
         raise CheckpointError(f"{file} does not exist; {path} is not a whole checkpoint") from None
     except VersionError as error:
@@ -212,6 +212,9 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{error}; use an earlier checkpoint") from None
+    if "stretches" in manifest:  # the key in version 2
+        manifest["data_spans"] = manifest.pop("stretches")
+    return manifest
 
 
 def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
@@ -308,7 +311,7 @@ class Reader:
 
     @property
     def kept(self) -> list[str]:
-        """Names of the tensors that are only kept, see the module's docstring."""
+        """Names of the tensors that Trivium computes nothing with, and keeps so that an export gives them back."""
         return list(self.manifest.get("kept", {}))
 
     def kinds_of(self, name: str) -> list[str]:
@@ -325,7 +328,7 @@ class Reader:
         return self._assembled(self.manifest["parameters"][name], f"{kind}/{name}")
 
     def read_kept(self, name: str) -> torch.Tensor:
-        """Reads a tensor that is only kept, by its name in the file that it came from."""
+        """Reads a tensor that Trivium computes nothing with, by its name in the file that it came from."""
         return self._assembled(self.manifest["kept"][name], f"{KEPT}/{name}")
 
     def _assembled(self, entry: dict[str, Any], key: str) -> torch.Tensor:

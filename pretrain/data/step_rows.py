@@ -8,7 +8,7 @@ import torch
 from configs.train import TrainSection
 from pretrain.data.batch_source import BatchSource, micro_batches, share_of_rank
 from pretrain.data.read_ahead import ReadAhead
-from pretrain.health.rewinds import Rewinds
+from pretrain.health.rewind_history import Rewinds
 from pretrain.model.batch import Batch
 from pretrain.parallel.groups import Mesh
 

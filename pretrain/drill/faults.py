@@ -43,7 +43,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Drill:
-    """A way to break a run: what it does, in words, and why it cannot be done here, "" if it can."""
+    """A way to break a run: what it does, in words, and why it cannot be done here, "" if it can be."""
 
     what: str
     do: "Callable[[Setting, DrilledRun, DrillOutcome], None]"

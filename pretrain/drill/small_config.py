@@ -82,7 +82,7 @@ class SmallConfig:
 
 
 def default_ranks(config: PretrainConfig) -> int:
-    """Returns how many ranks a drill has if none are asked for: those of the smallest job like it, at least two."""
+    """Returns the number of ranks if the user names none: those of the smallest job of this layout, at least two."""
     return max(2, min(USUAL_RANKS, smallest_world(config.parallel)))
 
 

@@ -16,8 +16,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from configs.loader import ConfigError
 from configs.sampling import SamplingConfig
+from pretrain.evaluation.evaluation_progress import ProgressCount
 from pretrain.evaluation.likelihood import BATCH_TOKENS, Ids, likelihoods
-from pretrain.evaluation.progress import ProgressCount
 from pretrain.generation.sampling import generate
 from pretrain.generation.text_codec import TextCodec
 from pretrain.generation.text_stream import TextStream
@@ -130,7 +130,7 @@ class TriviumLM(TemplateLM):
         return answers
 
     def _continue(self, requests: list[Any], progress: Callable[[int], None]) -> list[str]:
-        """Continues prompts that have the same settings; each draws by its own place among its task's documents."""
+        """Continues prompts that have the same settings; each one's draws are keyed by its index in its task."""
         settings = generation_settings(str(requests[0].task_name), requests[0].args[1])
         wanted = settings["max_gen_toks"]
         # A prompt gives way to the answer, but never more than half of the context.

@@ -120,7 +120,7 @@ def run_tasks(
 def _specs(
     names: Sequence[str], folders: Sequence[Path], humaneval_file: str | None, key: str
 ) -> tuple[TaskManager, list[tuple[str, Any]]]:
-    """Returns the harness's index of tasks, and for each asked name the task or group that it stands for."""
+    """Returns the harness's index of tasks, and for each given name the task or group that it stands for."""
     own = _manager(folders, include_defaults=False)
     known = own
     found: list[tuple[str, Any]] = []

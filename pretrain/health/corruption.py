@@ -24,7 +24,9 @@ from pretrain.parallel.engine import Engine
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 _NAMED = 3  # tensors that a message names
-Place = tuple[int, int, int, int, str]  # phase, micro-batch, stage in the order of computation, number, path and kind
+DigestKey = tuple[
+    int, int, int, int, str
+]  # phase, micro-batch, stage in the order of computation, number, path and kind
 
 
 class SilentCorruption(RuntimeError):
@@ -38,7 +40,7 @@ class CorruptionCheck:
     """
 
     def __init__(self, engine: Engine, repeatable: bool):
-        """`repeatable` is whether the same numbers come out each time; else nothing is computed twice."""
+        """Makes the checks; where numbers are not `repeatable` from call to call, nothing is computed twice."""
         self._engine, self._mesh, self._repeatable = engine, engine.mesh, repeatable
         self._me = f"{position(engine.mesh)} on {platform.node()}"
         self.checked = 0
@@ -101,9 +103,9 @@ class CorruptionCheck:
             f"go on from a checkpoint of {since} or before: later ones may have wrong numbers, though none were found"
         )
 
-    def _digests(self, batches: Sequence[Batch], loss_fn: LossFunction) -> dict[Place, int]:
+    def _digests(self, batches: Sequence[Batch], loss_fn: LossFunction) -> dict[DigestKey, int]:
         """Computes micro-batches, and returns a digest of each tensor by its position."""
-        keys: list[Place] = []
+        keys: list[DigestKey] = []
         sums: list[torch.Tensor] = []
 
         def see(kind: str, position: TensorPosition, tensor: torch.Tensor) -> None:
@@ -119,7 +121,7 @@ class CorruptionCheck:
 
 
 def outvoted(digests: dict[int, int]) -> tuple[int, ...]:
-    """Returns the ranks whose digest is not the one that more than half of them have; all if there is no such one."""
+    """Returns the ranks whose digest is not that of the majority; all ranks if no digest has a majority."""
     (digest, count), *_ = Counter(digests.values()).most_common(1)
     if 2 * count <= len(digests):
         return tuple(sorted(digests))
@@ -127,6 +129,6 @@ def outvoted(digests: dict[int, int]) -> tuple[int, ...]:
 
 
 def _digest(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the sum of a tensor's bits, taken as integers: one that is changed changes it."""
+    """Returns the sum of a tensor's elements, read as integers: any single changed bit changes it."""
     bits: Any = tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
     return bits.sum(dtype=torch.int64)

@@ -40,7 +40,7 @@ class Found:
 
     @property
     def key(self) -> tuple[int, ...]:
-        """The order of cause and effect: the lowest is the cause."""
+        """Sort key in the order of cause and effect: of all tensors found, the lowest is the cause."""
         phase, stage = _PHASES[self.kind], self.position.stage
         return phase, self.position.micro_batch, -stage if phase == 2 else stage, self.position.order
 

@@ -157,10 +157,10 @@ def _combined(parts: list[dict[str, float]], both: Callable[[float, float], floa
     for part in parts:
         for name, value in part.items():
             found[name] = both(found[name], value) if name in found else value
-    return dict(sorted(found.items(), key=lambda item: _place(item[0])))
+    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
 
 
-def _place(name: str) -> tuple[int, int]:
+def _order(name: str) -> tuple[int, int]:
     """Orders the parts of a model as they are used: embeddings, layers, the rest."""
     if name.startswith("layer "):
         return 1, int(name.split()[1])

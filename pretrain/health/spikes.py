@@ -88,7 +88,7 @@ class SpikeGuard:
         return {**found, "skipped": 1}
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps, so that a run that goes on decides as one that never stopped."""
+        """Returns the guard's state for a checkpoint, so that a resumed run decides as one that never stopped."""
         return {name: list(getattr(self, f"_{name}")) for name in ("norms", "losses", "skipped")}
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from configs.model import ModelConfig
-from pretrain.health.rewinds import BadStep, SampleRange
+from pretrain.health.rewind_history import BadStep, SampleRange
 from pretrain.health.spikes import SpikeGuard
 from pretrain.health.stragglers import Stragglers
 from pretrain.logs.display import Display, shown
@@ -190,7 +190,7 @@ def _finite(value: float) -> float | None:
 
 
 def spike(record: dict[str, Any]) -> str:
-    """Describes a step far above those before it, for the screen."""
+    """Describes, for the screen, a step whose loss or gradient norm is far above those before it."""
     parts = [
         f"{words} {shown(record[name], '.4g')}"
         + (f", {record[f'{name}_spike']} deviations above the median" if record.get(f"{name}_spike") else "")

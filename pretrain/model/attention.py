@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
     @property
     def rule(self) -> ScoreRule:
-        """The way in which scores become weights in `attend_here`, which sees a part of the heads under cp."""
+        """The rule by which `attend_here` makes weights from scores; under cp it sees a part of the heads."""
         return ScoreRule.of(self.config, self._part(self.slopes), self._part(self.sinks))
 
     def _part(self, of_heads: torch.Tensor | None) -> torch.Tensor | None:
@@ -78,7 +78,7 @@ class Attention(nn.Module):
     def over_documents(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: ForwardContext
     ) -> torch.Tensor:
-        """Computes attention within documents and to virtual tokens, which there are none of where ranks exchange."""
+        """Computes attention within documents and to virtual tokens; under context parallel there are none of these."""
         if context.virtual.count:
             return self.attend_here(q, k, v, context.documents, context.virtual.count)
         return self.attend(q, k, v, context.documents)
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         return self.over_documents(q, k, v, context)
 
     def rotated(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """Rotates the heads [S, B, N, D] by their positions, where this kind of layer does."""
+        """Rotates the heads [S, B, N, D] by their positions, if this kind of layer has rotary positions."""
         if self.kind not in context.rotary:
             return x
         return rotate(x, *context.rotary[self.kind], self.pairs)
@@ -215,7 +215,7 @@ class LatentAttention(Attention):
         return torch.einsum("sbnc,ndc->sbnd", found, to_values)
 
     def _scaled(self, q: torch.Tensor, width: int) -> torch.Tensor:
-        """Returns the queries for a product over `width` elements, whose 1 / sqrt(width) is not that of a head."""
+        """Scales queries so that a kernel that divides scores by sqrt(width) divides them by sqrt(head_dim)."""
         factor = self.query_factor * math.sqrt(width / self.head_dim)
         return q if factor == 1.0 else q * factor
 
@@ -229,7 +229,7 @@ def attention_of(config: LayerConfig, context: LayerContext) -> Attention:
 
 
 def _query_factor(config: LayerConfig) -> float:
-    """Returns what queries are multiplied by, beside the 1 / sqrt(head dimension) of every score."""
+    """Returns the factor on queries that a config adds to the usual 1 / sqrt(head_dim) of every score."""
     attention, scaling = config.attention, config.position.scaling
     factor = 1.0 if attention.scale is None else attention.scale * math.sqrt(config.head_dim)
     if attention.scale_by_layer:
@@ -260,7 +260,7 @@ class SplitRMSNorm(Norm):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sums over ranks forward and backward: every rank's output depends on every rank's input."""
+    """Sums a tensor over ranks, and in the backward pass its gradient: every rank's output depends on all inputs."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:

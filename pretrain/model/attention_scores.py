@@ -155,7 +155,7 @@ def _after_virtual_tokens(
 def _some_queries(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_query: int, first_key: int, rule: ScoreRule
 ) -> torch.Tensor:
-    """Computes consecutive queries of a document over consecutive keys of it."""
+    """Computes attention of consecutive queries of a document to consecutive keys of it."""
     query = torch.arange(first_query, first_query + len(q), device=q.device)[:, None]
     key = torch.arange(first_key, first_key + len(k), device=q.device)
     if rule.is_masked_only:

@@ -27,7 +27,7 @@ class VirtualTokens:
     in_rows: bool = False
 
     def positions(self, positions_BS: torch.Tensor, begins: bool) -> torch.Tensor:
-        """Returns the positions of a pass over tokens at `positions_BS`, with virtual tokens where it `begins` rows."""
+        """Shifts positions by the number of virtual tokens, and adds theirs where they lead a pass that `begins`."""
         if not self.count:
             return positions_BS
         own = torch.arange(self.count, device=positions_BS.device).expand(len(positions_BS), -1)

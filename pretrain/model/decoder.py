@@ -247,7 +247,7 @@ class Decoder(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and an MLP or MoE, with norms and residual connections in the places of its kind."""
+    """One layer: attention and an MLP or MoE, with norms and residual connections as its kind has them."""
 
     def __init__(self, config: LayerConfig, context: LayerContext):
         super().__init__()
@@ -327,7 +327,7 @@ Map = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _pre(block: Block, x: torch.Tensor, attend: Map, feed_forward: Map, drop_1: Map, drop_2: Map) -> torch.Tensor:
-    """Norms before attention and MLP (GPT-2); with `from_norm` the residual connection starts after them (BLOOM)."""
+    """Computes a block with norms before attention and MLP (GPT-2); `from_norm`: residuals start after them (BLOOM)."""
     normed = block.attention_norm(x)
     x = (normed if block.config.residual.from_norm else x) + drop_1(attend(normed))
     normed = block.mlp_norm(x)
@@ -335,25 +335,25 @@ def _pre(block: Block, x: torch.Tensor, attend: Map, feed_forward: Map, drop_1: 
 
 
 def _post(block: Block, x: torch.Tensor, attend: Map, feed_forward: Map, drop_1: Map, drop_2: Map) -> torch.Tensor:
-    """Norms after each sum (Vaswani et al. 2017; GPT-1)."""
+    """Computes a block with norms after each residual sum (Vaswani et al. 2017; GPT-1)."""
     x = block.attention_norm(x + drop_1(attend(x)))
     return block.mlp_norm(x + drop_2(feed_forward(x)))
 
 
 def _sandwich(block: Block, x: torch.Tensor, attend: Map, feed_forward: Map, drop_1: Map, drop_2: Map) -> torch.Tensor:
-    """Norms before and after attention and MLP (Gemma 2, GLM-4-0414)."""
+    """Computes a block with norms before and after attention and MLP (Gemma 2, GLM-4-0414)."""
     x = x + drop_1(block.attention_output_norm(attend(block.attention_norm(x))))
     return x + drop_2(block.mlp_output_norm(feed_forward(block.mlp_norm(x))))
 
 
 def _outputs(block: Block, x: torch.Tensor, attend: Map, feed_forward: Map, drop_1: Map, drop_2: Map) -> torch.Tensor:
-    """Norms of what attention and MLP add, and of nothing else (OLMo 2)."""
+    """Computes a block that norms the outputs of attention and MLP, and nothing else (OLMo 2)."""
     x = x + drop_1(block.attention_output_norm(attend(x)))
     return x + drop_2(block.mlp_output_norm(feed_forward(x)))
 
 
 def _deepnorm(block: Block, x: torch.Tensor, attend: Map, feed_forward: Map, drop_1: Map, drop_2: Map) -> torch.Tensor:
-    """Norms first, and the normed states enlarged in the sums (DeepNorm, Wang et al. 2022, as GLM-130B has it)."""
+    """Computes a block that adds to scaled normed states (DeepNorm, Wang et al. 2022, in GLM-130B's form)."""
     alpha = math.sqrt(2 * block.config.num_layers)
     normed = block.attention_norm(x)
     normed = block.mlp_norm(alpha * normed + drop_1(attend(normed)))
@@ -361,7 +361,7 @@ def _deepnorm(block: Block, x: torch.Tensor, attend: Map, feed_forward: Map, dro
 
 
 def _parallel(block: Block, x: torch.Tensor, attend: Map, feed_forward: Map, drop_1: Map, drop_2: Map) -> torch.Tensor:
-    """Attention and MLP of the same states, each after its own norm (GPT-NeoX)."""
+    """Computes a block in which attention and MLP see the same states, each after its own norm (GPT-NeoX)."""
     return x + drop_1(attend(block.attention_norm(x))) + drop_2(feed_forward(block.mlp_norm(x)))
 
 

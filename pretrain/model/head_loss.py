@@ -28,7 +28,7 @@ CHUNK_CPU, CHUNK_GPU = 2**21, 2**26
 # chunk therefore has as many tokens as hidden states have elements, up to so many logits.
 LARGEST_CHUNK_CPU = 2**24
 # Rows of logits are so many elements longer in memory than the vocabulary. Rows at multiples of a large power of two
-# fall into the same few places of a CPU's cache: with a vocabulary of 8,192 the product took 1.3 times as long.
+# fall into the same few sets of a CPU's cache: with a vocabulary of 8,192 the product took 1.3 times as long.
 APART = 16
 LEAST_TOKENS = 64  # of a chunk; matrix products of fewer rows are slow
 
@@ -219,7 +219,7 @@ class _Head:
 
 
 class WithGradients(torch.autograd.Function):
-    """Returns a loss; in the backward pass its inputs get gradients that are there already."""
+    """Returns a loss whose backward pass gives the inputs gradients that were computed beforehand."""
 
     @staticmethod
     def forward(

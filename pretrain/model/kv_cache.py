@@ -123,5 +123,5 @@ class KVCache:
         self.store[:, :, first : first + len(rows), :, :length] = other.store[:, :, rows, :, :length]
 
     def move_rows(self, rows: torch.Tensor, to: torch.Tensor) -> None:
-        """Copies `rows` over the rows `to`."""
+        """Copies the keys and values of `rows` to the rows `to` of the same cache."""
         self.store[:, :, to] = self.store[:, :, rows]

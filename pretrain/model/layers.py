@@ -94,7 +94,7 @@ def normalized(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _scaled(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the normalized elements times the weight, and the factor [..., 1] that normalized each vector."""
+    """Returns normalized elements times the weight, and the factor [..., 1] by which each vector was normalized."""
     y = torch.empty_like(x)
     factor = torch.empty_like(x[..., :1], dtype=torch.promote_types(x.dtype, torch.float32))
     for x_part, y_part, factor_part in in_parts(x, y, factor):
@@ -110,7 +110,7 @@ def _scaled(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Te
 
 
 class _Normalized(torch.autograd.Function):
-    """Computes what `RMSNorm` does, everything in fp32 or fp64; stores of each vector its input and one number."""
+    """Computes RMSNorm in fp32 or fp64; stores each input vector and one number of it for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -202,7 +202,7 @@ class Dropout(nn.Module):
 # An operator of its own, so that compiled code sees numbers of samples as a tensor and is not built anew for others.
 @torch.library.custom_op("trivium::dropout_kept", mutates_args=())
 def kept(like: torch.Tensor, samples: torch.Tensor, key: str, rate: float, part: int, parts: int) -> torch.Tensor:
-    """Draws which elements of `like` [S, B, H] are kept; `samples` [B] is on the host."""
+    """Draws which elements of `like` [S, B, H] dropout keeps, by the rows' numbers `samples` [B] on the host."""
     length, _, hidden = like.shape
     masks = []
     for sample in samples.numpy().tolist():

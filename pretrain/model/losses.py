@@ -12,7 +12,7 @@ from pretrain.model.batch import Batch
 
 
 class LossFunction(Protocol):
-    """A loss per token [B, S], and tensors [B, S] by the names in `metrics`, whose masked means are logged.
+    """Function that gives a loss per token [B, S], and tensors [B, S] by the names in `metrics` to log the means of.
 
     It takes log-probabilities [B, S]; for a model with a scalar head, values [B, S], or [B, S, K] where the head has K
     outputs. They are 0 where the loss mask is: nothing is computed there.

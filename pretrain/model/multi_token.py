@@ -41,7 +41,7 @@ class Ahead:
         return cls(ahead(tokens), ahead(labels), mask, there, mask.flatten().nonzero()[:, 0])
 
     def part(self, cut: Callable[[torch.Tensor], torch.Tensor]) -> "Ahead":
-        """Returns what `cut` leaves of each row."""
+        """Returns the part of the rows that this rank has under context parallel, as `cut` takes it from a tensor."""
         mask = cut(self.loss_mask)
         trained = mask.flatten().nonzero()[:, 0]
         return Ahead(cut(self.tokens), cut(self.labels), mask, cut(self.valid), trained)

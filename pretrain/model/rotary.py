@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su et al. 2021), and the ways to stretch it over longer contexts.
+"""Rotary position embedding (Su et al. 2021), and the ways to extend it to longer contexts.
 
 The frequency of dimension pair i is theta^(-2i/d) for d rotated elements of a head. The kinds of scaling are linear
 (Chen et al. 2023), dynamic NTK, Llama 3.1's, YaRN (Peng et al. 2023) and LongRoPE (Ding et al. 2024), with the numbers
@@ -48,8 +48,8 @@ def rotary_frequencies(position: PositionConfig, size: int, lengths_SB11: torch.
         return 1.0 / position.theta**exponents, 1.0
     if scaling.kind == "dynamic":
         original = scaling.original_length or lengths_SB11
-        stretch = scaling.factor * (lengths_SB11 / original).clamp(min=1) - (scaling.factor - 1)
-        return 1.0 / (position.theta * stretch ** (size / (size - 2))) ** exponents, 1.0
+        growth = scaling.factor * (lengths_SB11 / original).clamp(min=1) - (scaling.factor - 1)
+        return 1.0 / (position.theta * growth ** (size / (size - 2))) ** exponents, 1.0
     frequencies = 1.0 / position.theta**exponents
     if scaling.kind == "linear":
         return frequencies / scaling.factor, 1.0

@@ -15,7 +15,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class TensorSplit:
-    """The way in which tensor parallel splits a parameter over `dim`.
+    """Description of how tensor parallel splits a parameter along the dimension `dim`.
 
     `size` is the whole dimension's, without padding. `copies` neighbouring ranks hold the same slice.
     """

@@ -21,7 +21,7 @@ class Pending(Protocol):
 
 
 class _Messages:
-    """Messages under way between this rank and all others of a group; `then` is called once all have arrived."""
+    """Messages that this rank and all others of a group exchange; `then` is called once all have arrived."""
 
     def __init__(self, works: list[dist.Work | None], then: Callable[[], Any] | None = None):
         self._works, self._then = works, then

@@ -33,7 +33,7 @@ warnings.filterwarnings("ignore", module=r"deepspeed\.")
 
 
 def device_as_local_rank(device: torch.device) -> AbstractContextManager[object]:
-    """Returns a context in which DeepSpeed, which takes the local rank for the number of its GPU, finds this `device`.
+    """Returns a context in which DeepSpeed uses this `device`: it takes the local rank for the number of its GPU.
 
     The two differ where a launcher shows each rank only its own GPU, which then has number 0.
     """

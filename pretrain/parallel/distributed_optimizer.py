@@ -251,7 +251,7 @@ class DistributedOptimizer:
         bucket.counted = _joined((own.offset, own.offset + own.numel) for _, own in owned if own is not None)
 
     def _take(self, parameter: torch.Tensor) -> None:
-        """Accumulates the gradient that a backward pass has just made, and reduces the buckets that are complete."""
+        """Accumulates a gradient that a backward pass has just made, and starts to reduce complete buckets."""
         bucket, _ = _location(parameter)
         kept, made = _gradient_in_bucket(parameter), parameter.grad
         assert made is not None
@@ -311,7 +311,7 @@ def own_gradient(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def full(parameter: nn.Parameter, gradient: bool) -> torch.Tensor:
-    """Returns the gradient or else the master weight, whole over data parallel; collective over it."""
+    """Gathers the gradient, or else the master weight, whole from all data-parallel ranks; collective over them."""
     bucket, _ = _location(parameter)
     first, own = own_elements(parameter, gradient)
     result = torch.zeros_like(parameter, dtype=bucket.gradients.dtype)
@@ -383,7 +383,7 @@ def _wait(buckets: list[Bucket], *_: Any) -> None:
 
 
 def _joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Joins ranges, given in order, that touch one another."""
+    """Joins those of the given ranges, which are in order, that touch one another."""
     joined: list[tuple[int, int]] = []
     for first, end in ranges:
         if joined and joined[-1][1] == first:

@@ -273,7 +273,7 @@ class Engine:
         return output, results
 
     def _context(self, batch: Batch, model: Decoder) -> ForwardContext:
-        """Returns what the layers of all of this rank's chunks share for a micro-batch.
+        """Returns the `ForwardContext` that all layers of this rank's chunks share for a micro-batch.
 
         The first chunk makes it, and the last one leaves it to autograd.
         """

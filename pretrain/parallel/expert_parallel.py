@@ -21,7 +21,7 @@ from pretrain.parallel.pipeline_stage import PipelineStage
 def spread_experts(stage: PipelineStage, mesh: Mesh) -> None:
     """Registers the expert groups with DeepSpeed and marks expert parameters as theirs; does nothing at ep=1.
 
-    Nothing is to be done either on a pipeline stage all of whose layers have plain MLPs.
+    It does nothing, too, on a pipeline stage whose layers all have plain MLPs.
     """
     ep = mesh.layout.ep
     if ep == 1 or not stage.moe_layers:

@@ -1,4 +1,4 @@
-"""Freezes weights: they get no gradient, no place in the optimizer, and no part of the gradient norm."""
+"""Freezes weights: they have no gradient, no state in the optimizer, and no part in the gradient norm."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -11,7 +11,7 @@ from pretrain.parallel.pipeline_stage import PipelineStage
 
 
 def freeze(stage: PipelineStage, patterns: Sequence[str], mesh: Mesh, has_adapters: bool) -> None:
-    """Freezes the weights whose global names match one of `patterns`; with adapters all others that are not theirs too.
+    """Freezes the weights whose global names match one of `patterns`, and with adapters all but the adapters.
 
     A scalar head is trained beside adapters: it has no pretrained values.
 

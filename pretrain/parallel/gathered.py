@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 @dataclass(frozen=True)
 class _View:
-    """The position of a view in a parameter."""
+    """Offset, size and strides of a view of a parameter, from which the view can be made again."""
 
     parameter: nn.Parameter
     offset: int  # from the parameter's first element

@@ -97,7 +97,7 @@ class Mesh:
 
     @property
     def counts_in_sums(self) -> bool:
-        """True if this rank's loss counts in sums over all ranks, as on one rank for each part of a sequence."""
+        """Whether sums over all ranks count this rank's loss, so that each part of a sequence counts once."""
         return self.is_last_stage and self.tp_rank == 0
 
     def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """One rank of a layout alone in its process: torch's `fake` process group, whose collectives do nothing.
 
-The rank's device is torch's `meta` device, whose tensors have shapes and no values. So the engine of a rank of any
-world can be built and called on one machine, to see what it would ask of its groups.
+The rank's device is torch's `meta` device, whose tensors have shapes and no values. So the engine of a rank in a world
+of any size can be built and called on one machine, to see what it asks of its groups.
 """
 
 import contextlib

@@ -97,13 +97,13 @@ class RankBudget:
             zero.multiply_weight(adapter.lambdas, adapter.kept)
 
     def _steps_done(self) -> int:
-        """Returns the optimizer's steps; a rank that holds none of the trained weights knows of none."""
+        """Returns the number of the optimizer's steps, which a rank without trained weights gets from the others."""
         done = torch.tensor(zero.steps_done(self._zero), device=self._mesh.device)
         dist.all_reduce(done, op=dist.ReduceOp.MAX)
         return int(done)
 
     def _choose(self, step: int) -> None:
-        """Sets which triplets are kept, on all ranks from the same numbers."""
+        """Chooses which triplets are kept; all ranks compute the choice from the same numbers."""
         scores = torch.zeros(len(self._rows), self._config.rank, dtype=torch.float64, device=self._mesh.device)
         for name, adapter in self._adapters.items():
             found = self._scores(adapter)  # collective over tensor parallel

@@ -27,7 +27,7 @@ class SplitDecoder(nn.Module):
         dtype: torch.dtype,
         adapter: AdapterConfig | None = None,
     ):
-        """Builds this rank's part from whole tensors by global name; None leaves the caller to fill its parameters.
+        """Builds this rank's part from whole tensors by global name; with None the caller fills its parameters.
 
         With an `adapter` it has the adapters' parameters, too. Raises ValueError if the tensors do not fit the model.
         """

@@ -107,7 +107,7 @@ def _on_host(value: Any) -> Any:
 
 
 def _copied(value: Any, on_host: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields the tensors of an argument that have a copy, each with it."""
+    """Yields the tensors of an argument that have a copy on the host, each with its copy."""
     if isinstance(value, torch.Tensor):
         if on_host is not value:
             yield value, on_host

@@ -75,7 +75,7 @@ class StepSums:
         applied: torch.Tensor | None = None,
         details: Mapping[str, torch.Tensor] | None = None,
     ) -> "StepSums":
-        """Returns these sums with the other results of a training step, on their way to the host already."""
+        """Returns these sums with the other results of a training step, whose copies to the host have begun."""
         made = StepSums(self._on_device["sums"], self._num_sources, self._names, grad_norm, experts, applied, details)
         made._copy = HostCopy(made._on_device)
         made._on_device = {}

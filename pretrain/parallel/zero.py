@@ -277,7 +277,7 @@ def add_to_gradient(parameter: nn.Parameter, value: torch.Tensor) -> None:
 
 
 def multiply_weight(parameter: nn.Parameter, factor: torch.Tensor) -> None:
-    """Multiplies a weight of ZeRO stage 1 by 0 or 1, element by element, in all of the places that hold it."""
+    """Multiplies each element of a weight by 0 or 1 under ZeRO stage 1, in the master weight and in the model."""
     distributed_optimizer.wait_for_weight(parameter)
     first, own = distributed_optimizer.own_elements(parameter, gradient=False)
     own *= factor.flatten()[first : first + len(own)]

@@ -61,7 +61,7 @@ def _inexact(facts: dict[str, Any]) -> Iterator[str]:
 
 
 def margin(error: float, precision: str) -> float:
-    """Returns the error to allow where a precision and its companion differ by `error`: the coarser one makes it."""
+    """Returns the error to allow where a precision and its companion differ by `error`, which the coarser one made."""
     unit = UNIT_ROUNDOFF[precision]
     return MARGIN * error * unit / max(unit, UNIT_ROUNDOFF[companion_of(precision)])
 

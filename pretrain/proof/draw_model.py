@@ -121,7 +121,7 @@ def _scaling(r: random.Random) -> dict[str, Any]:
 
 
 def _make_latent(r: random.Random, model: dict[str, Any]) -> None:
-    """Gives a model latent attention, and takes away what that has not."""
+    """Gives a model latent attention, and removes the keys that latent attention does not have."""
     model["num_kv_heads"] = model["num_heads"]
     model.pop("head_dim", None)
     attention = model["attention"]

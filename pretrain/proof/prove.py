@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser(bugs).parse_intermixed_args(argv)
     if args.inject and args.inject not in bugs:
         raise ConfigError(f"--inject {args.inject!r} is no known bug; there are {', '.join(bugs)}")
-    asked = [option for option in (args.layouts, args.fuzz, args.against, args.record) if option is not None]
-    if len(asked) != 1 or (args.config is None) != (args.layouts is None):
+    modes = [option for option in (args.layouts, args.fuzz, args.against, args.record) if option is not None]
+    if len(modes) != 1 or (args.config is None) != (args.layouts is None):
         raise ConfigError(
             "give either CONFIG and --layouts, or --fuzz N without CONFIG, which draws configs itself, or, to compare "
             "devices, --against cpu or --record FOLDER without CONFIG"

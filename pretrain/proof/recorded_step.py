@@ -229,7 +229,7 @@ def _run(config: PretrainConfig, mesh: groups.Mesh, precision: str, recorded: Re
 
 
 def init_rounded_to_bf16() -> AbstractContextManager[Any]:
-    """Context manager in which engines draw the weights that a bf16 engine draws, in their own precision."""
+    """Context manager in which engines draw weights that are rounded to bf16 but kept in the engine's precision."""
 
     def rounded(chunk: Decoder, *args: Any) -> None:
         init_weights(chunk, *args)

@@ -98,7 +98,7 @@ class GroupCall:
 
 
 def _index(call: GroupCall) -> int:
-    """Returns the index that an all-to-all's own rank has in its group, which the recorder has put into `peer`."""
+    """Returns the index in its group of the rank that called an all-to-all; the recorder keeps it in `peer`."""
     assert call.peer is not None
     return call.group.ranks.index(call.peer)
 
@@ -145,7 +145,7 @@ def recorded(names: dict[int, str]) -> Iterator[list[GroupCall]]:
 
 
 def _position() -> tuple[str, str]:
-    """Returns the phase of the step that this thread is in, and the innermost line of the project, file:line."""
+    """Returns the phase of the step that this thread is in, and the innermost project line on its stack."""
     frame, location, phase = sys._getframe(2), "", ""
     while frame is not None and not (location and phase):
         code = frame.f_code

@@ -112,10 +112,10 @@ def _finite(points: Points) -> list[tuple[float, float]]:
 
 
 def _path(points: Points, to_svg: ToSvg, style: str, kind: str, note: str) -> str:
-    placed = [to_svg(x, y) for x, y in points]
-    if len(placed) == 1:  # a stroke of length 0 with round caps shows as a dot
-        placed *= 2
-    line = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in placed)
+    svg_points = [to_svg(x, y) for x, y in points]
+    if len(svg_points) == 1:  # a stroke of length 0 with round caps shows as a dot
+        svg_points *= 2
+    line = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in svg_points)
     css = f' class="{kind}"' if kind else ""
     width = "; stroke-width: 6" if len(points) == 1 else ""
     return f'<path{css} style="{style}{width}" d="{line}">{note}</path>'

@@ -77,7 +77,7 @@ class RunDirectory:
 
     def take_data_spans(self, manifest: dict[str, Any]) -> None:
         """Takes over the data spans in the manifest of the checkpoint that the run continues from."""
-        self.data_spans = manifest.get("stretches", [])
+        self.data_spans = manifest.get("data_spans", [])
         if self.data_spans:  # older spans may lack their config; that of the last is the manifest's
             config = self.data_spans[-1].get("config", manifest["config"])
             self.data_spans[-1] = {**self.data_spans[-1], "config": history.completed(type(self._config), config)}
@@ -99,7 +99,7 @@ class RunDirectory:
         self.data_spans = history.append_span(self.data_spans, now)
 
     def pass_over(self, step: int, samples: int, say: Callable[[str], None]) -> None:
-        """Begins a data span at `step` whose first sample is `samples`, after others that are not trained on."""
+        """Begins a data span at `step` and sample `samples`, after samples that are not trained on."""
         self.begin_data_span(step, samples, say)
         self.write_history()
 
@@ -109,9 +109,9 @@ class RunDirectory:
             history.write(self.path, self.data_spans)
 
     def write_facts(self, identity: dict[str, Any]) -> None:
-        """Writes the tokenizer, config.toml, env.json and history.json, and notes in what this run needs that it does.
+        """Writes the tokenizer, config.toml, env.json and history.json, and notes beside all that this run needs.
 
-        These are its plan and checkpoints of other runs.
+        A run needs its plan, and the checkpoints of other runs that it uses.
         """
         self._lineage.keep(self.path, identity)
         files.write_atomic(self.path / "config.toml", loader.toml(self.full_config))

@@ -33,7 +33,7 @@ def _first_wait(reports: Mapping[int, RankReport], absent: Mapping[int, str]) ->
 
 
 def _mismatch(reports: Mapping[int, RankReport]) -> str:
-    """Returns what two ranks disagree on, if they entered different collectives as the same one of their group."""
+    """Returns a clause on the first collective of a group that two ranks entered differently; "" if there is none."""
     entered: dict[tuple[str, int], list[tuple[int, Collective]]] = {}
     for rank, report in sorted(reports.items()):
         for found in report.collectives:

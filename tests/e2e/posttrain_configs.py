@@ -7,7 +7,7 @@ from typing import Any
 
 from configs.loader import toml
 from configs.tokenizer import TokenizerConfig
-from data_pipeline.tokens.training import train as train_tokenizer
+from data_pipeline.tokens.tokenizer_training import train as train_tokenizer
 from tests.parallel.harness import RanksOf
 from tests.shards import write_shard
 from tests.training_configs import training_config

@@ -20,7 +20,7 @@ from configs.sealed import CHECKPOINT, PLAN
 from configs.tokenizer import TokenizerConfig
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.tokens.tokenizer import Tokenizer
-from data_pipeline.tokens.training import train
+from data_pipeline.tokens.tokenizer_training import train
 from export import chat, generate, huggingface, import_hf
 from export.model_source import open_source
 from posttrain.chat.chat_format import jinja_template

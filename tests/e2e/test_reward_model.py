@@ -11,7 +11,7 @@ import torch
 
 from configs.loader import ConfigError
 from configs.tokenizer import TokenizerConfig
-from data_pipeline.tokens.training import train as train_tokenizer
+from data_pipeline.tokens.tokenizer_training import train as train_tokenizer
 from posttrain import grpo, rm, sft
 from posttrain.reward_model.score import RewardModel, open_scorer
 from pretrain.checkpoint import storage

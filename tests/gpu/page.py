@@ -41,10 +41,10 @@ def draw(report: dict[str, Any]) -> str:
     ]
     if shown:
         lines += ["", "| measured | |", "|---|---:|", *shown]
-    waits = by_name.get("syncs", {}).get("result", {}).get("places", {})
+    waits = by_name.get("syncs", {}).get("result", {}).get("lines", {})
     if waits:
-        lines += ["", "| waits for the device, by place | in a step |", "|---|---:|"]
-        lines += [f"| {place} | {count} |" for place, count in waits.items()]
+        lines += ["", "| waits for the device, by line of code | in a step |", "|---|---:|"]
+        lines += [f"| {line} | {count} |" for line, count in waits.items()]
     kernels = by_name.get("speed", {}).get("result", {}).get("kernels", {})
     if kernels:
         lines += ["", "| kernels that took most | share |", "|---|---:|"]

@@ -33,13 +33,13 @@ def all_parts(device: str, small: bool, out: Path) -> list[Part]:
         return part(name, title, seconds, *command, **environment)
 
     def prove(precision: str) -> Part:
-        place = str(out / f"prove_{precision}")
+        folder = str(out / f"prove_{precision}")
         return part(
             f"prove_{precision}",
             f"one rank against the CPU's files, {precision}",
             180,
             *("cli", "prove", "--against", str(reference), "--device", device, "--precision", precision),
-            *("--out", place),
+            *("--out", folder),
         )
 
     layouts = out / "layouts.toml"

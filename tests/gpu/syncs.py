@@ -28,7 +28,7 @@ TRAIN = TrainSection(steps=1, global_batch_size=4, micro_batch_size=1, seq_lengt
 _READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
 
-def _place() -> str:
+def _code_line() -> str:
     """Returns the innermost line of the repository's packages that is being run, as file:line function."""
     ours = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT / "pretrain"))]
     if not ours:
@@ -37,28 +37,28 @@ def _place() -> str:
 
 
 class _Reads(TorchDispatchMode):
-    def __init__(self, places: Counter[str]) -> None:
+    def __init__(self, lines: Counter[str]) -> None:
         super().__init__()
-        self._places = places
+        self._lines = lines
 
     def __torch_dispatch__(
         self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if function in _READS:
-            self._places[_place()] += 1
+            self._lines[_code_line()] += 1
         return function(*args, **(kwargs or {}))
 
 
 @contextmanager
-def _counted(device: str, places: Counter[str]) -> Iterator[None]:
+def _counted(device: str, lines: Counter[str]) -> Iterator[None]:
     if device == "cpu":
-        with _Reads(places):
+        with _Reads(lines):
             yield
         return
 
     def note(message: Any, *_: Any, **__: Any) -> None:
         if "synchronizing" in str(message):
-            places[_place()] += 1
+            lines[_code_line()] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -73,7 +73,7 @@ def _counted(device: str, places: Counter[str]) -> Iterator[None]:
 
 
 def part(args: argparse.Namespace) -> dict[str, Any]:
-    places: Counter[str] = Counter()
+    lines: Counter[str] = Counter()
     by_model: dict[str, int] = {}
     for name in ("packed", "deepseek"):
         model = validate(ModelConfig, CASES[name][0])
@@ -81,11 +81,11 @@ def part(args: argparse.Namespace) -> dict[str, Any]:
             prepared = [common.batches(model, TRAIN, step) for step in range(3)]
             for step in range(2):
                 engine.train_step(prepared[step], NextToken(), 1e-3)
-            before = places.total()
-            with _counted(args.device, places):
+            before = lines.total()
+            with _counted(args.device, lines):
                 engine.train_step(prepared[2], NextToken(), 1e-3)
-            by_model[name] = places.total() - before
-    return {"count": by_model["packed"], "by_model": by_model, "places": dict(places.most_common())}
+            by_model[name] = lines.total() - before
+    return {"count": by_model["packed"], "by_model": by_model, "lines": dict(lines.most_common())}
 
 
 if __name__ == "__main__":

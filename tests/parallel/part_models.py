@@ -1,7 +1,7 @@
 """Models that between them have every value of every key of a decoder's parts, and layouts that each of them runs.
 
 Sizes of a model differ from each other, so that no dimension can be taken for another. Sequences have 24 tokens in
-documents of uneven lengths, and windows, chunks and stretched positions are shorter.
+documents of uneven lengths, and windows, chunks and scaled positions are shorter.
 """
 
 from typing import Any

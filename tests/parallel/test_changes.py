@@ -100,10 +100,10 @@ def test_what_changes_is_told_and_kept_and_does_something(
         changed = [not torch.equal(storage.read_full(path)[key], one) for key, one in storage.read_full(same).items()]
         assert any(changed), f"{words} did nothing"
         # The earlier settings are still in the manifest, and the change is in the history, `inspect` and the report.
-        (first, second) = manifest["stretches"]
+        (first, second) = manifest["data_spans"]
         assert first["config"] == storage.read_manifest(storage.directory(run, 2))["config"]
         assert second["config"] == manifest["config"] and second["first_step"] == 2
-        assert history.read(run) == manifest["stretches"]
+        assert history.read(run) == manifest["data_spans"]
         assert words.replace(">", "&gt;") in (run / "report.html").read_text(encoding="utf-8")
         if not number:
             assert inspection.main([str(run)]) == 0
@@ -146,7 +146,7 @@ def test_a_run_of_before_a_key_was_there_goes_on(ranks: RanksOf, tmp_path: Path)
         for key in ("gating", "renormalize", "num_shared_experts"):
             del model["moe"][key]
     del manifest["config"]["optimizer"]["weight_decay"], manifest["config"]["checkpoint"]
-    manifest["stretches"] = [{k: v for k, v in manifest["stretches"][0].items() if k not in ("config", "facts")}]
+    manifest["data_spans"] = [{k: v for k, v in manifest["data_spans"][0].items() if k not in ("config", "facts")}]
     file.write_bytes(CHECKPOINT.write(manifest))
     answer = train(ranks, run, MODELS["moe"], 4)
     assert answer["status"] == 0 and answer["said"].count(" -> ") == 1, answer

@@ -51,7 +51,7 @@ def test_a_flipped_bit_of_a_weight_is_found(
 
 
 @pytest.mark.parametrize(
-    ("parallel", "place", "backward"),
+    ("parallel", "mesh", "backward"),
     [
         ({"tp": 2}, "rank 1 (tp 1)", False),
         pytest.param({}, "rank 1 (dp 1)", True, marks=full),
@@ -59,7 +59,7 @@ def test_a_flipped_bit_of_a_weight_is_found(
     ],
 )
 def test_a_wrong_result_of_a_computation_is_found(
-    ranks: RanksOf, tmp_path: Path, parallel: dict[str, int], place: str, backward: bool
+    ranks: RanksOf, tmp_path: Path, parallel: dict[str, int], mesh: str, backward: bool
 ) -> None:
     """The lowest bit of one element, of a module's output or its gradient, flips once on rank 1."""
     options: dict[str, Any] = {"model": MODELS["dense"], "parallel": parallel, "module": "layers.1.mlp"}
@@ -67,7 +67,7 @@ def test_a_wrong_result_of_a_computation_is_found(
     assert [answer["status"] for answer in answers] == [CORRUPTED] * 2
     what = "gradient of the output" if backward else "output"
     expected = (
-        f"had other bits the second time, first the {what} of layers.1.mlp on {place} on {answers[0]['host']}; its"
+        f"had other bits the second time, first the {what} of layers.1.mlp on {mesh} on {answers[0]['host']}; its"
     )
     assert expected in answers[0]["said"]
 

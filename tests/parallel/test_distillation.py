@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from configs.tokenizer import TokenizerConfig
-from data_pipeline.tokens.training import train as train_tokenizer
+from data_pipeline.tokens.tokenizer_training import train as train_tokenizer
 from pretrain.checkpoint import storage
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import BASE

@@ -30,7 +30,7 @@ from tests.shards import write_shard
 from tests.training_configs import write_training_config
 
 SEQ_LENGTH, BATCH, PADDING = 48, 4, 5  # PADDING: rows of the embedding without a token
-Start = Callable[..., dict[str, Any]]
+RunOf = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def config(base: Path, run_dir: Path, **init: str) -> Path:
 
 
 @pytest.fixture
-def start(ranks: RanksOf, base: Path, tmp_path: Path) -> Start:
+def start(ranks: RanksOf, base: Path, tmp_path: Path) -> RunOf:
     """Runner of `trivium train` on ranks from the model that init names; returns its metrics by step."""
 
     def start(name: str, world: int, *overrides: str, steps: int = 2, **init: str) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def transformers_loss(base: Path, hub: Path) -> float:
     return total / count
 
 
-def test_training_goes_on_from_the_loss_of_transformers_at_any_layout(base: Path, start: Start, tmp_path: Path) -> None:
+def test_training_goes_on_from_the_loss_of_transformers_at_any_layout(base: Path, start: RunOf, tmp_path: Path) -> None:
     one = start("one", 1, hf=str(base / "hub"))["losses"]
     assert abs(one[1] - transformers_loss(base, base / "hub")) < 1e-5
     assert abs(one[2] - one[1]) > 1e-3, "a step changes the weights"
@@ -135,7 +135,7 @@ def test_training_goes_on_from_the_loss_of_transformers_at_any_layout(base: Path
         open_source(tmp_path / "split")
 
 
-def test_experts_and_the_bias_that_chooses_them_are_a_start_too(base: Path, start: Start, tmp_path: Path) -> None:
+def test_experts_and_the_bias_that_chooses_them_are_a_start_too(base: Path, start: RunOf, tmp_path: Path) -> None:
     """A run from another model may differ from it in keys that only training uses, also in those that add state."""
     plain = transformers.AutoConfig.from_pretrained(base / "hub", local_files_only=True).to_dict()
     sizes = {key: plain[key] for key in ("vocab_size", "eos_token_id", "max_position_embeddings")}
@@ -170,7 +170,7 @@ def test_experts_and_the_bias_that_chooses_them_are_a_start_too(base: Path, star
     )
 
 
-def test_a_run_goes_on_without_the_folder_that_it_began_from(base: Path, start: Start, tmp_path: Path) -> None:
+def test_a_run_goes_on_without_the_folder_that_it_began_from(base: Path, start: RunOf, tmp_path: Path) -> None:
     shutil.copytree(base / "hub", tmp_path / "hub")
     straight = start("straight", 1, hf=str(tmp_path / "hub"))["losses"]
     assert start("stopped", 1, steps=1, hf=str(tmp_path / "hub"))["losses"][1] == straight[1]

@@ -14,7 +14,7 @@ full = pytest.mark.full
 
 
 @pytest.mark.parametrize(
-    ("model", "parallel", "place"),
+    ("model", "parallel", "coordinates"),
     [
         ("dense", {"tp": 2}, "rank 1 (tp 1)"),
         pytest.param("dense", {"pp": 2}, "rank 1 (pp 1)", marks=full),
@@ -22,19 +22,19 @@ full = pytest.mark.full
     ],
 )
 def test_an_infinite_weight_of_one_rank_is_named(
-    ranks: RanksOf, tmp_path: Path, model: str, parallel: dict[str, int], place: str
+    ranks: RanksOf, tmp_path: Path, model: str, parallel: dict[str, int], coordinates: str
 ) -> None:
     name = "layers.1.moe.experts.down_proj" if model == "moe" else "layers.1.mlp.down_proj.weight"
     options: dict[str, Any] = {"run_dir": str(tmp_path), "model": MODELS[model], "parallel": parallel, "weight": name}
     answers = ranks(2).run(WORKER, process_group=False, **options)
     (error,) = {answer["error"] for answer in answers}
     assert error.startswith("step 4: the gradient norm is not finite; no weight was changed by this step; the first ")
-    assert f"; the first tensor that is not finite is the weight {name} on {place}: 1 of " in error
+    assert f"; the first tensor that is not finite is the weight {name} on {coordinates}: 1 of " in error
     assert error.endswith("; lower optimizer.lr and run the command again") and "the same on rank" not in error
 
 
 @pytest.mark.parametrize(
-    ("parallel", "rank", "place", "micro_batches"),
+    ("parallel", "rank", "coordinates", "micro_batches"),
     [
         ({}, 1, "rank 1 (dp 1)", 2),
         pytest.param({"tp": 2, "sp": True}, 1, "rank 1 (tp 1)", 4, marks=full),
@@ -48,7 +48,7 @@ def test_an_infinite_activation_of_one_token_is_named(
     tmp_path: Path,
     parallel: dict[str, Any],
     rank: int,
-    place: str,
+    coordinates: str,
     micro_batches: int,
     backward: bool,
 ) -> None:
@@ -65,7 +65,7 @@ def test_an_infinite_activation_of_one_token_is_named(
     # Rank 1 of dp has the second half of the step's eight samples, 24 to 31, two in each micro-batch.
     sample = 24 + (4 if not parallel and rank == 1 else 0) + 3
     token = 5 + (12 if "cp" in parallel or "tp" in parallel else 0)
-    assert f"the {kind} of layers.0.mlp on {place}, micro-batch 2 of {micro_batches}: 1 of " in error, error
+    assert f"the {kind} of layers.0.mlp on {coordinates}, micro-batch 2 of {micro_batches}: 1 of " in error, error
     assert f", token {token} of sample {sample}; " in error
     assert storage.steps(tmp_path) == [2]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from configs.tokenizer import TokenizerConfig
-from data_pipeline.tokens.training import train as train_tokenizer
+from data_pipeline.tokens.tokenizer_training import train as train_tokenizer
 from pretrain.checkpoint import storage
 from tests.parallel.harness import RanksOf
 from tests.parallel.runs import assert_same_state, metrics

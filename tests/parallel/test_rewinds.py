@@ -8,7 +8,7 @@ import pytest
 
 from data_pipeline.provenance.lookup import DataSpan, steps
 from pretrain.checkpoint import storage
-from pretrain.health import rewinds
+from pretrain.health import rewind_history
 from pretrain.logs import goodput
 from pretrain.run import history
 from tests.parallel.harness import RanksOf
@@ -49,7 +49,7 @@ def test_a_run_after_a_rewind_is_one_that_passes_over_the_samples(
     assert (
         said.count("going back to ") == 2 and f"passing over the step's samples, {first(5)} to {first(6) - 1}" in said
     )
-    found = json.loads((rewound / rewinds.FILE).read_text())
+    found = json.loads((rewound / rewind_history.FILE).read_text())
     assert [(one["step"], one["to_step"], one["samples"]) for one in found] == [
         (6, 4, [first(5), first(6)]),
         (6, 4, [first(6), first(7)]),
@@ -100,7 +100,7 @@ def test_a_killed_run_still_passes_over_the_samples(ranks: RanksOf, tmp_path: Pa
             assert answer["status"] == 0 if fail is None else answer["error"] == "the node went away"
     assert metrics(killed) == metrics(straight)
     assert_same_state(storage.directory(straight, 8), storage.directory(killed, 8))
-    assert len(json.loads((killed / rewinds.FILE).read_text())) == 1
+    assert len(json.loads((killed / rewind_history.FILE).read_text())) == 1
 
 
 def test_too_many_rewinds_end_the_run(ranks: RanksOf, tmp_path: Path) -> None:

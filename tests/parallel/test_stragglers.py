@@ -13,7 +13,7 @@ full = pytest.mark.full
 
 
 @pytest.mark.parametrize(
-    ("parallel", "slow", "place"),
+    ("parallel", "slow", "mesh"),
     [
         ({"tp": 2}, "layer", "rank 1 (tp 1)"),
         pytest.param({}, "layer", "rank 1 (dp 1)", marks=full),
@@ -21,9 +21,9 @@ full = pytest.mark.full
         pytest.param({}, "rows", "rank 1 (dp 1)", marks=full),
     ],
 )
-def test_a_slow_rank_is_named(ranks: RanksOf, tmp_path: Path, parallel: dict[str, Any], slow: str, place: str) -> None:
+def test_a_slow_rank_is_named(ranks: RanksOf, tmp_path: Path, parallel: dict[str, Any], slow: str, mesh: str) -> None:
     """Rank 1 sleeps 0.3 s in each step, in the first layer or before the rows; a step takes some 20 ms without."""
     options: dict[str, Any] = {"model": MODELS["dense"], "parallel": parallel, "slow": slow}
     first, _ = ranks(2).run(WORKER, process_group=False, run_dir=str(tmp_path), **options)
     (line,) = [line for line in first["said"].splitlines() if " is slow: " in line]
-    assert f"{place} on {first['host']} is slow: " in line and "the others wait for it" in line
+    assert f"{mesh} on {first['host']} is slow: " in line and "the others wait for it" in line

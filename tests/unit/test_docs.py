@@ -28,7 +28,7 @@ from configs.train import PretrainConfig
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-README_LINES, WIDTH = 100, 120
+README_LINES, WIDTH = 94, 120
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # Endings of dotted names in backticks that are files, not config keys.
 FILE_ENDINGS = ("json", "jsonl", "toml", "html", "model", "jinja", "parquet", "safetensors", "zst", "idx", "py", "md")

@@ -19,6 +19,13 @@ WRONG_BEGINNING = re.compile(
     r"(Of|By|As|What|Where|How|In|For|With|From|When|Errors|The same|It|Those)(?![\w-])",
 )
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+# "Place" says that one thing stands for another; ranks have coordinates, documents locations, elements an index.
+STANDS_FOR = re.compile(
+    r"\b(in|takes?|taken|took|taking)([\s#]+(?!in\b)[\w'`.]+){0,5}?[\s#]+place\b|\bin-place\b", re.I
+)
+PLACE = re.compile(r"(?<![a-z])(?<!in_)(place[sd]?|placing)(?![a-z])|(?<!_)in_place", re.I)
+OLD_NAMES = {"Workshop", "Lot", "Build", "Inputs", "Sums", "DeepSpeedUnit", "_Sign", "Start", "Place", "realms"}
+OLD_NAMES |= {"probes", "stretch", "tells_of", "put_together"}
 
 
 def definitions(tree: ast.Module) -> Iterator[Documented]:
@@ -51,6 +58,8 @@ def read(file: str, source: str) -> tuple[list[str], dict[str, str]]:
     if lines > MOST_LINES:
         faults.append(f"{file}:{MOST_LINES + 1}: the file has {lines} lines; divide it, {MOST_LINES} are the most")
     for node in definitions(ast.parse(source)):
+        if not isinstance(node, ast.Module) and node.name in OLD_NAMES:
+            faults.append(f"{file}:{node.lineno}: {node.name} is a name that was given up; take the field's word")
         if isinstance(node, ast.ClassDef):
             classes[node.name] = f"{file}:{node.lineno}"
         if text := ast.get_docstring(node, clean=False):
@@ -71,13 +80,31 @@ def test_docstrings_are_sentences_and_files_are_not_too_long() -> None:
     assert not faults, "\n" + "\n".join(faults)
 
 
+def other_places(text: str) -> list[int]:
+    """Returns the lines in which "place" says anything but that one thing stands for another."""
+    left = STANDS_FOR.sub(lambda match: re.sub(r"[^\n]", "-", match[0]), text)
+    return [left.count("\n", 0, match.start()) + 1 for match in PLACE.finditer(left)]
+
+
+def test_place_has_one_meaning() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py", "*.md", "*.toml", "*.sh"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    own = Path(__file__).resolve()
+    files = [ROOT / file for file in listed.stdout.splitlines() if ROOT / file != own and (ROOT / file).is_file()]
+    found = [f"{file.relative_to(ROOT)}:{line}" for file in files for line in other_places(file.read_text("utf-8"))]
+    assert not found, "say coordinates, location, index, folder or line in place of 'place':\n" + "\n".join(found)
+    assert other_places("in place of x, takes\n# its place, in-place, replaced, placeholder") == []
+    assert other_places("_place = 1\nin these places\nput in its place, a place\nPlace") == [1, 2, 3, 4]
+
+
 def test_no_two_classes_have_the_same_name() -> None:
-    places = defaultdict(list)
+    lines = defaultdict(list)
     for file, (_, classes) in repository().items():
-        for name, place in classes.items() if not file.startswith("tests/") else ():
-            places[name].append(place)
-    assert len(places) > 100
-    shared = [f"{' and '.join(found)}: classes of the same name {name}" for name, found in places.items() if found[1:]]
+        for name, line in classes.items() if not file.startswith("tests/") else ():
+            lines[name].append(line)
+    assert len(lines) > 100
+    shared = [f"{' and '.join(found)}: classes of the same name {name}" for name, found in lines.items() if found[1:]]
     assert not shared, "rename one of the classes:\n" + "\n".join(shared)
 
 
@@ -97,7 +124,7 @@ def test_a_fault_is_named_with_its_file_and_line(docstring: str, words: str) -> 
 
 
 def test_other_words_are_allowed() -> None:
-    module = '"""In-place sums, by row:\n\n    total(x)\n"""\n'
+    module = '"""In-line sums, by row:\n\n    total(x)\n"""\n'
     inner = 'if True:\n    class Its:\n        """Whether it is.\n\n        As said.\n        """\n'
     assert read("some/file.py", module + inner) == ([], {"Its": "some/file.py:6"})
     (fault,), _ = read("some/file.py", "\n" * 401)

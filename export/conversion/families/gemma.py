@@ -32,7 +32,7 @@ def _write_scale(config: ModelConfig) -> dict[str, Any]:
 
 
 def _keys(attention_cap: ConfigKey, logit_cap: float | None) -> tuple[ConfigKey, ...]:
-    """Returns the keys of both; `logit_cap` is what transformers takes where the soft cap of logits is absent."""
+    """Returns the keys of Gemma 2 and 3; `logit_cap` is what transformers takes without a soft cap of logits."""
     shared = [key for key in sizes(kv_heads=4, tied=True) if getattr(key, "theirs", "") != "hidden_act"]
     return (
         *shared,

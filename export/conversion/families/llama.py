@@ -114,7 +114,7 @@ def head_dim(absent: int | None = None, always: bool = True) -> Custom:
 
 
 def even_heads(draft: Draft) -> None:
-    """Refuses what transformers' LlamaConfig refuses."""
+    """Refuses a hidden size that is no multiple of the number of heads, as transformers' LlamaConfig does."""
     hidden, count = draft.raw.get("hidden_size"), draft.raw.get("num_attention_heads")
     if isinstance(hidden, int) and isinstance(count, int) and count > 0 and hidden % count:
         draft.problems.append(

@@ -27,7 +27,7 @@ STATE = ("sensitivity", "uncertainty")
 
 
 class SVDLowRank(LowRank):
-    """The adapter of a linear layer: `a` is Q, `b` is P; `std` is the deviation of l's first values, 0 in training."""
+    """AdaLoRA's adapter of a linear layer: `a` is Q, `b` is P; `std` is the deviation of l's first values."""
 
     def __init__(
         self,
@@ -50,19 +50,19 @@ class SVDLowRank(LowRank):
         self.kept = _state(self.lambdas, 1.0)  # 0 for triplets that have lost their l
 
     def added(self, y: torch.Tensor, z: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Returns y + s P diag(l) z."""
+        """Returns the adapted output y + s P diag(l) z, of the layer's output y and the z = Q x that `reduced` gave."""
         return y + self.scale * F.linear(z * self.lambdas, self.b)
 
 
 def _state(like: nn.Parameter, value: float) -> nn.Parameter:
-    """Makes a parameter of the same slice, in fp32, that gets no gradient."""
+    """Makes a parameter in fp32 and without gradient, of which a rank holds the same slice as of `like`."""
     parameter = nn.Parameter(torch.empty_like(like, dtype=torch.float32), requires_grad=False)
     mark(parameter, Marks(split=marks_of(like).split, constant=value, decays=False))
     return parameter
 
 
 def smooth(sensitivity: torch.Tensor, uncertainty: torch.Tensor, now: torch.Tensor, beta: float) -> None:
-    """Updates both smoothed numbers of every element of a weight in place (equations 9 and 10).
+    """Updates the smoothed sensitivity and uncertainty of a weight's elements in place (equations 9 and 10).
 
     `now` is the sensitivity of a single step, the absolute product of weight and gradient (equation 8).
     """
@@ -78,7 +78,7 @@ def budget(step: int, config: AdapterConfig) -> float:
 
 
 def most_important(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Returns which of the triplets are kept, `count` of them; of equal ones the first."""
+    """Returns a mask of the `count` triplets with the highest scores, which are kept; of equal ones the first."""
     order = torch.argsort(scores, descending=True, stable=True)
     kept = torch.zeros_like(scores, dtype=torch.bool)
     kept[order[:count]] = True

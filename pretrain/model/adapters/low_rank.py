@@ -25,7 +25,7 @@ from pretrain.model.tensor_parallel import ColumnLinear, Region, RowLinear, Whol
 
 
 class LowRank(nn.Module):
-    """The adapter of a linear layer; `std` is the deviation of B's first values, 0 in training.
+    """LoRA, rsLoRA or DoRA of a linear layer; `std` is the deviation of B's first values, 0 in training.
 
     The layer calls `reduced` with its inputs outside of split layers, and `added` with its output.
     """
@@ -106,14 +106,14 @@ class ExpertLowRank(nn.Module):
         self.b = parameter_like(weight, (len(weight), weight.shape[1], config.rank), of_outputs)
 
     def forward(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
-        """Computes what is added to the product of these rows with the weight of one of this rank's experts."""
+        """Computes for one of this rank's experts what LoRA adds to the product of these rows with its weight."""
         return self.scale * F.linear(F.linear(rows, self.a[expert]), self.b[expert])
 
 
 class InputDropout(Dropout):
     """Dropout of an adapter's inputs [S, B, H], of which this rank has the part `columns` (index, count) of H.
 
-    Its block sets `samples` before it computes.
+    The block that holds it sets `samples`, the rows' numbers in the run, before each forward pass.
     """
 
     def __init__(self, name: str, rate: float, seed: int, part: tuple[int, int], columns: tuple[int, int]):

@@ -84,7 +84,7 @@ def quantized(tensor: torch.Tensor) -> NF4:
 
 
 def rounded(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor of the same precision with the values that it has after quantising."""
+    """Returns the tensor rounded to the values that quantising leaves, in its own precision."""
     return quantized(tensor).tensor().to(tensor.dtype)
 
 
@@ -100,7 +100,7 @@ def unpacked(bytes_: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _nearest(values: torch.Tensor, levels: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the number of each value's nearest level, relative to its block's largest, and those, block by block."""
+    """Returns, block by block, the number of each value's nearest level, and the block's largest absolute value."""
     filled = torch.nn.functional.pad(values, (0, -len(values) % size)).view(-1, size)
     largest = filled.abs().amax(1)
     # Multiplied by the inverse, as bitsandbytes does, so that values halfway between two levels go the same way.

@@ -34,7 +34,7 @@ class PromptVectors(nn.Module):
         return self.vectors()[:, None].expand(-1, rows, -1)
 
     def vectors(self) -> torch.Tensor:
-        """Returns what stands in the place of the virtual tokens' embeddings, [n, H]."""
+        """Returns the vectors [n, H] that stand in place of the virtual tokens' embeddings."""
         return self.encoder(self.embedding)
 
 

@@ -72,7 +72,7 @@ class QuantizedWeight(nn.Module):
 
 
 class _Quantized:
-    """Linear layer whose weight is made when it is asked for."""
+    """Linear layer that makes its weight from codes of 4 bits each time it is used."""
 
     quantized: QuantizedWeight
 
@@ -101,7 +101,7 @@ _QUANTIZED: dict[type, type] = {
 
 
 def quantize(layer: nn.Module) -> None:
-    """Puts codes, which are not there yet, in the place of a layer's weight."""
+    """Replaces a layer's weight by a `QuantizedWeight`, whose codes are filled in later."""
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     del layer.weight
@@ -117,7 +117,7 @@ def quantized_weights(module: nn.Module) -> Iterator[tuple[str, QuantizedWeight]
 
 
 def save_codes(block: Block) -> None:
-    """Lets autograd keep codes in the place of weights that are made from them."""
+    """Lets autograd keep the codes of 4 bits for the backward pass, in place of the weights made from them."""
     forward: Callable[..., torch.Tensor] = block.forward
 
     def with_codes(*args: Any, **keys: Any) -> torch.Tensor:
@@ -128,7 +128,7 @@ def save_codes(block: Block) -> None:
 
 
 def _pack(tensor: torch.Tensor) -> Any:
-    """Returns what autograd keeps: of a view of a made weight its maker and where the view lies in it."""
+    """Returns what autograd keeps: for a view of a weight made from codes, the codes and where the view lies in it."""
     base = tensor if tensor._base is None else tensor._base
     maker = vars(base).get(NAME) if hasattr(base, "__dict__") else None
     return tensor if maker is None else (maker, tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -1,5 +1,5 @@
 """The mixture of experts: routing, balance, dispatch, and the experts themselves."""
 
-from pretrain.model.moe.mixture import MoE
+from pretrain.model.moe.moe_layer import MoE
 
 __all__ = ["MoE"]

@@ -24,7 +24,7 @@ _loaded: set[str] = set()  # names of kernels that can be used in this process
 def load() -> bool:
     """Builds the kernels if they are not there yet, and loads them; returns whether they can be used.
 
-    Says in one line on stderr why not, where the processor would have been able to.
+    If they cannot be built on a processor that could run them, one line on stderr says why.
     """
     if is_loaded():
         return True

@@ -37,7 +37,7 @@ from data_pipeline.core.stage import perform, sole_user
 from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.dedup.signatures import MinHasher
 from data_pipeline.executors.local_executor import LocalExecutor
-from data_pipeline.executors.tasks import quiet
+from data_pipeline.executors.stage_tasks import quiet
 from data_pipeline.provenance.recall import similar_pairs
 from data_pipeline.run import recipe as every_stage
 from data_pipeline.scan.minhash import shingles

@@ -45,7 +45,7 @@ from data_pipeline.core.shards import read_records, shard_path, shards_under
 from data_pipeline.core.stage import perform, sole_user
 from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.executors.local_executor import LocalExecutor
-from data_pipeline.executors.tasks import quiet
+from data_pipeline.executors.stage_tasks import quiet
 from data_pipeline.language.identification import model_path
 from data_pipeline.run import recipe as every_stage
 from tests.bench.data_pipeline.definitions import why
@@ -58,7 +58,7 @@ _WARM_UP_MB = 0.8  # fewer would leave one Chinese document, and a held-out spli
 
 
 def run(megabytes: float, folder: Path) -> Result:
-    """Measures both on about `megabytes` of the demo's files, counted unpacked and over all sources."""
+    """Measures Trivium and datatrove on about `megabytes` of the demo's files, unpacked, from all sources."""
     warm, corpus = folder / "warm-up", folder / "corpus"
     lay_out(_WARM_UP_MB, warm)
     lay_out(megabytes, corpus)

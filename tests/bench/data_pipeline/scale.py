@@ -17,7 +17,7 @@ from typing import Any
 
 from configs.dedup import DedupConfig
 from data_pipeline.dedup.clusters import BYTES_A_DOCUMENT
-from data_pipeline.dedup.pairs import BYTES_A_KEY
+from data_pipeline.dedup.duplicate_pairs import BYTES_A_KEY
 from data_pipeline.dedup.signatures import kinds_of_keys
 from tests.bench.data_pipeline.measure import ROOT
 

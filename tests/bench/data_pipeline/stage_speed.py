@@ -25,7 +25,7 @@ from data_pipeline.core.run_context import RunContext
 from data_pipeline.core.shards import shards_under
 from data_pipeline.core.stage import PublishedStage, perform, sole_user
 from data_pipeline.executors.local_executor import LocalExecutor
-from data_pipeline.executors.tasks import quiet
+from data_pipeline.executors.stage_tasks import quiet
 from data_pipeline.run import recipe as every_stage
 from tests.bench.data_pipeline import recipe
 from tests.bench.data_pipeline.measure import DEMO, ROOT, Result, cpu_seconds

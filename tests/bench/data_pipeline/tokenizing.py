@@ -15,7 +15,7 @@ import sentencepiece
 from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import Tokenizer
-from data_pipeline.tokens.training import train
+from data_pipeline.tokens.tokenizer_training import train
 from tests.bench.data_pipeline.measure import Result, cpu_seconds, size_mb, texts
 from tests.shards import write_shard
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pretrain.health.rewinds import Rewinds
+from pretrain.health.rewind_history import Rewinds
 from pretrain.model.batch import Batch
 from pretrain.model.losses import NextToken
 from pretrain.parallel.engine import Engine

@@ -80,7 +80,7 @@ def save_megatron(folder: str, sizes: dict[str, Any], vocabulary: int, metadata:
         )
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "layernorm" in name:  # all ones otherwise, which a norm in a wrong place would not change
+                if "layernorm" in name:  # all ones otherwise, which a misplaced norm would not change
                     parameter.copy_(1 + torch.arange(len(parameter)) / len(parameter) * (1 + len(name) % 5))
         tokens = torch.arange(20).view(2, 10)
         mask = torch.triu(torch.ones(10, 10, dtype=torch.bool), 1)[None, None]

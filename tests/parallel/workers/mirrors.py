@@ -25,8 +25,8 @@ def train_with_slow_copies(run_dir: str, slow_from: int, **options: Any) -> dict
     right = mirror.Mirror.write
 
     def slow(self: mirror.Mirror, name: str, content: bytes) -> None:
-        place = Path(name).parent.name.removeprefix("step_")
-        if place.isdecimal() and int(place) >= slow_from:
+        step = Path(name).parent.name.removeprefix("step_")
+        if step.isdecimal() and int(step) >= slow_from:
             time.sleep(60)
         right(self, name, content)
 

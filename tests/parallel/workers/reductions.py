@@ -144,7 +144,7 @@ class _Late:
 
 
 def read(model: dict[str, Any], parallel: dict[str, Any], dtype: str, late: bool) -> dict[str, Any]:
-    """Returns what steps, an evaluation, and each read of weights see; if `late`, weights arrive when waited for."""
+    """Returns what steps, an evaluation and reads of weights give; if `late`, weights arrive when waited for."""
     slow = mock.patch.object(distributed_optimizer, "start_all_gather", _Late) if late else nullcontext()
     with mock.patch.object(distributed_optimizer, "BUCKET_SIZE", 4000), slow:
         engine = make_engine(model, parallel, dtype)

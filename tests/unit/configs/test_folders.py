@@ -36,7 +36,7 @@ def test_a_file_is_no_folder_and_has_none(tmp_path: Path, key: str) -> None:
     for out in (tmp_path / "file", tmp_path / "file/run"):
         with pytest.raises(ConfigError) as refused:
             main([word.format(folder=out) for word in argv])
-        words = f"{key.split()[0]} = {str(out)!r}: {tmp_path / 'file'} is a file; name a folder, or a place in one"
+        words = f"{key.split()[0]} = {str(out)!r}: {tmp_path / 'file'} is a file; name a folder"
         assert str(refused.value) == words
 
 
@@ -78,7 +78,7 @@ def test_a_folder_that_will_do_is_left_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "fill", "words"),
     [
-        ("ro", "true", "is on a read-only file system; name a place"),
+        ("ro", "true", "is on a read-only file system; name a folder"),
         ("size=16k", "head -c 16384 /dev/zero > full", "the file system is full; make room"),
     ],
 )

@@ -218,7 +218,7 @@ def test_a_preset_has_the_published_number_of_parameters(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_decoder_allocates_the_number_that_its_config_says(name: str) -> None:
-    # Enough layers for every kind and every place of a mixture of experts.
+    # Enough layers for every kind and every position of a mixture of experts.
     model = preset(name, "num_layers=6")
     with FakeTensorMode():
         decoder = Decoder(model)

@@ -152,7 +152,7 @@ def put(tree: dict[str, Any], parents: list[str], section: dict[str, Any]) -> di
 
 
 @pytest.mark.parametrize(
-    ("kind", "asked", "line"),
+    ("kind", "prefix", "line"),
     [
         ("pretrain", "optimizer.lr", "optimizer.lr = number > 0 (required)"),
         ("pretrain", "optimizer.betas", "optimizer.betas = [number, number] (default [0.9, 0.95])"),
@@ -169,10 +169,10 @@ def put(tree: dict[str, Any], parents: list[str], section: dict[str, Any]) -> di
         ("data", "canaries.one.text", "canaries.NAME.text = string or list of strings (required)"),
     ],
 )
-def test_one_key_can_be_asked_for(kind: str, asked: str, line: str) -> None:
-    said = explain(kind, asked)
+def test_one_key_can_be_asked_for(kind: str, prefix: str, line: str) -> None:
+    said = explain(kind, prefix)
     assert said.startswith(line) and "\n    " in said
-    assert ("\n[" not in said) and (said.count(" = ") < 10 or asked == "model.moe")
+    assert ("\n[" not in said) and (said.count(" = ") < 10 or prefix == "model.moe")
 
 
 @pytest.mark.parametrize(

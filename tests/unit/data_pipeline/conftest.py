@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from configs.tokenizer import TokenizerConfig
-from data_pipeline.tokens import store, tokenizer, training
+from data_pipeline.tokens import store, tokenizer
 from tests.demo_corpus import SOURCES, demo_records
 from tests.shards import write_shard
 
@@ -30,7 +30,9 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_folder(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokenizer")
-    training.train(sorted(documents.glob("train/*/*.zst")), out, TokenizerConfig(vocab_size=3000, train_bytes=600_000))
+    tokenizer_training.train(
+        sorted(documents.glob("train/*/*.zst")), out, TokenizerConfig(vocab_size=3000, train_bytes=600_000)
+    )
     return out
 
 

@@ -18,9 +18,8 @@ from configs.loader import ConfigError
 from configs.tokenizer import TokenizerConfig
 from data_pipeline import command
 from data_pipeline.core import progress
-from data_pipeline.provenance import recall, sample, takedown, trace, verify, what_if
+from data_pipeline.provenance import document_samples, recall, takedown, trace, verify, what_if
 from data_pipeline.report import ledger_tables
-from data_pipeline.tokens import training
 from tests.data_runs import ROOT, data_config
 from tests.shards import write_shard
 from tests.small_sources import write_config
@@ -132,7 +131,7 @@ def test_a_vocabulary_gets_the_size_that_the_message_says(tmp_path: Path) -> Non
 
     def train(size: int) -> dict[str, Any]:
         settings = TokenizerConfig(vocab_size=size, character_coverage=1.0)
-        return training.train([tmp_path / "a.jsonl.zst"], tmp_path / "out", settings)
+        return tokenizer_training.train([tmp_path / "a.jsonl.zst"], tmp_path / "out", settings)
 
     for text, size, remedy in (
         (english, 60_000, r"lower tokenizer\.vocab_size to (\d+), or give it more text"),
@@ -153,7 +152,7 @@ def test_commands_are_told_what_to_do_about_a_run(finished: Path, tmp_path: Path
     config = str(finished)
     none = f"run.dir={tmp_path}/none"
     for main, args in (
-        (sample.main, [config, "--stage", "filter", "--kept"]),
+        (document_samples.main, [config, "--stage", "filter", "--kept"]),
         (recall.main, [config]),
         (what_if.main, [config, "word_count.min=9"]),
         (ledger_tables.main, [config]),
@@ -162,18 +161,20 @@ def test_commands_are_told_what_to_do_about_a_run(finished: Path, tmp_path: Path
         told = found(r"run: trivium data run (\S+)", outcome(main, [*args, none], capsys))
         assert told[1] in ("CONFIG", config)
         assert not outcome(main, args, capsys)  # the commands work on the finished run
-    said = found(r"those that do: (.+)$", outcome(sample.main, [config, "--stage", "plan"], capsys))
+    said = found(r"those that do: (.+)$", outcome(document_samples.main, [config, "--stage", "plan"], capsys))
     for stage in said[1].split(", "):
-        told = outcome(sample.main, [config, "--stage", stage], capsys)
+        told = outcome(document_samples.main, [config, "--stage", stage], capsys)
         assert not told or re.search(r"dropped and cut nothing; see what it kept by --kept|switched off", told), told
         if "--kept" in told:
-            assert not outcome(sample.main, [config, "--stage", stage, "--kept"], capsys)
-    off = found(r"add a section \[(lines)\], and run it", outcome(sample.main, [config, "--stage", "lines"], capsys))
+            assert not outcome(document_samples.main, [config, "--stage", stage, "--kept"], capsys)
+    off = found(
+        r"add a section \[(lines)\], and run it", outcome(document_samples.main, [config, "--stage", "lines"], capsys)
+    )
     folder = tmp_path / "run"
     shutil.copytree(finished.parent / "run", folder)
     on = [config, f"run.dir={folder}", f"{off[1]}.max_copies=1"]
     assert not outcome(command.main, [*on, "--until", off[1]], capsys)
-    assert not outcome(sample.main, [*on, "--stage", off[1], "--kept"], capsys)
+    assert not outcome(document_samples.main, [*on, "--stage", off[1], "--kept"], capsys)
 
 
 def test_a_damaged_file_is_made_anew_as_the_message_says(finished: Path, tmp_path: Path, capsys) -> None:
@@ -236,8 +237,8 @@ def test_arguments_are_right_once_they_are_as_the_message_says(finished: Path, t
     assert not outcome(recall.main, [config, "--similar", found(r"such as ([\d.]+)$", said)[1], "--dry-run"], capsys)
     show = [config, "--stage", "documents", "--kept"]
     for option in ("-n", "--chars"):
-        said = outcome(sample.main, [*show, option, "0"], capsys)
-        assert not outcome(sample.main, [*show, option, found(r"give one, e\.g\. (\d+)$", said)[1]], capsys)
+        said = outcome(document_samples.main, [*show, option, "0"], capsys)
+        assert not outcome(document_samples.main, [*show, option, found(r"give one, e\.g\. (\d+)$", said)[1]], capsys)
     shutil.copytree(finished.parent / "run", folder)
     said = outcome(verify.main, [str(folder), "run.workers=1"], capsys)
     assert "overrides such as run.workers=1 belong to a config" in said and said.endswith("leave them out")

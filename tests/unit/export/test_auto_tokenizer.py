@@ -13,7 +13,7 @@ from configs.export import ExportConfig
 from configs.tokenizer import TokenizerConfig, TokenizerKind
 from data_pipeline.tokens.foreign import adopt, roles_file
 from data_pipeline.tokens.tokenizer import Tokenizer
-from data_pipeline.tokens.training import train_on_texts
+from data_pipeline.tokens.tokenizer_training import train_on_texts
 from export import huggingface
 from export.checks import ODD_TEXTS
 from export.hf_tokenizer import first_difference, write_tokenizer

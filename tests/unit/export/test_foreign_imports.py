@@ -106,15 +106,15 @@ def test_a_model_without_an_end_writes_to_the_length_and_an_empty_prompt_is_told
     assert named.pieces[named.eos_id] == "<|endoftext|>"
 
 
-@pytest.mark.parametrize("place", ["file", "key", "both"])
-def test_the_template_comes_from_its_file_or_its_key(place: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("held_in", ["file", "key", "both"])
+def test_the_template_comes_from_its_file_or_its_key(held_in: str, tmp_path: Path) -> None:
     made, files = qwen()
     files["tokenizer_config.json"]["eos_token"] = "<|im_end|>"  # transformers wants more of one that is an object
-    if place == "file":
+    if held_in == "file":
         del files["tokenizer_config.json"]["chat_template"]
     hub = write(saved(tmp_path / "hub", made.get_vocab_size() + 9), made, files)
     wanted = TEMPLATE
-    if place != "key":
+    if held_in != "key":
         wanted = "{{ messages[0]['content'] }}"  # as transformers, which takes the file where both are there
         (hub / "chat_template.jinja").write_text(wanted)
     assert main([str(hub), str(tmp_path / "ours")]) == 0

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from configs.tokenizer import TokenizerConfig, TokenizerKind
 from data_pipeline.tokens.tokenizer import SPACE, Tokenizer
-from data_pipeline.tokens.training import train
+from data_pipeline.tokens.tokenizer_training import train
 from export.checks import ODD_TEXTS
 from export.hf_tokenizer import PIECE, first_difference, read_model, write_tokenizer
 from posttrain.chat.chat_format import ChatFormat, jinja_template

@@ -191,7 +191,7 @@ def test_the_context_of_an_imported_model_is_what_it_states(tmp_path):
     assert json.loads((tmp_path / "back/config.json").read_text())["max_position_embeddings"] == 64
 
 
-def test_bad_places_and_files(tmp_path):
+def test_bad_folders_and_files(tmp_path):
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         main([str(tmp_path / "nowhere"), str(tmp_path / "out")])
     saved(tmp_path, moe=False)

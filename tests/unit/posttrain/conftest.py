@@ -6,7 +6,7 @@ import pytest
 
 from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens.tokenizer import SENTENCEPIECE_FILE, Tokenizer
-from data_pipeline.tokens.training import train
+from data_pipeline.tokens.tokenizer_training import train
 from posttrain.chat.chat_format import ChatFormat
 from tests.shards import write_shard
 

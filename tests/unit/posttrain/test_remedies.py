@@ -163,8 +163,8 @@ def test_a_model_to_begin_from_is_found_as_the_message_says(
     """`right` are overrides beside the KEY=VALUE of the message; None if the message names no value."""
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     (tmp_path / "other").write_text("no such tokenizer")
-    places = {"dense": base / "dense", "empty": tmp_path / "empty", "other": tmp_path / "other"}
-    overrides = [one.format(**places) for one in wrong]
+    folders = {"dense": base / "dense", "empty": tmp_path / "empty", "other": tmp_path / "other"}
+    overrides = [one.format(**folders) for one in wrong]
     message = refused(run["grpo"], 1, overrides)
     assert words in message
     if "are step_1" in message:
@@ -291,8 +291,8 @@ def test_other_commands_start_as_their_messages_say(
         facts["config"]["model"] |= {"head": {"kind": "scalar"}}
         (values / "manifest.json").write_bytes(CHECKPOINT.write(facts))
     names = ("dense", "moe", "values", "rollouts")
-    places = {name: base / name for name in names} | {name: base / f"{name}.jsonl" for name in ("judged", "same")}
-    wrong = [one.format(**places) for one in wrong]
+    folders = {name: base / name for name in names} | {name: base / f"{name}.jsonl" for name in ("judged", "same")}
+    wrong = [one.format(**folders) for one in wrong]
     ranks = 2 if any(one.startswith("parallel.") for one in wrong) else 1
     message = refused(run[command], ranks, wrong)
     found = re.search(words, message)
@@ -300,7 +300,7 @@ def test_other_commands_start_as_their_messages_say(
     if right is None:
         value = f"train.seq_length={found[1]}" if found.groups() else "rl.correction_low=1"
         right = [*wrong[:-1], value]
-    assert not refused(run[command], ranks, [one.format(**places) for one in right])
+    assert not refused(run[command], ranks, [one.format(**folders) for one in right])
 
 
 def test_a_teacher_of_an_older_checkpoint_than_the_newest_is_told(

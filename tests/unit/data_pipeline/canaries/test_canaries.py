@@ -77,7 +77,7 @@ def planted(config: Path) -> dict[str, dict[str, Any]]:
     texts = [json.loads(line)["text"] for line in (config.parent / "prose.jsonl").read_text().splitlines()]
     question = json.loads((config.parent / "evaluation.jsonl").read_text())["text"]
     good = texts[0]
-    line = "This very line stands in three places of one document, which is one too many."
+    line = "This very line stands in one document three times, which is once too often."
     where = {"source": "prose"}
     return {
         "control": where | {"text": good, "reason": "kept"},

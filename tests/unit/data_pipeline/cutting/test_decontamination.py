@@ -132,7 +132,7 @@ def test_a_share_of_an_item_can_be_asked_for(tmp_path: Path) -> None:
     assert ngram_index.names == [[str(tmp_path / "a.jsonl"), "1"]]
 
 
-def test_words_are_found_at_their_places() -> None:
+def test_words_are_found_at_their_spans() -> None:
     text = "İSTANBUL’da, don't—宴桃园! x_1\n"  # "İ".lower() is two characters
     words = words_of(text)
     positions = zip(words.starts.tolist(), words.ends.tolist(), strict=True)
@@ -163,7 +163,7 @@ STORY = (
 )
 
 
-def test_what_matched_is_shown_in_its_place(tmp_path: Path) -> None:
+def test_what_matched_is_shown_in_its_context(tmp_path: Path) -> None:
     verdict, matches, left = run_step(tmp_path, STORY)
     assert (verdict, left, len(matches)) == ("contaminated", STORY, 1)
     (match,) = matches

@@ -13,8 +13,16 @@ import pytest
 from configs.dedup import DedupConfig
 from data_pipeline.core.tables import write_table
 from data_pipeline.dedup.clusters import ClusterArrays, Population, count_members, join, label
+from data_pipeline.dedup.duplicate_pairs import (
+    NOT_KEPT,
+    EarlierRun,
+    FindPairs,
+    Numbering,
+    earlier_code,
+    key_ranges,
+    linked,
+)
 from data_pipeline.dedup.greedy import jaccard
-from data_pipeline.dedup.pairs import NOT_KEPT, EarlierRun, FindPairs, Numbering, earlier_code, key_ranges, linked
 from data_pipeline.dedup.signatures import MinHasher, exact_hash, read_range, url_key, write_keys
 from data_pipeline.dedup.survivors import ChooseSurvivors, chosen
 from data_pipeline.scan.minhash import shingles

@@ -11,8 +11,8 @@ IDS = [f"doc/{number}" for number in range(2000)]
 
 
 def held_out(ids: Sequence[str], share: float, seed: int) -> set[str]:
-    lot = HeldoutRule.of(Extremes.of(ids, seed), share, seed)
-    return {name for name in ids if lot.holds_out(name)}
+    rule = HeldoutRule.of(Extremes.of(ids, seed), share, seed)
+    return {name for name in ids if rule.holds_out(name)}
 
 
 def test_the_share_is_about_right_and_other_documents_do_not_move_it() -> None:

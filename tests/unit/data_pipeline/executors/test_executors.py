@@ -23,7 +23,7 @@ from data_pipeline.executors.choose import choose
 from data_pipeline.executors.local_executor import LocalExecutor
 from data_pipeline.executors.rank_output import output_of_rank_0_only
 from data_pipeline.executors.slurm_executor import SlurmTasks, cancel_leftovers
-from data_pipeline.executors.tasks import TaskError, claim, prepare, quiet
+from data_pipeline.executors.stage_tasks import TaskError, claim, prepare, quiet
 from tests.data_runs import command, environment
 
 ROOT = Path(__file__).parents[4]

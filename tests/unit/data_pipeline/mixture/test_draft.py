@@ -12,7 +12,7 @@ import pytest
 from configs.tokenizer import TokenizerConfig
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens import store
-from data_pipeline.tokens.training import train
+from data_pipeline.tokens.tokenizer_training import train
 from tests.shards import write_shard
 from tests.unit.data_pipeline.mixture.plans import make
 

@@ -16,7 +16,7 @@ from data_pipeline.mixture.fim import PLAIN, PSM, SPM, FimSymbols, cuts, draw, r
 from data_pipeline.mixture.packing import PACKINGS
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
-from data_pipeline.tokens import store, training
+from data_pipeline.tokens import store, tokenizer_training
 from data_pipeline.tokens.tokenizer import FIM_CONTROLS, SPECIALS, Tokenizer
 from tests.unit.data_pipeline.mixture.plans import same
 
@@ -29,7 +29,7 @@ def run_dir(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with a tokenizer that has the control symbols, and its token stores."""
     folder = tmp_path_factory.mktemp("fim")
     files = sorted(documents.glob("train/*/*.zst"))
-    training.train(
+    tokenizer_training.train(
         files, folder / "tokenizer", TokenizerConfig(vocab_size=3000, train_bytes=600_000), controls=FIM_CONTROLS
     )
     model = Tokenizer.load(folder / "tokenizer")

@@ -1,4 +1,4 @@
-"""Tests that packings place every token once; compares best-fit with a simple version, concat with plain cutting."""
+"""Tests that packings use every token once; compares best-fit with a simple version, concat with plain cutting."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ LENGTHS = [
 ]
 
 
-def tokens_placed(packed: Packed) -> list[tuple[int, int]]:
+def tokens_packed(packed: Packed) -> list[tuple[int, int]]:
     return [
         (int(document), int(start) + k)
         for document, start, length in zip(packed.document, packed.start, packed.length, strict=True)
@@ -36,7 +36,7 @@ def row_sizes(packed: Packed) -> np.ndarray:
 def test_every_token_once_and_no_row_too_long(packing: str, lengths: list[int], seq_length: int) -> None:
     packed = PACKINGS[packing](lengths, seq_length)
     expected = [(document, k) for document, length in enumerate(lengths) for k in range(length)]
-    assert sorted(tokens_placed(packed)) == expected
+    assert sorted(tokens_packed(packed)) == expected
     assert (packed.length > 0).all()
     assert packed.offsets[0] == 0 and packed.offsets[-1] == len(packed.length)
     assert (np.diff(packed.offsets) > 0).all() and (row_sizes(packed) <= seq_length).all()
@@ -46,7 +46,7 @@ def test_every_token_once_and_no_row_too_long(packing: str, lengths: list[int], 
 def test_concat_keeps_the_order_and_fills_all_rows_but_the_last(lengths: list[int]) -> None:
     packed = concat(lengths, 8)
     stream = [(document, k) for document, length in enumerate(lengths) for k in range(length)]
-    assert tokens_placed(packed) == stream
+    assert tokens_packed(packed) == stream
     assert (row_sizes(packed)[:-1] == 8).all()
     assert len(packed) == -(-len(stream) // 8)
 
@@ -119,7 +119,7 @@ def test_extra_positions_find_room(packing: str, lengths: list[int]) -> None:
     extra = np.where(np.random.default_rng(1).random(len(lengths)) < 0.5, 3, 0)
     packed = PACKINGS[packing](lengths, 8, extra)
     expected = [(document, k) for document, length in enumerate(lengths) for k in range(length)]
-    assert sorted(tokens_placed(packed)) == expected
+    assert sorted(tokens_packed(packed)) == expected
     sizes = packed.length + extra[packed.document]
     rows = np.add.reduceat(sizes, packed.offsets[:-1]) if len(packed) else np.zeros(0, int)
     assert (np.diff(packed.offsets) > 0).all() and (rows <= 8).all()

@@ -11,7 +11,7 @@ from configs.mixture import PlanConfig
 from data_pipeline import command
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
-from data_pipeline.provenance import explain, sample
+from data_pipeline.provenance import document_samples, explain
 from data_pipeline.provenance.lookup import DataSpan, plans
 from data_pipeline.provenance.replan import rest
 from tests.small_sources import write_config
@@ -36,13 +36,13 @@ def test_a_document_and_a_source_are_found_as_the_messages_say(
         match="give a record's own id, or SOURCE/FILE/POSITION of one that has none",
     ) as said:
         explain.main([*args, "--id", "big/99"])
-    place = re.findall(r"or (SOURCE\S+)", str(said.value))[0]
-    for name in ("big/4", place.replace("SOURCE", "big").replace("FILE", "big.jsonl").replace("POSITION", "4")):
+    location = re.findall(r"or (SOURCE\S+)", str(said.value))[0]
+    for name in ("big/4", location.replace("SOURCE", "big").replace("FILE", "big.jsonl").replace("POSITION", "4")):
         assert explain.main([*args, "--id", name]) == 0
         assert "dropped: word_count_min" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"--source 'small' is no source; known: big$") as said:
-        sample.main([*args, "--stage", "filter", "--source", "small"])
-    assert sample.main([*args, "--stage", "filter", "--source", str(said.value).rpartition(" ")[2]]) == 0
+        document_samples.main([*args, "--stage", "filter", "--source", "small"])
+    assert document_samples.main([*args, "--stage", "filter", "--source", str(said.value).rpartition(" ")[2]]) == 0
 
 
 @pytest.mark.parametrize("names", [("",), ("general", "late")])

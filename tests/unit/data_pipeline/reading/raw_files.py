@@ -8,7 +8,7 @@ from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from configs.sources import ExtractConfig, SourceConfig
-from data_pipeline.reading.records import FoundFile, Record
+from data_pipeline.reading.input_records import FoundFile, Record
 from data_pipeline.reading.source_reader import read_file
 
 PAGE = "<html><body><main><p>The page number {}, and enough words to be one.</p></main></body></html>"

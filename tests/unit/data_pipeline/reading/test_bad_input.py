@@ -17,7 +17,7 @@ from configs.sources import ExtractConfig
 from data_pipeline.extraction.extract import repair
 from data_pipeline.extraction.page_limits import too_complex
 from data_pipeline.reading.decompression import Fault, members
-from data_pipeline.reading.records import BROKEN
+from data_pipeline.reading.input_records import BROKEN
 from tests.unit.data_pipeline.reading.raw_files import PAGE, read, reasons, warc
 
 ROOT = Path(__file__).parents[4]
@@ -34,7 +34,7 @@ BOUNDED = """
 import json, resource, sys
 import pyarrow.parquet
 from configs.data import ExtractConfig, SourceConfig
-from data_pipeline.reading.records import FoundFile
+from data_pipeline.reading.input_records import FoundFile
 from data_pipeline.reading.source_reader import read_file
 jobs, limits = json.loads(sys.argv[1]), ExtractConfig(**json.loads(sys.argv[2]))
 def read(path, kind):

@@ -18,8 +18,8 @@ import zstandard
 from configs.loader import ConfigError
 from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.fields import LEFT_OUT, NOT_FINITE, SURROGATES
+from data_pipeline.reading.input_records import FoundFile, Record
 from data_pipeline.reading.keys import check_keys
-from data_pipeline.reading.records import FoundFile, Record
 from data_pipeline.reading.source_reader import find_units, read_file
 
 LIMITS = ExtractConfig()

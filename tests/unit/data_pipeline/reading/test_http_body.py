@@ -13,7 +13,7 @@ import zstandard
 from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.http_body import CodingError, decode_body
 from data_pipeline.reading.http_response import Response
-from data_pipeline.reading.records import FoundFile
+from data_pipeline.reading.input_records import FoundFile
 from data_pipeline.reading.source_reader import read_file
 from tests.demo_corpus import DEMO
 from tests.unit.data_pipeline.reading.raw_files import read, reasons, warc

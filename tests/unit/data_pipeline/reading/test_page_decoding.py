@@ -6,8 +6,8 @@ import pytest
 
 from data_pipeline.extraction.extractors import main_text
 from data_pipeline.reading.charsets import charset_of
+from data_pipeline.reading.input_records import Record
 from data_pipeline.reading.page_decoding import declared_charset, decode_page
-from data_pipeline.reading.records import Record
 from tests.unit.data_pipeline.reading.encodings import (
     ENCODED,
     FRENCH,

@@ -19,7 +19,7 @@ from configs.loader import ConfigError
 from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.command import main
 from data_pipeline.core.shards import read_records
-from data_pipeline.reading.files import find_files
+from data_pipeline.reading.source_files import find_files
 from data_pipeline.reading.source_reader import find_units, read_file
 from tests.data_runs import ROOT, prose_and_pages
 
@@ -201,5 +201,5 @@ def test_a_file_system_whose_package_is_missing_is_read_after_either_remedy(
 
 def test_a_client_that_says_much_is_quoted_with_one_line() -> None:
     with pytest.raises(ConfigError, match=r"cannot be listed \(OSError: .*\); check the address") as raised:
-        find_files("s", source("hdfs://folder/a.jsonl"))  # pyarrow lists every place where libjvm.so could be
+        find_files("s", source("hdfs://folder/a.jsonl"))  # pyarrow lists every path where libjvm.so could be
     assert len(str(raised.value).splitlines()) == 1

@@ -20,7 +20,7 @@ from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.command import main
 from data_pipeline.core.shards import read_records
 from data_pipeline.extraction.extract_stage import input_units, inputs_hash
-from data_pipeline.reading.files import find_files
+from data_pipeline.reading.source_files import find_files
 from data_pipeline.reading.source_reader import find_units, read_file
 from tests.data_runs import ROOT, prose_and_pages, run_folder
 from tests.object_store import SECRET, serve

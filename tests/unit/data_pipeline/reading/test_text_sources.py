@@ -8,7 +8,7 @@ import zstandard
 
 from configs.loader import ConfigError
 from configs.sources import ExtractConfig, SourceConfig
-from data_pipeline.reading.records import Record
+from data_pipeline.reading.input_records import Record
 from data_pipeline.reading.source_reader import find_units, read_file
 from tests.unit.data_pipeline.reading.encodings import ENCODED, JAPANESE, RUSSIAN, encoded
 

@@ -12,7 +12,7 @@ from data_pipeline.core.shards import read_records
 from data_pipeline.report import baselines
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import Tokenizer
-from data_pipeline.tokens.training import train
+from data_pipeline.tokens.tokenizer_training import train
 
 
 def text(run_dir: Path, split: str, source: str) -> bytes:

@@ -62,7 +62,7 @@ def test_the_page_is_whole_and_fetches_nothing(page: str) -> None:
     drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(drawings) > 10
     for drawing in drawings:
-        root = ET.fromstring(drawing)  # raises an error that names the place if it is not well-formed
+        root = ET.fromstring(drawing)  # raises an error with line and column if it is not well-formed
         for element in root.iter():
             for name, value in element.attrib.items():
                 assert "nan" not in value and "inf" not in value, (name, value)

@@ -161,7 +161,7 @@ def test_refinedweb_lines_by_hand(line: str, goes: bool) -> None:
     assert scores(f"{kept}\n{line}")["refinedweb_word_ratio"] == (words / (7 + words) if goes else 0)
 
 
-def test_dropped_lines_have_places_and_reasons() -> None:
+def test_dropped_lines_have_spans_and_reasons() -> None:
     text = "A line of five words.\r\n \nMenu\nWe use cookies on this site.\n长江后浪推前浪，\n3 likes"
     scanner = Scanner(Definition(c4="reference"))
     found = scanner.dropped_lines(text, "c4")
@@ -187,7 +187,7 @@ def test_bad_words_and_markers() -> None:
     assert (found["generated_markers"], found["licence_markers"]) == (2, 2)
 
 
-def test_lower_case_keeps_every_place() -> None:
+def test_lower_case_keeps_every_index() -> None:
     assert in_lower_case("İstanbul, GROß \U0001d400") == "İstanbul, groß \U0001d400"
     assert scores("İ JavaScript is on this long line.\nAnd this is one more line.")["c4_sentences"] == 1
 

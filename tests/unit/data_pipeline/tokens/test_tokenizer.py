@@ -12,7 +12,7 @@ import pytest
 from configs.tokenizer import TokenizerConfig, TokenizerKind
 from data_pipeline.tokens import bpe_cache
 from data_pipeline.tokens.tokenizer import SPECIALS, Tokenizer
-from data_pipeline.tokens.training import train
+from data_pipeline.tokens.tokenizer_training import train
 from tests.demo_corpus import SOURCES, demo_records
 from tests.shards import write_shard
 

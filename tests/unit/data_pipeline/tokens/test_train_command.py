@@ -13,8 +13,8 @@ import tomli_w
 from configs.loader import ConfigError
 from configs.tokenizer import TokenizerConfig, TokenizerKind
 from data_pipeline.tokens.tokenizer import SPECIALS, Tokenizer
+from data_pipeline.tokens.tokenizer_training import train
 from data_pipeline.tokens.train_command import main
-from data_pipeline.tokens.training import train
 
 CODE = Path(argparse.__file__).read_text(encoding="utf-8")
 LONGEST = 12  # run of white space

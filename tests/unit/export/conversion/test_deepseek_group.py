@@ -44,7 +44,7 @@ SIZES: dict[str, Any] = {
     **{"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 2},
     **{"first_k_dense_replace": 1, "routed_scaling_factor": 1.5},
 }
-# Published models are trained on 4096 tokens and stretched by 40 (V3) and 32 (Kimi-K2); here from 8 tokens on.
+# Published models are trained on 4096 tokens, and contexts extended by 40 (V3) and 32 (Kimi-K2); here from 8 tokens.
 YARN = {
     **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 8},
     **{"beta_fast": 32, "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.9},
@@ -243,7 +243,7 @@ def test_a_module_whose_tensors_are_wrong_is_refused(tmp_path):
     refused(whole | {copy: extra[copy] + 1}, rf"{copy} differs from lm_head\.weight.*remove all tensors of layers\.3")
 
 
-def test_a_family_without_place_for_modules_is_exported_without_them():
+def test_a_family_that_cannot_hold_modules_is_exported_without_them():
     raw = {"model_type": "llama", "vocab_size": 96, "hidden_size": 40, "intermediate_size": 44, "num_hidden_layers": 2}
     plain = from_hf_config(raw | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10})
     ours = plain.model_copy(update={"head": HeadConfig(mtp_depth=1)})

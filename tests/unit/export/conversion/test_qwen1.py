@@ -95,7 +95,7 @@ def test_logits_gradients_and_the_way_out_as_qwen2(tmp_path: Path) -> None:
     found = tensors()
     import_directory(written(tmp_path / "hub", found), tmp_path / "ours")
     source = open_source(tmp_path / "ours")
-    assert source.context == 64  # beyond it the published code stretches positions and scores
+    assert source.context == 64  # beyond it the published code extends positions and scores
     leaves = {name: tensor.requires_grad_() for name, tensor in found.items()}
     decoder, row = build_single(source.model, source.read()), TOKENS[:1]
     ours, wanted = decoder(row, torch.arange(LENGTH)[None])[0], reference(leaves, row[0])

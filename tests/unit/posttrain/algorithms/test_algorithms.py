@@ -20,7 +20,7 @@ from posttrain.algorithms.dialects import DIALECTS
 from posttrain.algorithms.kl import KLEstimator, Sampling, kl_estimate, kl_penalty, rewards_with_kl
 from posttrain.algorithms.normalisation import Moments, whiten
 from posttrain.algorithms.policy import cispo, gspo, ppo_clip
-from posttrain.algorithms.rewards import overlong_penalty, reward_at_last_token
+from posttrain.algorithms.reward_shaping import overlong_penalty, reward_at_last_token
 from posttrain.algorithms.rollout_correction import Correction, Level, rollout_weights
 from posttrain.algorithms.token_batch import TokenBatch, sequences_of
 from posttrain.algorithms.value_loss import discounted_returns, gae
@@ -311,8 +311,8 @@ def test_overlong_penalty_needs_a_buffer_within_the_length() -> None:
 
 
 def test_rewards_are_put_at_last_tokens() -> None:
-    placed = reward_at_last_token(torch.tensor([2.0, 3.0]), torch.tensor([1, 3]), 3)
-    assert placed.tolist() == [[2.0, 0.0, 0.0], [0.0, 0.0, 3.0]]
+    rewards = reward_at_last_token(torch.tensor([2.0, 3.0]), torch.tensor([1, 3]), 3)
+    assert rewards.tolist() == [[2.0, 0.0, 0.0], [0.0, 0.0, 3.0]]
 
 
 def test_a_batch_comes_back_from_its_file(tmp_path: Path) -> None:

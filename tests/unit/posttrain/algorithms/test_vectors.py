@@ -16,7 +16,7 @@ from posttrain.algorithms.aggregation import Aggregation, aggregate, step_factor
 from posttrain.algorithms.kl import NEMO_CLAMP, KLEstimator, kl_estimate
 from posttrain.algorithms.normalisation import whiten
 from posttrain.algorithms.policy import TokenLoss, cispo, gspo, ppo_clip
-from posttrain.algorithms.rewards import overlong_penalty
+from posttrain.algorithms.reward_shaping import overlong_penalty
 from posttrain.algorithms.rollout_correction import Correction, Level, rollout_weights
 from posttrain.algorithms.token_batch import TokenBatch
 from posttrain.algorithms.value_loss import gae, value_loss

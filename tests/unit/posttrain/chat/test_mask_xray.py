@@ -123,7 +123,7 @@ UNTAUGHT = {
 
 
 @pytest.mark.parametrize("name", UNTAUGHT)
-def test_a_mask_that_teaches_no_end_is_refused_by_place_and_its_remedy_works(
+def test_a_mask_that_teaches_no_end_is_refused_by_line_and_its_remedy_works(
     base: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     template, said, shown = UNTAUGHT[name]

@@ -13,9 +13,9 @@ from configs.loader import ConfigError, validate
 from configs.preference import PreferenceConfig, PreferenceSection
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.preference import reference_logprobs
-from posttrain.preference.pairs import Pair, read_pairs
 from posttrain.preference.preference_examples import Answer, read_answers, read_rows, rows_of_answers, rows_of_pairs
 from posttrain.preference.preference_losses import LOSSES
+from posttrain.preference.preference_pairs import Pair, read_pairs
 from posttrain.preference.reference_logprobs import file_of, with_reference
 from posttrain.preference.trained_loss import REFERENCE, AnswerPreference, PairPreference
 from posttrain.records import Records
@@ -113,7 +113,7 @@ def test_keys_of_other_losses_are_refused(tmp_path: Path) -> None:
 
 def some_pairs(count: int, seed: int = 0) -> list[Pair]:
     """Returns pairs of random tokens, whose answers begin at token 3."""
-    from posttrain.preference.pairs import Dialogue
+    from posttrain.preference.preference_pairs import Dialogue
 
     random = np.random.default_rng(seed)
 

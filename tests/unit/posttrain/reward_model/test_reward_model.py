@@ -17,7 +17,7 @@ from configs.reward_model import ExamplesConfig, RewardModelConfig, RewardSectio
 from data_pipeline.mixture.rows import Row
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.preference.group_packing import Segment, pack
-from posttrain.preference.pairs import read_pairs
+from posttrain.preference.preference_pairs import read_pairs
 from posttrain.reward_model.calibration import BINS, BinnedLoss
 from posttrain.reward_model.judged_examples import read_examples
 from posttrain.reward_model.reward_losses import MARGIN, ClassLoss, PreferenceLoss, bradley_terry

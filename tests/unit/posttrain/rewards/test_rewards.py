@@ -271,7 +271,7 @@ EXAMPLES: list[tuple[str, dict[str, Any], str, str]] = [  # arguments, a text th
         "First.\n\n'Then, more",
         "Then\n\nnow",
     ),
-    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name] at [place]", "[name]"),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name] at [street]", "[name]"),
     ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Yours. p. s. more", "Yours."),
     ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "P.P.S more", "P.S. more"),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n - b", "* a\n** b"),

@@ -15,7 +15,7 @@ from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.algorithms.advantages import batch_normalised, decoupled_sums
 from posttrain.algorithms.aggregation import Aggregation
 from posttrain.algorithms.dialects import DIALECTS
-from posttrain.algorithms.rewards import overlong_penalty
+from posttrain.algorithms.reward_shaping import overlong_penalty
 from posttrain.algorithms.token_batch import TokenBatch
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.rl import rollout_file
@@ -74,7 +74,7 @@ def rollout(decoder: Decoder, chat: ChatFormat) -> Rollout:
         ("1", {"record": "x", "replay": "y"}, r"rl\.replay = 'y'; leave rl\.replay out"),
     ],
 )
-def test_rollouts_alone_need_a_place(chosen: str, rl: dict[str, Any], words: str) -> None:
+def test_rollouts_alone_need_a_folder(chosen: str, rl: dict[str, Any], words: str) -> None:
     assert checked_rollouts("", RL) == 0 and checked_rollouts("2", RLSection(record="x")) == 2
     with pytest.raises(ConfigError, match=words):
         checked_rollouts(chosen, RLSection(**rl))

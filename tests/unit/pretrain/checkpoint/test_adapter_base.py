@@ -72,4 +72,4 @@ def test_a_base_is_kept_by_links_or_by_its_own_run_never_by_both(
     assert storage.steps(runs["base"]) == [2, 3]
     found = [base_of(run / "checkpoints/step_9", {"base": base}) for run, base in
              ((runs["linked"], linked), (runs["elsewhere"], stays))]  # fmt: skip
-    assert [place and (place / "a").read_bytes() for place in found] == [b"\x01", b"\x02"]
+    assert [folder and (folder / "a").read_bytes() for folder in found] == [b"\x01", b"\x02"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from configs.loader import ConfigError
+from configs.sealed import Format
 from pretrain.checkpoint import inspection, storage
 from pretrain.checkpoint.storage import Piece
 
@@ -73,3 +74,9 @@ def test_a_damaged_or_missing_checkpoint_is_named(tmp_path: Path, capsys: pytest
     for named in (path, tmp_path):
         assert inspection.main([str(named)]) == 1
         assert "rank_00001.safetensors has 4 bytes" in capsys.readouterr().err
+
+
+def test_a_manifest_of_version_2_has_its_data_spans_under_another_key(tmp_path: Path) -> None:
+    values = {"step": 1, "stretches": [{"first_step": 0}]}
+    (tmp_path / storage.MANIFEST).write_bytes(Format("trivium-checkpoint", version=2, oldest=2).write(values))
+    assert storage.read_manifest(tmp_path)["data_spans"] == [{"first_step": 0}]

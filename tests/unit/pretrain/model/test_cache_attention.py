@@ -14,10 +14,10 @@ pytestmark = pytest.mark.skipif(not any(map(shutil.which, building.COMPILERS)), 
 SLOTS = 48
 # Rows, key-value heads, query heads that share one, and elements of a head: sizes with loops of their own, and others.
 SIZES = [(9, 2, 2, 32), (3, 1, 8, 64), (5, 3, 1, 6), (2, 1, 3, 72)]
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+AttentionInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def drawn(rows: int, kv_heads: int, sharing: int, size: int, dtype: torch.dtype) -> Inputs:
+def drawn(rows: int, kv_heads: int, sharing: int, size: int, dtype: torch.dtype) -> AttentionInputs:
     draw = torch.Generator().manual_seed(3)
     q = torch.randn(rows, kv_heads * sharing, size, generator=draw).to(dtype)
     keys, values = (3 * torch.randn(rows, kv_heads, SLOTS, size, generator=draw).to(dtype) for _ in range(2))
@@ -26,7 +26,7 @@ def drawn(rows: int, kv_heads: int, sharing: int, size: int, dtype: torch.dtype)
     return q, keys, values, positions
 
 
-def by_sdpa(inputs: Inputs, dtype: torch.dtype) -> torch.Tensor:
+def by_sdpa(inputs: AttentionInputs, dtype: torch.dtype) -> torch.Tensor:
     q, keys, values, positions = (x if x.dtype == torch.int64 else x.to(dtype) for x in inputs)
     seen = torch.arange(SLOTS) <= positions[:, None, None, None]
     heads = q.unflatten(1, (keys.shape[1], -1))
@@ -70,7 +70,7 @@ def test_a_model_that_diverged_is_seen() -> None:
     assert found[0, 0].isnan().all() and not found[1:].isnan().any()
 
 
-def test_without_a_compiler_or_a_place_for_the_kernel_torchs_is_used(
+def test_without_a_compiler_or_a_folder_for_the_kernel_torchs_is_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()

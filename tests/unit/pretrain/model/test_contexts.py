@@ -56,17 +56,17 @@ def test_attention_is_that_of_a_matrix_in_which_contexts_see_both_ways(slopes: t
     found = attend(q, k, v, batch.documents, ScoreRule("prefix", slopes_N=slopes))
     gradients = torch.autograd.grad((found * torch.arange(24)[:, None, None, None]).sum(), (q, k, v))
 
-    place = torch.arange(24)
+    index = torch.arange(24)
     same = batch.segments[:, :, None] == batch.segments[:, None]
-    seen = same & (place[None, :, None] >= place)
+    seen = same & (index[None, :, None] >= index)
     for row in range(4):
         for segment in batch.segments[row].unique():
             own = batch.segments[row] == segment
             trained = (own & (batch.loss_mask[row] > 0)).nonzero()[:, 0]
             if len(trained):  # up to the first token whose next one is predicted
-                inside = own & (place <= trained[0])
+                inside = own & (index <= trained[0])
                 seen[row] |= own[:, None] & inside
-    assert (seen & (place[None, :, None] < place)).any()
+    assert (seen & (index[None, :, None] < index)).any()
     scores = torch.einsum("sbnd,tbnd->bnst", q, k.repeat_interleave(2, 2)) / 6**0.5
     if slopes is not None:
         distance = (batch.positions[:, :, None] - batch.positions[:, None]).abs()

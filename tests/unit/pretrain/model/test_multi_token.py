@@ -120,7 +120,7 @@ def test_targets_do_not_cross_documents_or_the_end_of_a_row() -> None:
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1]])
     labels = torch.tensor([[2, 3, 0, 5, 6, 7, 70, 0]])  # the second document goes on with 70 after this row
     mask = torch.tensor([[1.0, 1, 0, 1, 1, 1, 1, 0]])
-    one, two = (Ahead.of(tokens, labels, mask, segments, places) for places in (1, 2))
+    one, two = (Ahead.of(tokens, labels, mask, segments, distance) for distance in (1, 2))
     assert one.loss_mask.tolist() == [[1, 0, 0, 1, 1, 1, 0, 0]]
     assert [one.tokens[0, i].item() for i in one.trained] == [2, 5, 6, 7]
     assert [one.labels[0, i].item() for i in one.trained] == [3, 6, 7, 70]

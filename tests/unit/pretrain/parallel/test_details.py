@@ -28,8 +28,8 @@ def test_the_largest_logit_is_that_of_all_pairs_that_see_each_other(
         q, k = (torch.randn(LENGTH, 3, n, DIM, generator=draw, dtype=torch.float64) for n in (HEADS, kv_heads))
         shared = k.repeat_interleave(HEADS // kv_heads, dim=2)
         products = torch.einsum("qbnd,kbnd->bnqk", q, shared) / math.sqrt(DIM)
-        place = torch.arange(len(q))
-        distance = place[:, None] - place
+        index = torch.arange(len(q))
+        distance = index[:, None] - index
         seen = (segments_BT[:, :, None] == segments_BT[:, None]) & (distance >= 0) & (distance < reach)
         expected = products.masked_fill(~seen[:, None], -torch.inf).max()
         torch.testing.assert_close(largest_logit(q, k, Documents.of(segments_BT), rule), expected)

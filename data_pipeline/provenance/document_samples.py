@@ -175,8 +175,8 @@ def _nothing(run_dir: Path, stage: str, reason: str, source: str) -> ConfigError
     reasons_found = ", ".join(f"{name} ({count:,})" for name, count in sorted({**counts, **cuts}.items()))
     if not reasons_found:
         return ConfigError(f"stage {stage} dropped and cut nothing; see what it kept by --kept")
-    asked = (f" for {reason}" if reason else "") + (f" of source {source!r}" if source else "")
-    return ConfigError(f"stage {stage} has no such document{asked}; it drops or cuts for: {reasons_found}")
+    which = (f" for {reason}" if reason else "") + (f" of source {source!r}" if source else "")
+    return ConfigError(f"stage {stage} has no such document{which}; it drops or cuts for: {reasons_found}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

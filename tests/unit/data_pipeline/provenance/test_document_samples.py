@@ -9,7 +9,7 @@ import pytest
 from configs.loader import ConfigError
 from data_pipeline import command
 from data_pipeline.core.tables import read_table, shards_of
-from data_pipeline.provenance import sample
+from data_pipeline.provenance import document_samples
 from data_pipeline.provenance.excerpts import excerpt, piece
 from tests.data_runs import data_config
 from tests.demo_corpus import demo_records
@@ -64,7 +64,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def said(config: Path, capsys: Any, *args: str) -> str:
     capsys.readouterr()
-    assert sample.main([str(config), *args]) == 0
+    assert document_samples.main([str(config), *args]) == 0
     out: str = capsys.readouterr().out
     assert MAIL not in out and "canaries/" not in out
     return out
@@ -125,7 +125,7 @@ def test_other_stages(config: Path, capsys: Any) -> None:
 )
 def test_what_cannot_be_drawn_is_an_error(config: Path, args: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        sample.main([str(config), *args])
+        document_samples.main([str(config), *args])
 
 
 def test_a_piece_that_cuts_through_an_address_is_masked() -> None:

@@ -28,8 +28,8 @@ from fsspec.utils import glob_translate
 from configs.loader import ConfigError
 from configs.sources import SourceConfig
 from data_pipeline.reading.formats import skip_reason, wanted
+from data_pipeline.reading.input_records import FoundFile
 from data_pipeline.reading.names import openable, printable
-from data_pipeline.reading.records import FoundFile
 
 _REMOTE_BLOCK = 1 << 22  # bytes that one request to a remote system fetches and that are held in memory
 # Names that file systems use for the version of an object, the best first: checksums before times.

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from configs.loader import ConfigError
 from configs.sources import ExtractConfig, SourceConfig
-from data_pipeline.reading.files import find_files
+from data_pipeline.reading.input_records import Record
 from data_pipeline.reading.names import openable, printable
-from data_pipeline.reading.records import Record
+from data_pipeline.reading.source_files import find_files
 from data_pipeline.reading.source_reader import find_units, read_file
 
 
