@@ -48,8 +48,8 @@ class LocalDisk:
         facts = self._read() if self.mesh.is_main else {}
         facts = self.mesh.gather_json(facts)[0]
         self._starts = facts["starts"]
-        self._folder = Path(self.local_dir, f"{facts['place']}-{facts['id']}")
-        for other in self._folder.parent.glob(f"{facts['place']}-*"):
+        self._folder = Path(self.local_dir, f"{facts['run_hash']}-{facts['id']}")
+        for other in self._folder.parent.glob(f"{facts['run_hash']}-*"):
             if other != self._folder:
                 shutil.rmtree(other, ignore_errors=True)
 
@@ -57,8 +57,8 @@ class LocalDisk:
         """Begins a start of the run from `step`; local checkpoints that it does not follow from are removed."""
         self._starts.append(step)
         if self.mesh.is_main:
-            place, _, id_ = self._folder.name.partition("-")
-            content = json.dumps({"place": place, "id": id_, "starts": self._starts})
+            run_hash, _, id_ = self._folder.name.partition("-")
+            content = json.dumps({"run_hash": run_hash, "id": id_, "starts": self._starts})
             write_atomic(self.run_dir / FILE, content.encode())
         self.remove(lambda start, there: not self._is_followed(start, there))
 
@@ -89,11 +89,11 @@ class LocalDisk:
                 yield int(number), step, storage.directory(folder, step)
 
     def _read(self) -> dict[str, Any]:
-        place = hashlib.sha256(str(self.run_dir.resolve()).encode()).hexdigest()[:12]
+        run_hash = hashlib.sha256(str(self.run_dir.resolve()).encode()).hexdigest()[:12]
         try:
             found = json.loads((self.run_dir / FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             found = {}
-        if found.get("place") == place:
+        if found.get("run_hash") == run_hash:
             return dict(found)
-        return {"place": place, "id": uuid.uuid4().hex, "starts": []}  # the run is new, or a copy of another
+        return {"run_hash": run_hash, "id": uuid.uuid4().hex, "starts": []}  # the run is new, or a copy of another

@@ -40,9 +40,9 @@ class LocalSaver:
             )
         self._to = targets(sharing)
         self._is_first = any(self._rank == ranks[0] for ranks in sharing)  # of those that share its disk
-        self.place = f"{disk.local_dir} of {len(sharing)} nodes, with copies on the next one's"
+        self.said = f"{disk.local_dir} of {len(sharing)} nodes, with copies on the next one's"
         if len(sharing) == 1:
-            self.place = f"{disk.local_dir} of this node alone, without a copy on another"
+            self.said = f"{disk.local_dir} of this node alone, without a copy on another"
         if self._is_first:
             pruning.remove_leftovers(disk.path)
         dist.barrier(group)  # no rank may write its first file before leftovers are removed

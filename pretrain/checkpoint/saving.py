@@ -183,7 +183,7 @@ class Saver:
         failure = self._local.save(step, self._pieces, lambda parts: self._manifests(parts, facts))
         if self.engine.mesh.is_main:
             seconds = time.perf_counter() - started
-            said = f"copied in {self._copy_seconds:.2f} s; saved locally in {seconds:.1f} s: {self._local.place}"
+            said = f"copied in {self._copy_seconds:.2f} s; saved locally in {seconds:.1f} s: {self._local.said}"
             if failure is not None:
                 said = f"warning: no local checkpoint of step {step}: {failure}; earlier ones are untouched"
             self.say(said)

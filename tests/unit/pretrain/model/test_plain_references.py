@@ -63,8 +63,8 @@ def gpt_3(layer: int, part: Tensors, x: torch.Tensor) -> torch.Tensor:
 def glm_130b(layer: int, part: Tensors, x: torch.Tensor) -> torch.Tensor:
     """Zeng et al. 2022, section 2.1 and appendix: DeepNorm, GEGLU, and a context whose tokens see one another."""
     alpha = (2 * SIZES["num_layers"]) ** 0.5
-    place = torch.arange(LENGTH)
-    seen = (place <= place[:, None]) | (place < CONTEXT)
+    index = torch.arange(LENGTH)
+    seen = (index <= index[:, None]) | (index < CONTEXT)
     x = norm(part, "attention_norm", x)
     x = norm(part, "mlp_norm", alpha * x + attention(part, x, seen, turned=True))
     gate = linear(part, "mlp.gate_proj", x)
