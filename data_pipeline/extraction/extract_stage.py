@@ -25,6 +25,7 @@ from data_pipeline.reading.ids import roots_of
 from data_pipeline.reading.input_records import BROKEN, UNDECODABLE
 from data_pipeline.reading.keys import check_keys
 from data_pipeline.reading.names import openable
+from data_pipeline.reading.source_files import is_remote
 
 FAILED = "extract.failed"  # folder of the ledger and rejected records of an attempt with too many of them
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from configs.tokenizer import TokenizerConfig
-from data_pipeline.tokens import store, tokenizer
+from data_pipeline.tokens import store, tokenizer, tokenizer_training
 from tests.demo_corpus import SOURCES, demo_records
 from tests.shards import write_shard
 

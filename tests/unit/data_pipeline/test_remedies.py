@@ -20,6 +20,7 @@ from data_pipeline import command
 from data_pipeline.core import progress
 from data_pipeline.provenance import document_samples, recall, takedown, trace, verify, what_if
 from data_pipeline.report import ledger_tables
+from data_pipeline.tokens import tokenizer_training
 from tests.data_runs import ROOT, data_config
 from tests.shards import write_shard
 from tests.small_sources import write_config
