@@ -13,7 +13,7 @@ from pretrain.drill.faults import DRILLS, Setting
 from pretrain.drill.small_config import EVERY, STEPS
 from pretrain.drill.verdicts import SAME, DrillOutcome, Numbers
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 # The loss of rank 0 depends on all numbers before. LATE is added to what a checkpoint is taken up with.
 COUNTING = """
 import hashlib, json, os, sys, time
