@@ -1,0 +1,75 @@
+"""One run, started in turn by `trivium launch`, torchrun and mpirun, and killed 20 times, ends as if nothing was."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.checkpoint import storage
+from tests.e2e.started_commands import ROOT, TORCHRUN, TRAINING, Command
+from tests.parallel.runs import assert_same_state, metrics
+from tests.small_training import last_step, write_config
+
+pytestmark = pytest.mark.full
+KILLS, STEPS, EVERY = 20, 1200, 40
+WAYS = {"launch": TRAINING["launch"], "torchrun": TORCHRUN, "mpirun": TRAINING["mpirun"]}
+
+
+def test_twenty_random_kills_across_launchers_change_no_bit(tmp_path: Path) -> None:
+    """Ranks are killed while they start, train and save: one, all, or their launcher, after which they end."""
+    config = write_config(tmp_path, STEPS, tmp_path / "killed", rows=4 * STEPS, every=EVERY)
+    straight = subprocess.run(
+        [*WAYS["launch"], str(config), f"run.dir={tmp_path / 'straight'}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert straight.returncode == 0, straight.stderr
+    rng, run, done, ways = random.Random(20), tmp_path / "killed", 0, list(WAYS)
+    while done < KILLS:
+        way = ways[done % len(ways)]
+        command = Command(tmp_path, [*WAYS[way], str(config)])
+        wait_for_moment(rng, command, run)
+        assert command.process.poll() is None, f"{way} ended before kill {done + 1}: {command.said()}"
+        kill(rng, command)
+        done += 1
+        assert command.survivors(90) == [], f"processes are left after kill {done} of {way}: {command.said()}"
+        assert command.process.wait(60) != 0
+    assert storage.steps(run)[-1] < STEPS, "the run was over before the last kill; give it more steps"
+    end = subprocess.run([*WAYS["mpirun"], str(config)], cwd=ROOT, capture_output=True, text=True)
+    assert end.returncode == 0, end.stderr
+    assert metrics(run) == metrics(tmp_path / "straight")
+    assert_same_state(storage.directory(run, STEPS), storage.directory(tmp_path / "straight", STEPS))
+
+
+def wait_for_moment(rng: random.Random, command: Command, run: Path) -> None:
+    """Waits until two ranks are there, and then for a random time, or a random number of steps after the first."""
+    deadline = time.monotonic() + 120
+    while len(command.ranks()) < 2 and command.process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if rng.random() < 0.4:
+        time.sleep(rng.uniform(0, 8))
+        return
+    before, log = last_step(run), inode(run)
+    while inode(run) == log and command.process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)  # until the run goes on, with a new log
+    wanted = min(before, last_step(run)) + rng.randint(1, 2 * EVERY)
+    while last_step(run) < wanted and command.process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def inode(run: Path) -> int:
+    log = run / "metrics.jsonl"
+    return log.stat().st_ino if log.exists() else 0
+
+
+def kill(rng: random.Random, command: Command) -> None:
+    """Kills one of the ranks, all of them, or the launcher alone."""
+    ranks = command.ranks()
+    victims = rng.choice([ranks[:1], ranks[-1:], ranks, [command.process.pid]])
+    for process in victims:
+        try:
+            os.kill(process, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
