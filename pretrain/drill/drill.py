@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not has_plan:
             samples = 2 * STEPS * small.config.train.global_batch_size
-            plan = make_rows(work / "data", small.config.train.seq_length, samples)
+            length, vocab_size = small.config.train.seq_length, small.config.model.vocab_size
+            plan = make_rows(work / "data", length, samples, vocab_size)
             small.take({"data.plan": str(plan)})
         for outcome in _outcomes(small, work, left_out):
             outcomes.append(outcome)

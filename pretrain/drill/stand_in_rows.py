@@ -9,12 +9,15 @@ from pathlib import Path
 from configs.loader import Failure, toml
 
 DOCUMENTS, WORDS, LONGEST = 400, 300, 120
-TOKENS = 320  # in the vocabulary at most; all bytes are among them
 SEED = 0
 
 
-def make_rows(folder: Path, seq_length: int, samples: int) -> Path:
-    """Writes a plan of `samples` rows below `folder`, and returns the plan's folder. Raises Failure if that fails."""
+def make_rows(folder: Path, seq_length: int, samples: int, vocab_size: int) -> Path:
+    """Writes a plan of `samples` rows below `folder`, and returns the plan's folder.
+
+    Its tokenizer is trained on the words, with `vocab_size` tokens. Raises Failure if that fails, as it does for more
+    tokens than there are parts of so few words.
+    """
     rng = random.Random(SEED)
     words = ["".join(rng.choices("aeioubdfgklmnprstvz", k=rng.randint(2, 7))) for _ in range(WORDS)]
     documents = ({"text": " ".join(rng.choices(words, k=rng.randint(20, LONGEST)))} for _ in range(DOCUMENTS))
@@ -25,7 +28,7 @@ def make_rows(folder: Path, seq_length: int, samples: int) -> Path:
         "run": {"dir": str(folder / "run"), "workers": 1},
         "sources": {"words": {"files": [str(file)], "format": "jsonl", "rules": {"any": "all"}}},
         "rules": {"all": {}},
-        "tokenizer": {"vocab_size": TOKENS},
+        "tokenizer": {"vocab_size": vocab_size},
         "mixture": {
             "seq_length": seq_length,
             "samples": samples,

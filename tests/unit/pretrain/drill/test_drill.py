@@ -8,9 +8,11 @@ import pytest
 
 from configs.loader import ConfigError, load
 from configs.train import PretrainConfig
+from data_pipeline.mixture.rows import Plan
 from pretrain.drill import drill
 from pretrain.drill.drilled_run import share_of_node
-from pretrain.drill.small_config import SmallConfig, default_ranks, fit_layout, given_keys, make_small
+from pretrain.drill.small_config import VOCABULARIES, SmallConfig, default_ranks, fit_layout, given_keys, make_small
+from pretrain.drill.stand_in_rows import make_rows
 from pretrain.drill.verdicts import SAME, DrillOutcome, Numbers, as_record, summary
 
 DEMO, LLAMA = "configs/pretrain/demo.toml", "configs/pretrain/llama3_8b.toml"
@@ -85,6 +87,13 @@ def test_degrees_are_lowered_until_the_ranks_suffice_and_one_that_is_given_is_no
 def test_what_cannot_be_drilled_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         drill.main([DEMO, "--dry-run", *words])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_rows_of_random_words_have_the_vocabulary_of_the_model(tmp_path: Path, vocab_size: int) -> None:
+    plan = Plan.open(make_rows(tmp_path / "data", 64, 144, vocab_size))
+    assert (plan.vocab_size, plan.seq_length, plan.num_samples) == (vocab_size, 64, 144)
 
 
 def run_of(folder: Path, *losses: float, state: bytes = b"weights") -> Path:
