@@ -149,6 +149,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 say(f"{line}: {what}", console)
         if args.dry_run:
             return 0
+        if not found:
+            known = not report["not_found"] and not report["given_to_several"]
+            print(
+                "none of the listed documents is in the run's tokens, so no plan is written"
+                + ("" if known else "; list ids as `trivium data sample` and `explain` show them, or addresses"),
+                file=sys.stdout if known else sys.stderr,
+            )
+            return 0 if known else 1
         rows = without(config, found, args.out, args.after)
         write_atomic(args.out / "takedown.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     except ConfigError:

@@ -137,7 +137,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"would measure the held-out text of {run_dir}", console)
         return 0
     try:
-        show(baselines(run_dir, config.run.workers), console)
+        found = baselines(run_dir, config.run.workers)
+        if not found:
+            raise ValueError(
+                f"{run_dir} holds no text out to measure on (heldout.share = {config.heldout.share:g}); set "
+                "heldout.share above 0, such as heldout.share=0.02, and run `trivium data run` again"
+            )
+        show(found, console)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

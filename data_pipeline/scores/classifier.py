@@ -25,6 +25,7 @@ from safetensors.numpy import save
 
 from configs.cli import command_parser, entrypoint
 from configs.files import write_atomic
+from configs.folders import check_writable
 from configs.loader import ConfigError
 from configs.sources import ANY_LANGUAGE, ExtractConfig, SourceConfig
 from data_pipeline.core.hashing import draw
@@ -36,6 +37,7 @@ from data_pipeline.scores.ngram_models import words_of
 GOOD, BAD = "good", "bad"
 LABEL = "__label__"  # prefix of labels in fastText models
 _SHOWN = 40  # labels that a message lists
+_HINT = "; in JSON lines, the text is looked for under the key that --text-key names"
 MIN_EXAMPLES = 100  # least number per class, of which a tenth, held out, still gives a rough measure
 _FASTTEXT = (793712314).to_bytes(4, "little")  # first bytes of a fastText model
 _PAIR = np.uint64(0x9E3779B97F4A7C15)
@@ -213,7 +215,7 @@ def _texts(label: str, patterns: Sequence[str], text_key: str, counts: dict[str,
             rules={ANY_LANGUAGE: label},
             text_key=text_key if lines else "text",
         )
-        for unit in find_units(label, source, 1):
+        for unit in find_units(label, source, 1, label.upper()):
             for file in unit.files:
                 for record in read_file(file, source, ExtractConfig(), lambda size: None):
                     if record.reason or not record.text.strip():
@@ -233,7 +235,7 @@ def train(examples: LabelledTexts, out: Path, share: float, settings: dict[str, 
         if len(lines) < MIN_EXAMPLES:
             raise ConfigError(
                 f"{len(lines)} {label} examples are too few; give at least {MIN_EXAMPLES} different ones "
-                f"(left out: {_listed(examples.counts)})"
+                f"(left out: {_listed(examples.counts)}{_HINT if examples.counts['unusable'] else ''})"
             )
         # A number drawn for each example decides whether it is held out, and the order of training.
         drawn = sorted((draw(settings["seed"], line), line) for line in lines)
@@ -254,6 +256,7 @@ def train(examples: LabelledTexts, out: Path, share: float, settings: dict[str, 
         "heldout": measure(model, held),
         "sha256": hashlib.sha256(content).hexdigest(),
     }
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, content)
     # A kill between the two writes leaves an old manifest beside the new model, which `manifest_of` detects.
     write_atomic(manifest_path(out), (json.dumps(about, indent=1) + "\n").encode())
@@ -312,9 +315,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(args.out)
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder; name a file in it, such as {out / 'quality.safetensors'}")
+    check_writable(out.parent, "--out", out)
     examples = collect(args.good, args.bad, args.text_key, args.max_chars)
     names = ("seed", "epochs", "rate", "word_ngrams", "slots")
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
         about = train(examples, out, args.heldout, {name: getattr(args, name) for name in names})
     except OSError as error:

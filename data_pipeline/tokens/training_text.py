@@ -8,7 +8,7 @@ from typing import Any
 from configs.loader import ConfigError
 from configs.sources import ANY_LANGUAGE, ExtractConfig, SourceConfig
 from configs.tokenizer import TextConfig
-from data_pipeline.core.shards import read_records, shard_path, shards_under
+from data_pipeline.core.shards import HELDOUT, TRAIN, read_records, shard_path, shards_under
 from data_pipeline.reading.formats import Format, format_of
 from data_pipeline.reading.input_records import InputUnit
 from data_pipeline.reading.source_reader import find_units, read_file
@@ -94,6 +94,11 @@ def run_shards(run_dir: str | Path, split: str, key: str = "text.run") -> list[P
     """
     folder = Path(run_dir) / "documents"
     shards = [shard for shard in shards_under(folder) if shard.startswith(f"{split}/")] if folder.is_dir() else []
+    if not shards and split == HELDOUT and (folder / TRAIN).is_dir():
+        raise ConfigError(
+            f"{key} = {str(run_dir)!r}: this run holds no document out, as its heldout.share is 0 or its sources are "
+            "too small; set heldout.share above 0, such as heldout.share=0.02, and run `trivium data run` again"
+        )
     if not shards:
         raise ConfigError(
             f"{key} = {str(run_dir)!r}: there is no document under {folder / split}; name the run.dir of a data run, "

@@ -265,6 +265,9 @@ def test_a_list_of_documents_is_right_once_it_is_as_the_message_says(finished: P
     assert "give a file with a document id or an address on each line" in outcome(takedown.main, args, capsys)
     file.write_text("# nothing yet\n")
     assert "names no document; write an id or an address on each line" in outcome(takedown.main, args, capsys)
+    file.write_text("nosuch\nbig/none\n")
+    said = outcome(takedown.main, args[:-1], capsys)
+    assert "no plan is written; list ids as `trivium data sample`" in said and not (tmp_path / "out").exists()
     file.write_text("big/3\n")
     assert not outcome(takedown.main, args, capsys)
     out = tmp_path / "taken"

@@ -41,6 +41,11 @@ def test_measures_are_those_of_the_held_out_text(
             assert values["xz_after_training"] * len(held_out) / 8 == pytest.approx(sizes[2] - sizes[1])
         assert 0.5 < values["ngram"] < 8
 
+    bare = tmp_path / "bare"  # with heldout.share = 0 nothing is held out
+    shutil.copytree(copy / "tokens", bare / "tokens", ignore=shutil.ignore_patterns("heldout"))
+    assert baselines.main([str(config), f"run.dir={bare}", "heldout.share=0"]) == 1
+    assert "(heldout.share = 0); set heldout.share above 0" in capsys.readouterr().err
+
     before = (copy / baselines.FILE).stat().st_mtime_ns
     assert baselines.main([str(config), f"run.dir={copy}"]) == 0
     assert (copy / baselines.FILE).stat().st_mtime_ns == before, "nothing has changed, so nothing is measured again"

@@ -81,10 +81,16 @@ def test_models_of_fasttext_are_taken() -> None:
 def test_too_few_and_contradictory_examples_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = write_jsonl(tmp_path / "good.jsonl.gz", [{"text": f"good {n}"} for n in range(120)])
     bad = write_jsonl(tmp_path / "bad.jsonl.gz", [{"text": f"{'good' if n < 30 else 'bad'} {n}"} for n in range(150)])
-    argv = [str(good), "--bad", str(bad), *SMALL, "--out", str(tmp_path / "m.model")]
-    with pytest.raises(ConfigError, match=r"90 good examples are too few; give at least 100 .* 30 in both") as refused:
+    argv = [str(good), "--bad", str(bad), *SMALL, "--out", str(tmp_path / "new/m.model")]
+    with pytest.raises(
+        ConfigError, match=r"90 good examples are too few; give at least 100 .* 30 in both\)"
+    ) as refused:
         main(argv)
-    assert not (tmp_path / "m.model").exists()
+    with pytest.raises(ConfigError, match=r"0 good examples .* 270 unusable, .* under the key that --text-key names"):
+        main([*argv, "--text-key", "body"])
+    with pytest.raises(ConfigError, match=r"GOOD\.files: 'none.jsonl' matches no file"):
+        main(["none.jsonl", *argv[1:]])
+    assert not (tmp_path / "new").exists()
     for key in ("max-chars", "heldout", "epochs", "rate", "word-ngrams", "slots", "seed"):
         for wrong in ("-1", str(10**12)):
             with pytest.raises(ConfigError, match=rf"--{key} -?[\d.e+]+ is out of range; give a number") as beyond:

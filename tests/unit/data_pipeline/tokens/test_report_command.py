@@ -123,6 +123,10 @@ def test_mistakes_are_named(run: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "copy/tokenizer_report.json").read_text(encoding="utf-8"))
     assert found["rows"][-1]["documents"] == 3, "one document of each source"
     assert "unused_in_run" not in found["tokenizers"]["own"]
+    (tmp_path / "bare/documents").mkdir(parents=True)
+    (tmp_path / "bare/documents/train").symlink_to(run / "documents/train")
+    with pytest.raises(ConfigError, match=r"holds no document out, .*; set heldout\.share above 0, such as"):
+        main([str(tmp_path / "bare"), "--tokenizer", str(run / "tokenizer")])
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
