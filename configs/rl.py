@@ -62,6 +62,9 @@ class RLSection(Section):
     """The folder in which every rollout is kept; left out, those that a resume may need are, in run.dir/rollouts."""
     replay: str | None = None
     """The folder of recorded rollouts to train on in place of new ones."""
+    replay_experts: bool = True
+    """Whether tokens go to the experts that the sampler's routers chose when the trainer computes log-probabilities and
+    gradients of a mixture of experts; each sampled token then takes 2 bytes for each choice in each layer."""
     environment: EnvironmentConfig | None = None
     """Tools that the model may call before it answers; left out, its first turn is its answer."""
 

@@ -5,6 +5,7 @@ advantages of a rollout by generalized advantage estimation, whitened over the r
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,9 @@ class Critic:
         config = self._config
         peak = self._section.critic_lr or config.optimizer.lr
         sums = self.engine.train_step(
-            batches, self._loss, learning_rate(step, config.train.steps, peak, config.schedule)
+            [replace(batch, experts=None) for batch in batches],  # those are the policy's
+            self._loss,
+            learning_rate(step, config.train.steps, peak, config.schedule),
         )
         return {"value_loss": sums.mean_loss, "value_grad_norm": sums.grad_norm, **sums.metrics}
 

@@ -18,9 +18,11 @@ from posttrain.algorithms.advantages import equal_groups
 from posttrain.chat.format_interface import Chat
 from posttrain.tasks.episode_environment import Environment, Transcript, play
 from posttrain.tasks.task import Attempt, Problem, Task, TaskScore, truncated
+from pretrain.generation.expert_choices import choices_shape
 from pretrain.generation.sampling import Completion, SampledModel, generate
 
 METRICS = ("reward", "equal_reward_groups", "completion_tokens", "truncated", "unscorable")
+EXPERTS = "experts"  # array of the choices of routers
 PART = "reward/"  # before the name of a reward, in arrays and metrics
 
 
@@ -36,6 +38,9 @@ class Rollout:
     scores            float32 [N], the rewards of the task; NaN where it could not judge
     stopped           bool [N], whether the completion ended by itself
     rollout_logprobs  float32 [N, S], of the labels, by the sampler at its temperature; 0 outside the mask
+
+    experts           int16 [N, S, L, k], in a mixture of experts whose choices are replayed: the experts that the
+                      sampler sent each token to in each of its L layers with a mixture; -1 where it did not say
 
     Further arrays, such as `old_logprobs` by the trainer's code, are added under their names in `TokenBatch`.
     """
@@ -109,24 +114,29 @@ def sample(
     seq_length: int,
     scores: bool = True,
     make: Callable[[], Environment] | None = None,
+    keep_experts: bool = False,
 ) -> Rollout:
     """Samples completions for `samples`, numbers of the run, and scores them unless `scores` is False.
 
-    With `make` each of them is an episode in an environment. Raises ValueError if a prompt and its completion do not
-    fit into `seq_length`.
+    With `make` each of them is an episode in an environment. `keep_experts` keeps the choices of routers. Raises
+    ValueError if a prompt and its completion do not fit into `seq_length`.
     """
     arrays = _empty(len(samples), seq_length, chat.tokenizer.pad_id)
     arrays["prompts"][:] = [i // group_size for i in samples]
     arrays |= {PART + name: np.full(len(samples), np.nan, np.float32) for name in task.reward_names}
     if make is not None:
         arrays |= {"turns": np.zeros(len(samples), np.int32)}
+    if keep_experts:
+        arrays[EXPERTS] = np.full((len(samples), seq_length, *choices_shape(decoder)), -1, np.int16)
     if not len(samples):
         return Rollout(arrays, group_size)
     problems = [task.problem(seed, "train", i // group_size) for i in samples]
     settings, keys = SamplingConfig(temperature=temperature), [f"rollout/{i}" for i in samples]
-    episodes = written(decoder, task, chat, problems, settings, seed, keys, seq_length + 1, scores, make)
+    episodes = written(decoder, task, chat, problems, settings, seed, keys, seq_length + 1, scores, make, keep_experts)
     for i, episode in enumerate(episodes):
         _fill(arrays, i, episode, seq_length)
+        if keep_experts:
+            arrays[EXPERTS][i, : len(episode.experts)] = episode.experts
         if make is not None:
             arrays["turns"][i] = episode.turns
         if episode.score is not None:
@@ -147,6 +157,7 @@ def written(
     room: int,
     scores: bool = True,
     make: Callable[[], Environment] | None = None,
+    keep_experts: bool = False,
 ) -> list[Transcript]:
     """Returns what the model writes for each problem, one answer or an episode of `make`, scored if `scores` is True.
 
@@ -154,7 +165,16 @@ def written(
     """
 
     def continued(prompts: Sequence[list[int]], keys: Sequence[str]) -> list[Completion]:
-        return generate(decoder, prompts, task.max_new_tokens, settings, seed, stop_ids=chat.stop_ids, keys=keys)
+        return generate(
+            decoder,
+            prompts,
+            task.max_new_tokens,
+            settings,
+            seed,
+            stop_ids=chat.stop_ids,
+            keys=keys,
+            keep_experts=keep_experts,
+        )
 
     if make is not None:
         return play(task, problems, keys, make, chat, continued, room)

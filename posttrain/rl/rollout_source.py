@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from configs.loader import ConfigError, Failure
+from configs.model import ModelConfig
 from configs.rl import EnvironmentConfig, RLSection
 from configs.train import TrainSection
 from data_pipeline.core.integrity import Expected
@@ -29,9 +30,9 @@ from posttrain.rl.logprob_check import LogprobCheck
 from posttrain.rl.phases import Phases
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.reference_policy import ReferencePolicy
-from posttrain.rl.rollout import METRICS, PART, Rollout
+from posttrain.rl.rollout import EXPERTS, METRICS, PART, Rollout
 from posttrain.rl.rollout_file import Recorded
-from posttrain.rl.rollout_rows import RolloutRow, rollout_rows
+from posttrain.rl.rollout_rows import RolloutRow, check_experts, rollout_rows
 from posttrain.rl.shared_sampling import sample_together
 from posttrain.rl.text_rows import TextRows
 from posttrain.rl.token_values import token_values
@@ -196,7 +197,7 @@ class RolloutSource(BatchSource):
 
     def _begin(self, engine: Engine, number: int) -> None:
         if self.settings.replay:
-            rollout = self._replayed(number)
+            rollout = self._replayed(number, engine.model_config)
         else:
             rollout = self.sample_only(engine, number)
         self._metrics = rollout.metrics() | self._metrics
@@ -207,8 +208,8 @@ class RolloutSource(BatchSource):
                 "stays so, choose an easier task, a better model to start from, or a higher temperature",
                 flush=True,
             )
-        rows = rollout_rows(rollout, range(len(rollout)))
         if self._recomputes:
+            rows = rollout_rows(rollout, range(len(rollout)), replays_experts=True)
             old = token_values(engine, rows, self.sampling.temperature)
             difference, mask = (old - torch.from_numpy(rollout.rollout_logprobs)).abs(), torch.from_numpy(rollout.mask)
             self._check(difference, mask.float())
@@ -217,6 +218,7 @@ class RolloutSource(BatchSource):
             if self._reference is None:
                 assert self._initial is not None, "the divergence is measured from the run's initial model"
                 self._reference = ReferencePolicy(engine, self._initial)
+            rows = rollout_rows(rollout, range(len(rollout)))
             with self._reference.loaded():
                 reference = token_values(engine, rows, self.sampling.temperature)
             self._metrics["kl_to_reference"] = _kl(rollout, reference)
@@ -264,7 +266,13 @@ class RolloutSource(BatchSource):
         self._next_prompt += count
         numbers = range(first, first + count * sampling.group_size)
         whole = sample_together(
-            self.policy, sampling, numbers, sampling.group_size, self.seq_length, make=sampling.make
+            self.policy,
+            sampling,
+            numbers,
+            sampling.group_size,
+            self.seq_length,
+            make=sampling.make,
+            keep_experts=self.settings.replay_experts and bool(self.policy.decoder.routers),
         )
         if np.isnan(whole.scores).all():
             raise Failure(
@@ -273,7 +281,7 @@ class RolloutSource(BatchSource):
             )
         return whole
 
-    def _replayed(self, number: int) -> Rollout:
+    def _replayed(self, number: int, model: ModelConfig) -> Rollout:
         assert self.settings.replay is not None
         recorded = rollout_file.read(Path(self.settings.replay), number, "leave out rl.replay to sample new ones")
         rollout, self._next_prompt, group_size = recorded.rollout, recorded.next_prompt, self.sampling.group_size
@@ -292,6 +300,10 @@ class RolloutSource(BatchSource):
             )
         own = ("tokens", "labels", "mask", "lengths", "prompts", "scores", "stopped", "rollout_logprobs")
         parts = [name for name in rollout.arrays if name.startswith(PART)]
+        choices = rollout.arrays.get(EXPERTS) if self.settings.replay_experts else None
+        if choices is not None:
+            check_experts(choices, number, model)
+            parts.append(EXPERTS)
         rollout = Rollout({name: rollout.arrays[name] for name in (*own, *parts)}, rollout.group_size)
         self._metrics = {name: m for name, m in recorded.metrics.items() if name in DRAWN or name.startswith(PART)}
         return rollout
@@ -336,10 +348,11 @@ class RolloutSource(BatchSource):
         optional = ("old_logprobs", "ref_logprobs", "factor", "share", "text_factor")
         names = ["rollout_logprobs", *(name for name in optional if name in rollout.arrays), *self.credit.names]
         dp, dp_rank = self._mesh.layout.dp, self._mesh.dp_rank
-        rows = rollout_rows(rollout, chosen[dp_rank * len(samples) :][: len(samples)], weights, names)
+        own = chosen[dp_rank * len(samples) :][: len(samples)]
+        rows = rollout_rows(rollout, own, weights, names, replays_experts=True)
         if self._text:
             part = len(text) // dp
-            rows += self._text.rows(text, names, whole)[dp_rank * part : (dp_rank + 1) * part]
+            rows += self._text.rows(text, names, whole, rows[0].experts)[dp_rank * part : (dp_rank + 1) * part]
         return rows
 
     def step_metrics(self) -> dict[str, tuple[float, float]]:

@@ -35,6 +35,7 @@ def sample_together(
     seq_length: int,
     scores: bool = True,
     make: Callable[[], Environment] | None = None,
+    keep_experts: bool = False,
 ) -> Rollout:
     """Samples the completions `numbers` of a run, a share of them on each rank; every rank gets all. Collective.
 
@@ -52,6 +53,7 @@ def sample_together(
         seq_length,
         scores and policy.leads,
         make,
+        keep_experts,
     )
     spoken = found.arrays if policy.leads else {name: array[:0] for name, array in found.arrays.items()}
     return Rollout(gather_rows(spoken), group_size)

@@ -36,8 +36,14 @@ class TextRows:
         """Returns the rows of a step, counted from 0."""
         return [self.text.row(i) for i in range(step * self.count, (step + 1) * self.count)]
 
-    def rows(self, text: Sequence[Row], names: Sequence[str], whole: float) -> list[RolloutRow]:
-        """Returns rows with the arrays `names` that rollouts have; `whole` is the step's whole weight."""
+    def rows(
+        self, text: Sequence[Row], names: Sequence[str], whole: float, experts: np.ndarray | None = None
+    ) -> list[RolloutRow]:
+        """Returns rows with the arrays `names` that rollouts have; `whole` is the step's whole weight.
+
+        `experts` are the choices of routers that a rollout's row has, if any: here the routers choose by themselves.
+        """
+        no_choices = None if experts is None else np.full_like(experts, -1)
         own = sum(float(row.loss_mask.sum()) for row in text)
         factors = {"factor": self.coef * whole / max(own, 1.0), "text_factor": whole / max(own, 1.0)}
         return [
@@ -49,6 +55,7 @@ class TextRows:
                 row.segments,
                 PTX,
                 {name: np.full(len(row.tokens), factors.get(name, 0.0), np.float32) for name in names},
+                no_choices,
             )
             for row in text
         ]

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from configs.rl import EnvironmentConfig
 from posttrain.chat.format_interface import Chat
 from posttrain.chat.messages import Message
@@ -84,7 +86,8 @@ class Transcript:
     """The tokens of one episode after its prompt; `learnt` is True on those that the model wrote.
 
     `logprobs` are those of the learnt tokens when they were sampled, and 0 on the environment's. `answer` is the text
-    of the model's last turn. `stopped` is False if a turn was cut, or if there was no room for another.
+    of the model's last turn. `stopped` is False if a turn was cut, or if there was no room for another. `experts` are
+    the choices of routers for prompt and tokens up to the model's last turn (`Completion.experts`), if they are kept.
     """
 
     problem: Problem
@@ -96,11 +99,14 @@ class Transcript:
     answer: str = ""
     stopped: bool = True
     score: TaskScore | None = None
+    experts: np.ndarray = field(default_factory=lambda: np.empty(0, np.int16))
 
     def wrote(self, completion: Completion) -> None:
         """Adds a turn of the model."""
         self._add(completion.tokens, True, completion.logprobs)
         self.turns += 1
+        if completion.experts is not None:
+            self.experts = completion.experts
 
     def read(self, tokens: Sequence[int]) -> None:
         """Adds a reply of the environment."""

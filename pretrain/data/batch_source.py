@@ -31,7 +31,7 @@ _SHOWN = 3  # documents of a row that are named
 def collate(rows: Sequence[Any], first: int | None = None) -> Batch:
     """Stacks rows of equal length into one micro-batch. `first` is the number of the first row's sample in the run.
 
-    Rows may also have `extra`, arrays [L] by name, the same names in every row.
+    Rows may also have `extra`, arrays [L] by name, the same names in every row, and `experts`, see `Batch.experts`.
     """
 
     def stack(name: str, dtype: Any) -> torch.Tensor:
@@ -54,6 +54,7 @@ def collate(rows: Sequence[Any], first: int | None = None) -> Batch:
             name: torch.from_numpy(np.stack([row.extra[name] for row in rows]).astype(np.float32))
             for name in getattr(rows[0], "extra", ())
         },
+        experts=None if getattr(rows[0], "experts", None) is None else stack("experts", np.int16),
     )
 
 

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from configs.sampling import SamplingConfig
+from pretrain.generation.expert_choices import RouterLog
 from pretrain.generation.logits_filters import processed
 from pretrain.model.kv_cache import KVCache, whole_slots
+from pretrain.model.moe.router import Router
 
 ROWS = 256  # texts continued at once, which limits the key-value cache
 LEAST_ROWS = 8  # a matrix product with fewer rows takes a kernel that sums in another order
@@ -47,17 +49,23 @@ class SampledModel(Protocol):
 
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
+    @property
+    def routers(self) -> list[Router]: ...
+
 
 @dataclass
 class Completion:
     """Sampled continuation of a prompt: its tokens and the log-probability of each.
 
-    `stopped` is whether a stop token came, which is then the last of `tokens`, or a watcher ended the text.
+    `stopped` is whether a stop token came, which is then the last of `tokens`, or a watcher ended the text. `experts`
+    [P, layers, k], if they were kept, are those that routers chose for the first P tokens of prompt and continuation:
+    all but the last, which no pass took in.
     """
 
     tokens: list[int]
     logprobs: list[float]
     stopped: bool
+    experts: np.ndarray | None = None
 
 
 def generate(
@@ -71,18 +79,23 @@ def generate(
     pad_id: int = 0,
     max_rows: int = ROWS,
     watch: Watcher | None = None,
+    keep_experts: bool = False,
 ) -> list[Completion]:
     """Samples a continuation of every prompt; `max_new_tokens` is one limit, at least 1, or one for each prompt.
 
     Log-probabilities are those of the distribution that a token was drawn from, or at temperature 0 of that at
-    temperature 1. At most `max_rows` texts are continued at a time; when some end, others begin. Raises ValueError if a
-    prompt is empty.
+    temperature 1. At most `max_rows` texts are continued at a time; when some end, others begin. `keep_experts` keeps
+    the experts that a mixture's routers choose. Raises ValueError if a prompt is empty.
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt has no tokens; give at least the beginning-of-text token")
     texts = _Texts(prompts, max_new_tokens, seed, stop_ids, keys, watch)
     waiting = texts.groups(max_rows)
-    return _Sampler(decoder, texts, sampling, pad_id, min(max_rows, len(prompts))).run(waiting)
+    sampler = _Sampler(decoder, texts, sampling, pad_id, min(max_rows, len(prompts)))
+    if not keep_experts:
+        return sampler.run(waiting)
+    with RouterLog(decoder.routers) as sampler.log:
+        return sampler.run(waiting)
 
 
 class _Texts:
@@ -112,6 +125,7 @@ class _Texts:
         self._logprobs = np.empty((count, most))
         self._drawn = np.zeros(count, dtype=np.int64)
         self._stopped = np.zeros(count, dtype=bool)
+        self._experts: np.ndarray | None = None
 
     def groups(self, most: int) -> deque[range]:
         """Returns runs of texts, at most `most` each, that have the same prompt."""
@@ -154,11 +168,21 @@ class _Texts:
         self._stopped[numbers] = stopped
         return ~stopped & (at + 1 < self._limits[numbers])
 
+    def keep_experts(self, numbers: np.ndarray, first: np.ndarray | int, experts_BPLK: np.ndarray) -> None:
+        """Keeps the choices of routers for P tokens of each text, from position `first` on."""
+        if self._experts is None:
+            shape = len(self.prompts), self.longest, *experts_BPLK.shape[2:]
+            self._experts = np.full(shape, -1, experts_BPLK.dtype)
+        positions = np.reshape(first, (-1, 1)) + np.arange(experts_BPLK.shape[1])
+        self._experts[numbers[:, None], positions] = experts_BPLK
+
     def completions(self) -> list[Completion]:
-        return [
-            Completion(self._tokens[i, p : p + n].tolist(), self._logprobs[i, :n].tolist(), bool(self._stopped[i]))
-            for i, (p, n) in enumerate(zip(self.lengths, self._drawn, strict=True))
-        ]
+        found = []
+        for i, (prompt, n) in enumerate(zip(self.lengths, self._drawn, strict=True)):
+            tokens, logprobs = self._tokens[i, prompt : prompt + n].tolist(), self._logprobs[i, :n].tolist()
+            experts = None if self._experts is None else self._experts[i, : prompt + n - 1]
+            found.append(Completion(tokens, logprobs, bool(self._stopped[i]), experts))
+        return found
 
 
 class _Sampler:
@@ -171,6 +195,7 @@ class _Sampler:
         self.max_rows = max_rows
         self.device = next(decoder.parameters()).device
         self._numbers = np.zeros(0, dtype=np.int64)
+        self.log: RouterLog | None = None
 
     @torch.inference_mode()
     def run(self, waiting: deque[range]) -> list[Completion]:
@@ -204,6 +229,10 @@ class _Sampler:
 
         numbers = np.concatenate([np.array(group) for group in groups])
         group_of = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups]))
+        if self.log is not None:
+            experts = self.log.taken(tokens.shape)
+            for row, group in enumerate(groups):
+                self.texts.keep_experts(np.array(group), 0, experts[row, None, : lengths[row]])
         self.texts.begin(numbers)
         goes_on = self._draw(numbers, logits_GV, group_of)
         rows = group_of[torch.from_numpy(goes_on)].to(self.device)
@@ -218,6 +247,8 @@ class _Sampler:
         unused = (0, max(0, LEAST_ROWS - count))  # rows that only fill the batch
         token_B1, position_B1 = (F.pad(torch.from_numpy(x), unused)[:, None] for x in (tokens, positions))
         logits_BV = self._logits(token_B1, position_B1, None, self._cache)[:count, -1]
+        if self.log is not None:
+            self.texts.keep_experts(self._numbers, positions, self.log.taken(token_B1.shape)[:count])
         goes_on = self._draw(self._numbers, logits_BV, torch.arange(count))
         kept = int(goes_on.sum())
         holes, movers = np.flatnonzero(~goes_on[:kept]), kept + np.flatnonzero(goes_on[kept:])

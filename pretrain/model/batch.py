@@ -16,6 +16,8 @@ class Batch:
 
     `loss_mask` is float: RL weighs tokens with it. `extra` has what a loss function needs beside labels, by name, such
     as the advantages of RL; each is [B, S]. `ahead` is for modules of multi-token prediction, where they are trained.
+    `experts`, int16 [B, S, L, k], are the experts that tokens go to in each of the L layers with a mixture; where they
+    are -1, and where there are none, the layer's router chooses.
     """
 
     tokens: torch.Tensor
@@ -30,6 +32,7 @@ class Batch:
     samples: tuple[int, ...] | None = None  # the rows' numbers in the run
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
     ahead: tuple[Ahead, ...] = ()
+    experts: torch.Tensor | None = None
 
     def weightless(self) -> "Batch":
         """Returns a batch of the same tokens whose losses all have weight zero."""

@@ -1,7 +1,7 @@
 """The facts that all layers share in the forward pass of one micro-batch; made once, and never changed."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -46,7 +46,8 @@ class ForwardContext:
     are the parts of rows that attention stays in, None where every row is one document; under context parallel they
     are those of whole rows. `valid_SB` is False for padding; None means that there is none. `samples` [B], on the
     host, are the numbers of the rows in the training run, from which dropout draws its masks. `virtual` are virtual
-    tokens, and `prepended` is how many of them are in front of the rows of this pass.
+    tokens, and `prepended` is how many of them are in front of the rows of this pass. `experts` has, by the index of a
+    layer, the experts [S, B, k] that its tokens go to where the router shall not choose, see `Batch.experts`.
     """
 
     positions_SB: torch.Tensor
@@ -56,6 +57,7 @@ class ForwardContext:
     samples: torch.Tensor | None = None
     virtual: VirtualTokens = NO_TOKENS
     prepended: int = 0
+    experts: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of_batch(cls, config: ModelConfig, batch: Batch, virtual: VirtualTokens = NO_TOKENS) -> "ForwardContext":
@@ -67,7 +69,12 @@ class ForwardContext:
         lengths = F.pad(batch.lengths + virtual.count, (prepended, 0), value=virtual.count)
         tables = _tables(config, positions, lengths)
         valid_SB = F.pad(valid, (prepended, 0), value=True).t()
-        return cls(positions.t(), tables, batch.documents, valid_SB, samples, virtual, prepended)
+        experts: dict[int, torch.Tensor] = {}
+        if batch.experts is not None:
+            by_layer = F.pad(batch.experts.long().permute(2, 1, 0, 3), (0, 0, 0, 0, prepended, 0), value=-1)
+            layers = [layer.index for layer in config.layers if layer.moe]
+            experts = dict(zip(layers, by_layer, strict=True))
+        return cls(positions.t(), tables, batch.documents, valid_SB, samples, virtual, prepended, experts)
 
     @classmethod
     def of(

@@ -27,6 +27,7 @@ from pretrain.model.kv_cache import KVCache
 from pretrain.model.layer_context import LayerContext
 from pretrain.model.layers import MLP, Dropout, norm_of, recomputed
 from pretrain.model.moe import MoE
+from pretrain.model.moe.router import Router
 from pretrain.model.slices import Marks, mark
 from pretrain.model.tensor_parallel import ColumnLinear, Embedding, Region, WholeLinear
 from pretrain.model.value_head import ValueHead
@@ -225,6 +226,11 @@ class Decoder(nn.Module):
         return {layer: block.moe for layer, block in self.blocks.items() if block.is_moe}
 
     @property
+    def routers(self) -> list[Router]:
+        """The routers of this stage's layers in their order, without those of multi-token prediction."""
+        return [self.blocks[i].moe.router for i in self.stage.layers if self.blocks[i].is_moe]
+
+    @property
     def input_modules(self) -> list[nn.Module]:
         """The modules before the first block, in the order of their use; most are on the first stage alone."""
         names = ("embedding", "position_embedding", "embedding_norm") if self.stage.is_first else ()
@@ -285,7 +291,8 @@ class Block(nn.Module):
             return self.adapter["attention"](y) if "attention" in self.adapter else y
 
         def feed_forward(x: torch.Tensor) -> torch.Tensor:
-            y = self.moe(x, context.valid_SB) if self.is_moe else self.mlp(x)
+            replayed = context.experts.get(self.config.index)
+            y = self.moe(x, context.valid_SB, replayed) if self.is_moe else self.mlp(x)
             return self.adapter["mlp"](y) if "mlp" in self.adapter else y
 
         def drop_attention(x: torch.Tensor) -> torch.Tensor:

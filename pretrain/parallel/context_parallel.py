@@ -80,6 +80,7 @@ def own_parts(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
         own: dict[str, Any] = {name: cut(getattr(batch, name)) for name in names}
         trained = own["loss_mask"].flatten().nonzero()[:, 0]
         own |= {"trained": trained, "extra": {name: cut(t) for name, t in batch.extra.items()}}
+        own["experts"] = None if batch.experts is None else cut(batch.experts)
         return replace(batch, **own, ahead=tuple(ahead.part(cut) for ahead in batch.ahead))
 
     def cut(tensor_BS: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from configs.model import ModelConfig
 from pretrain.model import Decoder, LayerContext
 from pretrain.model.adapters import add_adapters
 from pretrain.model.kv_cache import KVCache
+from pretrain.model.moe.router import Router
 from pretrain.parallel.groups import Mesh
 
 
@@ -73,6 +74,11 @@ class SplitDecoder(nn.Module):
             logits = logits.contiguous()
             dist.broadcast(logits, group=self.mesh.ep_group, group_src=0)
         return logits
+
+    @property
+    def routers(self) -> list[Router]:
+        """The routers in the order of their layers; each rank has all of them whole."""
+        return self.decoder.routers
 
     def new_cache(self, rows: int, max_length: int) -> KVCache:
         """Makes an empty cache for the key-value heads of this rank."""

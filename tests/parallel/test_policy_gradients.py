@@ -92,6 +92,45 @@ def test_dialogues_of_fine_tuning(
     assert_same(gradients("other", world, parallel, micro, packed), expected)
 
 
+MOE = {**MODELS["moe"], "moe": {"num_experts": 8, "top_k": 2, "router_bias": True, "aux_loss_coef": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "micro"),
+    [
+        (2, {"pp": 2}, 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (
+                (1, {}, 1),
+                (2, {}, 2),
+                (2, {"tp": 2, "sp": True}, 2),
+                (2, {"ep": 2}, 4),
+                (2, {"cp": 2}, 2),
+                (2, {"zero": 3}, 2),
+                (4, {"pp": 2, "vpp": 2, "tp": 2}, 2),
+            )
+        ),
+    ],
+)
+def test_replayed_experts(ranks: RanksOf, tmp_path: Path, world: int, parallel: dict[str, Any], micro: int) -> None:
+    """Tokens go to experts that no router would choose, the same ones in each layout."""
+    model = {**MOE, "num_layers": 4} if "vpp" in parallel else MOE
+
+    def gradients(name: str, world: int, chosen: bool, **settings: Any) -> dict[str, torch.Tensor]:
+        out = tmp_path / name
+        out.mkdir()
+        worker = "tests.parallel.workers.policy_gradients:replayed_gradients"
+        ranks(world).run(worker, process_group=False, model=model, out=str(out), chosen=chosen, **settings)
+        return {name: tensor for file in sorted(out.iterdir()) for name, tensor in load_file(file).items()}
+
+    expected = gradients("one", 1, True, parallel={}, micro=8)
+    other = gradients("by_routers", 1, False, parallel={}, micro=8)
+    name = next(name for name in expected if name.endswith("router.weight"))
+    assert float((expected[name] - other[name]).norm()) > 0.1 * float(expected[name].norm())
+    assert_same(gradients("layout", world, True, parallel=parallel, micro=micro), expected)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("world", "parallel", "micro", "packed"),

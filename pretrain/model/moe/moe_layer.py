@@ -34,13 +34,16 @@ class MoE(nn.Module):
             self.shared_gate = WholeLinear(config.hidden_size, 1, context)
         self.balance = Balance(moe, context)
 
-    def forward(self, x_SBH: torch.Tensor, valid_SB: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x_SBH: torch.Tensor, valid_SB: torch.Tensor | None = None, replayed_SBK: torch.Tensor | None = None
+    ) -> torch.Tensor:
         shared = self._shared(x_SBH) if self.has_shared else 0.0
         x_SBH = self.region.gather(x_SBH)  # every rank routes all tokens, so balance is seen over whole sequences
         x_TH = x_SBH.flatten(0, 1)
         if valid_SB is None:
             valid_SB = torch.ones(x_SBH.shape[:2], dtype=torch.bool, device=x_SBH.device)
-        weights_TK, experts_TK, logits_TE = self.router(x_TH, self.balance.choosing_bias)
+        replayed_TK = None if replayed_SBK is None else replayed_SBK.flatten(0, 1)
+        weights_TK, experts_TK, logits_TE = self.router(x_TH, self.balance.choosing_bias, replayed_TK)
         if self.training:
             x_TH = self.balance.attach(x_TH, logits_TE, experts_TK, valid_SB)
         x_TH, weights_TK = self._into_experts(x_TH, weights_TK)

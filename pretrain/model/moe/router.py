@@ -28,9 +28,12 @@ class Router(nn.Module):
             mark(self.bias, Marks(constant=0.0, decays=False))
 
     def forward(
-        self, x_TH: torch.Tensor, bias_E: torch.Tensor | None = None
+        self, x_TH: torch.Tensor, bias_E: torch.Tensor | None = None, replayed_TK: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns weights [T, k], chosen experts [T, k] and logits [T, E]; the bias changes choices but no weights."""
+        """Returns weights [T, k], chosen experts [T, k] and logits [T, E]; the bias changes choices but no weights.
+
+        Tokens go to the experts `replayed_TK`, if they are given; where those are -1 the router chooses.
+        """
         precision = torch.promote_types(x_TH.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(precision)
         logits_TE = F.linear(x_TH.to(precision), self.weight.to(precision), bias)
@@ -39,6 +42,8 @@ class Router(nn.Module):
             experts_TK = self._choose(logits_TE.detach())  # scores grow with logits, and large ones are rounded to 1
         else:
             experts_TK = self._choose(scores_TE.detach() if bias_E is None else scores_TE.detach() + bias_E)
+        if replayed_TK is not None:
+            experts_TK = torch.where(replayed_TK < 0, experts_TK, replayed_TK)
         weights_TK = scores_TE.gather(1, experts_TK)
         if self.moe.renormalize:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=1e-20)  # sigmoids may all be 0

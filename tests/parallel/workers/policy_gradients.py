@@ -1,5 +1,6 @@
 """Functions run in the ranks: gradients of the losses of RL and SFT on the same samples, however these are divided."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,27 @@ def gradients(
         engine.accumulate(batches, PolicyLoss(DIALECTS[name].policy, settings, 0.9, LogprobCheck(float("inf"))))
         tensors |= _whole_gradients(engine, f"{name}/")
     _save(engine, tensors, out)
+
+
+def replayed_gradients(model: dict[str, Any], parallel: dict[str, Any], out: str, micro: int, chosen: bool) -> None:
+    """Writes the whole gradient of each parameter of one loss on eight samples whose experts are drawn at random.
+
+    Without `chosen` the routers choose by themselves. The last tokens of each sample have no choices.
+    """
+    engine = make_engine(model, parallel)
+    mesh, config = engine.mesh, engine.model_config
+    assert config.moe is not None
+    layers, experts, most = sum(layer.moe is not None for layer in config.layers), config.moe.num_experts, 8
+    rows = []
+    for i in range(GLOBAL_BATCH):
+        order = np.random.default_rng(i).permuted(np.tile(np.arange(experts), (SEQ_LENGTH, layers, 1)), axis=-1)
+        own = np.where(np.arange(SEQ_LENGTH)[:, None, None] < most, order[..., : config.moe.top_k], -1)
+        rows.append(replace(_row([_sample(i, config.vocab_size)]), experts=own.astype(np.int16) if chosen else None))
+    share = len(rows) // mesh.layout.dp
+    batches = micro_batches(rows[mesh.dp_rank * share :][:share], micro)
+    loss = PolicyLoss(DIALECTS["grpo@trl"].policy, RLSection(), 0.9, LogprobCheck(float("inf")))
+    engine.accumulate(batches, loss)
+    _save(engine, _whole_gradients(engine), out)
 
 
 def dialogue_gradients(model: dict[str, Any], parallel: dict[str, Any], out: str, micro: int, seq_length: int) -> None:

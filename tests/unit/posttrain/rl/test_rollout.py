@@ -326,21 +326,21 @@ def test_a_checkpoint_in_a_rollout_needs_that_very_rollout(chat: ChatFormat, rol
 
 
 def test_rollouts_of_another_tokenizer_or_of_other_groups_are_not_replayed(
-    chat: ChatFormat, rollout: Rollout, tmp_path: Path
+    chat: ChatFormat, rollout: Rollout, decoder: Decoder, tmp_path: Path
 ) -> None:
     """Its ids would stand for other text, and rewards would be compared between other prompts."""
     record, sha256 = tmp_path / "record", chat.tokenizer.sha256
     for number, tokenizer in enumerate([sha256, "b00c"]):
         rollout_file.Recorded(rollout, number, 4, {}, tokenizer).write(record)
     own = source(chat, tmp_path, replay=str(record))
-    assert np.array_equal(own._replayed(0).tokens, rollout.tokens)
+    assert np.array_equal(own._replayed(0, decoder.model_config).tokens, rollout.tokens)
     with pytest.raises(ConfigError, match="recorded with another tokenizer than the model's"):
-        own._replayed(1)
+        own._replayed(1, decoder.model_config)
     words = "8 samples in groups of 4 and rows of 32 tokens, and this run takes 8 in groups of 8 and rows of 32"
     with pytest.raises(ConfigError, match=words):
-        source(chat, tmp_path, group_size=8, replay=str(record))._replayed(0)
+        source(chat, tmp_path, group_size=8, replay=str(record))._replayed(0, decoder.model_config)
     with pytest.raises(ConfigError, match=r"rollout 2 is needed .*or leave out rl\.replay to sample new ones"):
-        own._replayed(2)
+        own._replayed(2, decoder.model_config)
 
 
 def test_rollouts_are_recorded_over_no_others(rollout: Rollout, tmp_path: Path) -> None:
