@@ -14,8 +14,8 @@ from configs.data_run import DataRunConfig
 from configs.dedup import DedupConfig
 from configs.loader import ConfigError
 from configs.mixture import BY_SOURCE, MixtureConfig, PlanConfig
+from configs.model_scores import ScoresConfig
 from configs.rules import RuleSet
-from configs.scores import ScoresConfig
 from configs.section import Section, check_name
 from configs.sources import RESERVED, ExtractConfig, LanguageConfig, SourceConfig
 from configs.tokenizer import TokenizerConfig

@@ -18,7 +18,7 @@ from configs.loader import ConfigError
 from configs.sources import ExtractConfig
 from data_pipeline.reading.charsets import decode_whole, marked_charset, wide_charset
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
-from data_pipeline.reading.lines import Line, LineSplitter
+from data_pipeline.reading.line_splitter import Line, LineSplitter
 from data_pipeline.reading.names import printable
 
 _PARQUET = b"PAR1"

@@ -62,7 +62,7 @@ class Population:
 
     @property
     def matched(self) -> np.ndarray:
-        """Numbers, int64 and ascending, of the compared documents among all documents of earlier runs."""
+        """Indices, int64 and ascending, of the compared documents among all those of earlier runs."""
         return np.load(self._matched) if self.earlier else np.zeros(0, np.int64)
 
     @property

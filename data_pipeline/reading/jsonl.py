@@ -19,7 +19,7 @@ from data_pipeline.reading.charsets import wide_charset
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.fields import NOT_FINITE, fill, plain
 from data_pipeline.reading.input_records import Advance, FoundFile, Record, sample
-from data_pipeline.reading.lines import Line, LineSplitter
+from data_pipeline.reading.line_splitter import Line, LineSplitter
 
 
 def read_jsonl(

@@ -19,7 +19,7 @@ from data_pipeline.reading.decompression import Fault, claimed_compression, memb
 from data_pipeline.reading.fields import lookup
 from data_pipeline.reading.input_records import FoundFile, InputUnit
 from data_pipeline.reading.jsonl import parse
-from data_pipeline.reading.lines import LineSplitter
+from data_pipeline.reading.line_splitter import LineSplitter
 from data_pipeline.reading.parquet import leaves_of
 from data_pipeline.reading.source_files import open_file
 

@@ -10,7 +10,7 @@ from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.charsets import WIDE, charset_of, decode_whole
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.input_records import SAMPLE_BYTES, Advance, FoundFile, Record, sample
-from data_pipeline.reading.lines import Line, LineSplitter
+from data_pipeline.reading.line_splitter import Line, LineSplitter
 
 
 def read_lines(

@@ -1,6 +1,6 @@
 """Scores that need a model, computed for documents in the configured languages.
 
-`configs.scores` says which models there can be; `classifier` and `ngram_models` compute their scores. A document in a
+`configs.model_scores` says which models there can be; `classifier` and `ngram_models` compute their scores. A document in a
 language that is not configured gets NaN, which breaks no rule. A process reads its models once for all its tasks.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from configs.loader import ConfigError
-from configs.scores import MODEL_OF, ScoresConfig
+from configs.model_scores import MODEL_OF, ScoresConfig
 from data_pipeline.core.tables import FileKey, file_key
 from data_pipeline.scan.words import Splitter
 from data_pipeline.scores.classifier import load, manifest_path

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from datatrove.data import Document
 
-from configs.scores import ScoresConfig
+from configs.model_scores import ScoresConfig
 from data_pipeline.core.tables import TableStep
 from data_pipeline.scan.scores import Definition, Scanner, quality
 from data_pipeline.scores.model_scores import ModelScores, kept_model_scores

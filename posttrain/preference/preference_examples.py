@@ -23,7 +23,7 @@ WEIGHT, DESIRABLE = "weight", "desirable"  # names in `PackedRow.extra`
 
 @dataclass(frozen=True)
 class Answer:
-    """A dialogue whose last answer was judged; `answer` bool [T] is True on it. `prompt` is the length before it."""
+    """A dialogue whose last answer was judged; `answer` bool [T] marks it, and `prompt` tokens precede it."""
 
     id: str
     tokens: np.ndarray

@@ -271,7 +271,7 @@ def _shows_evaluated_documents(task: Any) -> bool:
 
 
 def _measures(values: dict[str, Any]) -> dict[str, float | None]:
-    """Returns {"measure" or "measure, filter": value} of a task's result, without errors of measurement."""
+    """Returns {"measure" or "measure, filter": value} of a task's result, leaving out standard errors."""
     found: dict[str, float | None] = {}
     for key, value in values.items():
         measure, _, filtered = key.partition(",")

@@ -342,7 +342,7 @@ def _gradient_in_bucket(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _in_order_of_backward(stage: PipelineStage) -> list[tuple[list[nn.Parameter], bool]]:
-    """Divides parameters into buckets; returns each with whether its weights decay, which a bucket's parameters share.
+    """Divides parameters into buckets; returns (parameters, whether their weights decay) of each.
 
     Backward finishes parameters about in the reverse of the order in which modules list them. An embedding or head has
     a bucket of its own: where both are one tied weight on two pipeline stages, the stages add up their parts of it. So

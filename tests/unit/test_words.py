@@ -108,6 +108,18 @@ def test_no_two_classes_have_the_same_name() -> None:
     assert not shared, "rename one of the classes:\n" + "\n".join(shared)
 
 
+def test_two_files_share_a_name_only_as_a_config_and_what_it_is_of() -> None:
+    """A name alone says which file is meant; export/peft has the adapters of pretrain/model in PEFT's format."""
+    folders = defaultdict(list)
+    for file in map(Path, repository()):
+        if not file.name.startswith("__") and file.parts[0] != "tests":
+            folders[file.name].append(file.parent.as_posix())
+    shared = {name: found for name, found in folders.items() if found[1:]}
+    assert shared and not {
+        name: found for name, found in shared.items() if len(found) > 2 or not {"configs", "export/peft"} & {*found}
+    }, "rename one of the files"
+
+
 @pytest.mark.parametrize(
     ("docstring", "words"),
     [

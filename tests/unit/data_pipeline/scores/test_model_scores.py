@@ -9,7 +9,7 @@ import pytest
 
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
-from configs.scores import ScoresConfig
+from configs.model_scores import ScoresConfig
 from data_pipeline.command import main
 from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.language.identification import Identifier, kept_identifier, language_parts, model_path
