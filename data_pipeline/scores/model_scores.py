@@ -1,7 +1,7 @@
 """Scores that need a model, computed for documents in the configured languages.
 
-`configs.model_scores` says which models there can be; `classifier` and `ngram_models` compute their scores. A document in a
-language that is not configured gets NaN, which breaks no rule. A process reads its models once for all its tasks.
+`configs.model_scores` says which models there can be; `classifier` and `ngram_models` compute their scores. A document
+in a language that is not configured gets NaN, which breaks no rule. A process reads its models once for all its tasks.
 """
 
 import functools
