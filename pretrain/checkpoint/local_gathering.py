@@ -98,6 +98,8 @@ class LocalGatherer:
             request = {"local": "copy", "step": step, "into": str(into)}
             request |= {"work": {rank: {name: files[name] for name in names} for rank, names in work.items()}}
             failed = {name: fault for answer in self._ask(request) for name, fault in answer.items()}
+            for name in sorted(name for name in failed if holders[name]):
+                print(f"warning: {failed[name]}; another node's copy is taken", flush=True)
             faults |= failed
             missing = set(failed)
 

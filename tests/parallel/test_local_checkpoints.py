@@ -67,7 +67,7 @@ def test_a_run_that_loses_a_node_goes_on_from_the_others_disks(forks: Forks, tmp
     assert [files_on(tmp_path / "b", step) for step in (5, 6)] == [{}, {}], "only the newest is kept"
 
     shutil.rmtree(tmp_path / "b")  # the node is replaced
-    damaged = next((tmp_path / "a").rglob("step_7/rank_00003.safetensors"))  # the copy of the third node's
+    damaged = next((tmp_path / "c").rglob("step_7/rank_00003.safetensors"))  # a copy of it is on the first node's disk
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     log.unlink()
     assert run(forks, 4, options(tmp_path), log) == [0] * 4, log.read_text()
@@ -75,6 +75,7 @@ def test_a_run_that_loses_a_node_goes_on_from_the_others_disks(forks: Forks, tmp
     assert (
         f"gathered step 7 from {tmp_path / 'local'} of the nodes into {folder}, since its own newest is step 4" in said
     )
+    assert "rank_00003.safetensors does not match its size and SHA-256: it is damaged; another node's copy is" in said
     assert f"going on from {storage.directory(folder, 7)}" in said
     assert metrics(folder) == metrics(straight)
     assert_same_state(storage.directory(straight, 10), storage.directory(folder, 10))
