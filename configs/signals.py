@@ -16,6 +16,7 @@ died save and end as on SIGTERM. Passing signals on to other processes is left t
 Imports only modules that load fast, because this module is loaded before everything else.
 """
 
+import atexit
 import contextlib
 import enum
 import os
@@ -244,8 +245,10 @@ def exit(status: int) -> NoReturn:
     if _watch is not None:
         _watch.close(ignore=True)
     flush()
-    if _watch is not None and _watch.saves:
-        os._exit(status)  # all is saved and closed; unloading torch would take seconds
+    if _watch is not None and (_watch.saves or status == INTERRUPTED):
+        if not _watch.saves:
+            atexit._run_exitfuncs()  # ends worker processes and removes temporary folders
+        os._exit(status)  # all is saved and closed; unloading torch would take seconds, under load half a minute
     # After a KeyboardInterrupt inside exec (imports use it often), even a caught one, `python -m` ends as if killed by
     # SIGINT. Another exec resets that flag.
     exec("")

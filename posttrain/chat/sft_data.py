@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.differences import changes, words
 from configs.files import write_atomic
 from data_pipeline.core.integrity import Expected
 from data_pipeline.mixture import earlier
@@ -110,6 +111,20 @@ class SFTSource(BatchSource):
     def facts(self) -> dict[str, Any]:
         """Number of examples and hash of the rows of each source, and what is known of the text."""
         return self._facts
+
+    def difference(self, before: Mapping[str, Any]) -> str:
+        ours, theirs = self._facts.get("text"), before.get("text")
+        if ours == theirs:
+            return super().difference(before)
+        said = ["its rows of text (data.text_plan) are new" if ours else "its rows of text (data.text_plan) are gone"]
+        if ours and theirs:
+            said = words(changes({"data.text_weight": theirs["weight"]}, {"data.text_weight": ours["weight"]}))
+            if {**ours, "weight": 0} != {**theirs, "weight": 0}:
+                said.append(f"data.text_plan: {earlier.differences(theirs, ours)}")
+        dialogues = {key: value for key, value in before.items() if key != "text"}
+        if dialogues != {key: value for key, value in self._facts.items() if key != "text"}:
+            said.insert(0, super().difference({**dialogues, "text": ours} if ours else dialogues))
+        return "; ".join(said)
 
     @property
     def rows_per_epoch(self) -> int:

@@ -130,9 +130,16 @@ def _fault_in_share(mesh: Mesh, path: Path) -> str | None:
     return None
 
 
-def check_identity(path: Path | str, manifest: dict[str, Any], identity: dict[str, Any], source: BatchSource) -> None:
+def check_identity(
+    path: Path | str,
+    manifest: dict[str, Any],
+    identity: dict[str, Any],
+    source: BatchSource,
+    config: Mapping[str, Any],
+) -> None:
     """Refuses the checkpoint of a run that trains another model, on other data, or from another seed.
 
+    `config` is that of the run; where data differ, its keys that decide them and have changed are named.
     Settings that only training uses may change, also those in model.moe. If the plan of `source` continues exactly
     where the checkpoint's own plan ended, the length of rows and the base of the rotary embedding may change as well,
     as training on longer context needs.
@@ -170,7 +177,9 @@ def check_identity(path: Path | str, manifest: dict[str, Any], identity: dict[st
             free = ("position.theta",) if passes_on else ()
             said += words(model_changes(f"the model of {path}", then, now, free))
         elif key == "data":
-            said.append(f"its data differ: {source.difference(_facts(manifest))}")
+            difference = source.difference(_facts(manifest))
+            said += [line for line in _data_keys(manifest["config"], config) if line not in difference]
+            said.append(f"its data differ: {difference}")
         elif key == "adapter":
             said += words({f"adapter.{name}": pair for name, pair in changes(then or {}, now or {}).items()})
         elif key in _WORDS:
@@ -201,6 +210,8 @@ _WORDS = {
     "roles": "the roles of the tokenizer's tokens",
     "chat_template": "the chat format",
 }
+# Sections that decide which data there are, and keys of them that do not.
+_OF_DATA, _NOT_OF_DATA = ("data", "task"), ("data.plan", "data.text_plan", "task.eval_prompts")
 _CONFIG_KEYS = {"seed": "run.seed", "seq_length": "train.seq_length", "freeze": "train.freeze"}
 
 
@@ -220,6 +231,19 @@ def model_changes(
         if kept if starts else old.moe.state() == new.moe.state():
             free = [*free, *(f"moe.{key}" for key in _TRAINING_ONLY)]
     return {f"model.{key}": pair for key, pair in found.items() if key not in free}
+
+
+def _data_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Says which keys that decide the data differ in two configs; a section that only one has is named alone."""
+    said = []
+    for name in _OF_DATA:
+        then, ours = before.get(name), now.get(name)
+        if then and ours:
+            found = changes({name: then}, {name: ours})
+            said += words({key: pair for key, pair in found.items() if key not in _NOT_OF_DATA})
+        elif then or ours:
+            said.append(f"section {name} is {'new' if ours else 'gone'}")
+    return said
 
 
 def _facts(manifest: dict[str, Any]) -> dict[str, Any]:

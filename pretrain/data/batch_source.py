@@ -6,6 +6,7 @@ trains on the same samples whatever the number of ranks and the micro-batch size
 """
 
 import abc
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from pretrain.model.documents import Documents
 T = TypeVar("T")
 _FIM_SYMBOLS = 3  # positions of the symbols of a document that is rearranged for fill-in-the-middle
 _SHOWN = 3  # documents of a row that are named
+_HASH = re.compile(r" \([0-9a-f]{8,64}\)|^[0-9a-f]{12,64}$")  # as in `2,287 examples (1f3a90bc)`
 
 
 def collate(rows: Sequence[Any], first: int | None = None) -> Batch:
@@ -98,6 +100,14 @@ def with_contexts(row: Row, seed: int, sample: int) -> Row:
     return replace(row, loss_mask=loss_mask)
 
 
+def _in_words(key: str, before: Any, after: Any) -> str:
+    """Says how a fact of the data has changed. Hashes, which tell a reader nothing, are left out."""
+    then, now = (_HASH.sub("", value) if isinstance(value, str) else value for value in (before, after))
+    if then != now:
+        return words({key: (then, now)})[0]
+    return f"{key} differs in content" + (f", with {now} as before" if now else "")
+
+
 class BatchSource(abc.ABC):
     """Base class of the origins of samples: pretraining reads a plan, SFT its dialogues, RL samples from the model."""
 
@@ -119,7 +129,7 @@ class BatchSource(abc.ABC):
 
     def difference(self, before: Mapping[str, Any]) -> str:
         """Describes how the data differ from data with the facts `before`, which are empty if they are unknown."""
-        described = words(changes(before, self.facts)) if before else []
+        described = [_in_words(key, *pair) for key, pair in changes(before, self.facts).items()] if before else []
         return "; ".join(described) or "the checkpoint does not say what is different about them"
 
     @property

@@ -1,5 +1,6 @@
 """The state with which a training run begins or goes on: that of a checkpoint, or of a new model."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ def load_weights(trainer: "Trainer") -> Path | None:
         trainer.run.path,
         trainer.resume,
         mirror=trainer.config.checkpoint.mirror,
-        fits=lambda where, manifest: resume.check_identity(where, manifest, trainer.identity, trainer.source),
+        fits=partial(_check_identity, trainer),
         local=trainer.run.local,
     )
     if path is None:
@@ -44,7 +45,7 @@ def load_weights(trainer: "Trainer") -> Path | None:
             trainer.companion.begin()
         return None
     manifest = storage.read_manifest(path)
-    resume.check_identity(path, manifest, trainer.identity, trainer.source)
+    _check_identity(trainer, path, manifest)
     if manifest["step"] < train.steps:
         state.restore(trainer.engine, path)
         for name, engine in trainer.beside.items():
@@ -70,6 +71,10 @@ def take_up(trainer: "Trainer", path: Path, manifest: dict[str, Any]) -> None:
     _check_samples(trainer, path)
     if trainer.step < trainer.config.train.steps:
         trainer.source.go_on(path, manifest)
+
+
+def _check_identity(trainer: "Trainer", path: Path | str, manifest: dict[str, Any]) -> None:
+    resume.check_identity(path, manifest, trainer.identity, trainer.source, trainer.run.full_config)
 
 
 def _check_samples(trainer: "Trainer", path: Path | None = None) -> None:

@@ -181,6 +181,16 @@ def test_an_interruption_of_a_string_that_runs_is_130_too(tmp_path: Path) -> Non
     assert ended(process, signal.SIGINT) == (130, "", "")
 
 
+def test_an_interrupted_command_does_not_wait_until_its_modules_are_unloaded() -> None:
+    """Unloading torch takes half a minute on a busy machine; what is registered to run at the end still runs."""
+    script = (
+        "import atexit\nclass Slow:\n def __del__(self, sleep=time.sleep): sleep(60)\n"
+        "slow = Slow(); atexit.register(print, 'cleaned up'); signals.run()\n"
+        "try:\n print('up'); time.sleep(60)\nexcept KeyboardInterrupt: signals.exit(130)\n"
+    )
+    assert ended(start(script, saves=False), signal.SIGINT) == (130, "cleaned up\n", "")
+
+
 def test_a_command_that_swallows_its_interruption_is_ended() -> None:
     script = (
         "signals.CLEANUP_SECONDS = 0.5; signals.run()\n"

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from posttrain.chat.sft_data import SFTSource, TextShare, pack
 from posttrain.pretraining_text import PretrainingText
 from posttrain.records import Records
 from posttrain.tasks.sorting import SortTask
+from pretrain.checkpoint.resume import check_identity
 from tests.shards import write_shard
 
 LENGTH = 64
@@ -85,7 +87,7 @@ def test_sample_i_is_a_function_of_data_seed_and_i(chat: ChatFormat) -> None:
     assert epochs[0] != epochs[1] != epochs[2]  # each epoch in another order
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert first.difference(first.facts).startswith("the checkpoint does not say")
-    assert re.search(r" \d+ examples \(\w+\) -> \d+ examples \(", other.difference(first.facts))
+    assert other.difference(first.facts).startswith("a differs in content, with 40 examples as before; b differs")
     assert {row.source for row in whole} == {0, 1}
 
 
@@ -101,6 +103,42 @@ def plan(tokenizer_file: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.Te
     settings = PlanConfig(seq_length=LENGTH, samples=7, seed=1, weights={"prose": 2.0, "code": 1.0}, max_epochs=9)
     build_plan(folder / "tokens", tokenizer_file.parent, folder / "plan", settings)
     return Plan.open(folder / "plan")
+
+
+def test_a_run_whose_dialogues_are_others_is_refused_in_words(chat: ChatFormat, plan: Plan) -> None:
+    """The keys that decide the data are named, and no hash is shown."""
+    pad, text = chat.ids["<pad>"], TextShare(PretrainingText(plan, "data.text_plan"), 0.5)
+
+    def source(count: int, text: TextShare | None = None) -> SFTSource:
+        return SFTSource({"dialogues": Records("dialogues", examples(chat)[:count])}, LENGTH, pad, 1, text=text)
+
+    def said(before: SFTSource, ours: SFTSource, **config: Any) -> str:
+        manifest = {
+            "config": {"train": {}, "data": {"heldout_share": 0.05}},
+            "identity": {"data": before.fingerprint},
+            "samples": 0,
+            "stretches": [{"facts": before.facts}],
+        }
+        with pytest.raises(ConfigError) as caught:
+            check_identity("step_4", manifest, {"data": ours.fingerprint}, ours, {"train": {}, **config})
+        found = re.search(r"than this config: (.*); set it back", str(caught.value))
+        assert found and not re.search("[0-9a-f]{8}", found[1])
+        return found[1]
+
+    total = len(examples(chat))
+    assert said(source(total), source(total - 2), data={"heldout_share": 0.1}) == (
+        f"data.heldout_share 0.05 -> 0.1; its data differ: dialogues {total} examples -> {total - 2} examples"
+    )
+    others = SFTSource({"dialogues": Records("dialogues", examples(chat, total + 1)[1:])}, LENGTH, pad, 1)
+    assert said(source(total), others, data={"heldout_share": 0.05}) == (
+        f"its data differ: dialogues differs in content, with {total} examples as before"
+    )
+    assert said(source(total), source(total, text), data={"heldout_share": 0.05}, task={"kind": "sort"}) == (
+        "section task is new; its data differ: its rows of text (data.text_plan) are new"
+    )
+    assert source(total, replace(text, weight=0.25)).difference(source(3, text).facts) == (
+        f"dialogues 3 examples -> {total} examples; data.text_weight 0.5 -> 0.25"
+    )
 
 
 @pytest.mark.parametrize("weight", [0.1, 0.25, 0.9])
