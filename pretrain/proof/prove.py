@@ -151,6 +151,8 @@ def _devices(args: argparse.Namespace, precisions: Sequence[str]) -> int:
             print(f"{args.record}: one rank on this CPU, in {args.precision}; --against {args.record} compares with it")
             return 0
         check_writable(args.out, "--out")
+        if args.against != "cpu":
+            devices.read_reference(Path(args.against), precisions)  # a mistake is told before torch is imported
         devices.check_device(args.device)
         folder = Path(args.against)
         if args.against == "cpu":

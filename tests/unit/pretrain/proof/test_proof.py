@@ -215,6 +215,7 @@ def test_what_cannot_be_proven_is_refused_before_torch_is_imported(tmp_path: Pat
         (["--fuzz", "3", "--against", "cpu"], "--against cpu or --record FOLDER without CONFIG"),
         ([demo, "--against", "cpu"], "--against cpu or --record FOLDER without CONFIG"),
         (["--record", str(tmp_path)], "it exists; name a new folder, or remove this one"),
+        (["--against", str(tmp_path / "none")], "it has no reference.json that can be read"),
         (["--against", "cpu", "--precision", "fp8"], "--precision: 'fp8' is none of"),
         ([demo, "--layouts", "tp2", "--precision", "fp32,fp8"], "--precision: 'fp8' is none of fp64, fp32, bf16"),
         ([demo, "--layouts", "tp2,tp7"], "--layouts: tp7: model.num_heads = 4 is not a multiple"),
