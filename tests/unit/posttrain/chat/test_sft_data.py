@@ -117,7 +117,7 @@ def test_a_run_whose_dialogues_are_others_is_refused_in_words(chat: ChatFormat, 
             "config": {"train": {}, "data": {"heldout_share": 0.05}},
             "identity": {"data": before.fingerprint},
             "samples": 0,
-            "stretches": [{"facts": before.facts}],
+            "data_spans": [{"facts": before.facts}],
         }
         with pytest.raises(ConfigError) as caught:
             check_identity("step_4", manifest, {"data": ours.fingerprint}, ours, {"train": {}, **config})
