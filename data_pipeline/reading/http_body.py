@@ -27,6 +27,8 @@ _BROTLI_FEED = 1 << 12
 _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 _TEXT_BYTES = 1024
 _CHUNK_HEAD = re.compile(rb"\s*([0-9A-Fa-f]{1,15})[\t ]*(?:;[^\r\n]{0,4096})?(\r?\n|\Z)")
+# A size that is not written as the standard says, with 0x or before a bare carriage return.
+_ODD_CHUNK_HEAD = re.compile(rb"\s*(?:0x[0-9A-Fa-f]{1,15}[\t ]*[\r\n]|[0-9A-Fa-f]{1,15}[\t ]*\r[^\n])")
 _COMPRESSED = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd")
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -84,9 +86,9 @@ def _join_chunks(body: bytes, declared: bool) -> bytes:
         if end is None:
             break
         position += len(end)
-    if not parts or not declared:
+    if not declared or (not parts and not _ODD_CHUNK_HEAD.match(body)):
         return body  # the archive stores the chunks joined
-    if position > len(body) or body[position:].strip():
+    if not parts or position > len(body) or body[position:].strip():
         raise CodingError("bad_content_encoding")
     return b"".join(parts)  # only the last chunk, the empty one, is missing
 

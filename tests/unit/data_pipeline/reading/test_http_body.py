@@ -143,8 +143,10 @@ def test_chunks_in_every_form(body: bytes) -> None:
         chunks(*PARTS).replace(b"\r\n1\r\n", b"\r\nxyz\r\n"),
         chunks(*PARTS, end=b"\n", last=b"0\n\n").replace(b"1f4\n", b"1f0\n"),
         chunks(*PARTS, last=b"<p>and more"),
+        b"0x" + chunks(*PARTS),
+        chunks(*PARTS).replace(b"\r\n", b"\r"),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 def test_broken_chunks_never_get_into_the_text(body: bytes) -> None:
     with pytest.raises(CodingError, match="bad_content_encoding"):
