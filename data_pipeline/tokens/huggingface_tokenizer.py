@@ -53,7 +53,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.foreign = not special_ids.keys() >= set(SPECIALS)
         if self.foreign:
             roles = find_roles(Path(origin).parent, fast, described, list(special_ids), named or Named(), complete)
-            taken = {pieces[one]: one for one in (roles.bos, roles.eos, roles.pad) if one >= 0}
+            # transformers makes a control symbol of every token that has a role, whatever tokenizer.json says.
+            taken = {token: vocabulary[token] for token in roles.named.values()}
+            taken |= {pieces[one]: one for one in (roles.bos, roles.eos, roles.pad) if one >= 0}
             special_ids = dict(sorted((special_ids | taken).items(), key=lambda item: item[1]))
         own_bytes = _bytes_of(pieces, described, added, special_ids)
         super().__init__(content, origin, pieces, special_ids, own_bytes or [b""] * len(pieces))

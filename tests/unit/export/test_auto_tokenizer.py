@@ -18,7 +18,7 @@ from export import huggingface
 from export.checks import ODD_TEXTS
 from export.hf_tokenizer import first_difference, write_tokenizer
 from pretrain.checkpoint.lineage import Lineage
-from tests.foreign_tokenizers import MAKERS, TEMPLATE, TEXTS, bert, gpt2, llama3, qwen, t5, write
+from tests.foreign_tokenizers import MAKERS, TEMPLATE, TEXTS, bert, byte_level, gpt2, llama3, qwen, t5, write
 from tests.tiny_models import make_source, random_weights, tiny
 
 MODEL_TYPES = (
@@ -95,6 +95,20 @@ def test_a_tokenizer_trained_elsewhere_keeps_ids_roles_and_template(maker, model
     assert fast.chat_template == (TEMPLATE if maker is qwen else None)
     same = (tmp_path / "out/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert same == (maker is not bert), "a file stays as it is unless it cuts, fills up or frames texts"
+
+
+@pytest.mark.parametrize("role", ["unk_token", "bos_token", "mask_token"])
+def test_a_token_that_only_tokenizer_config_calls_special_is_a_control_symbol(role: str, tmp_path: Path) -> None:
+    made = byte_level(["<|endoftext|>"])
+    made.add_tokens(["<that>"])
+    folder = write(tmp_path / "hub", made, {"tokenizer_config.json": {"eos_token": "<|endoftext|>", role: "<that>"}})
+    ours = Tokenizer.load(folder)
+    number = made.token_to_id("<that>")
+    assert (ours.special_ids["<that>"], ours.symbols[role]) == (number, "<that>")
+    assert number not in ours.encode("a <that> b") and ours.decode([number]) == ""
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "out", ours.origin, 4096)
+    assert first_difference(load(tmp_path / "out"), ours, [*ODD_TEXTS, "a <that> b", "<that"]) is None
 
 
 @pytest.mark.parametrize("maker", [gpt2, llama3, t5])
