@@ -142,16 +142,26 @@ def _vocabulary_problems(directory: Path, model: ModelConfig) -> list[str]:
 
 
 def _dtype_problems(tensors: TensorFolder, fitted: Fit) -> list[str]:
-    """Returns a problem if the model's tensors are not floating-point numbers of a type that checkpoints have."""
-    used = {fitted.names[name] for entry in fitted.walked for name in entry.theirs if name in fitted.names}
-    other = sorted(name for name in used if tensors.dtypes.get(name, FLOATS[0]) not in FLOATS)
-    if not other:
-        return []
-    more = f" and {len(other) - 1} more" if len(other) > 1 else ""
-    return [
-        f"{other[0]} is {tensors.dtypes[other[0]]}{more}, and weights are {', '.join(FLOATS[:-1])} or {FLOATS[-1]}; "
-        "name a folder of the model that is not quantized"
-    ]
+    """Returns a problem if the model's tensors are of no type that checkpoints have, or differ where they become one.
+
+    The types are floating-point numbers, and single experts of a layer become one tensor.
+    """
+    entries = [[fitted.names[name] for name in entry.theirs if name in fitted.names] for entry in fitted.walked]
+    types = {name: tensors.dtypes.get(name, FLOATS[0]) for names in entries for name in names}
+    if other := sorted(name for name, dtype in types.items() if dtype not in FLOATS):
+        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+        return [
+            f"{other[0]} is {types[other[0]]}{more}, and weights are {', '.join(FLOATS[:-1])} or {FLOATS[-1]}; "
+            "name a folder of the model that is not quantized"
+        ]
+    for names in entries:
+        unlike = next((name for name in names if types[name] != types[names[0]]), None)
+        if unlike is not None:
+            return [
+                f"{names[0]} is {types[names[0]]} and {unlike} is {types[unlike]}, which become one tensor; save the "
+                "weights in one dtype, as by from_pretrained(..., dtype=...) and save_pretrained of transformers"
+            ]
+    return []
 
 
 def head_problems(family: Family, tensors: TensorFolder, fitted: Fit) -> list[str]:

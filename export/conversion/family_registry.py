@@ -66,14 +66,15 @@ def family_of(config: ModelConfig, preferred: str | None = None) -> Family:
 
 def family_of_config(raw: Mapping[str, Any]) -> Family:
     """Returns the family of a config.json by model_type, or by architectures where that is absent; else ValueError."""
-    kind, named = raw.get("model_type"), (raw.get("architectures") or [None])[0]
+    kind, names = raw.get("model_type"), raw.get("architectures")
+    named = names[0] if isinstance(names, list) and names else None
     for family in CLASSIFIERS if is_classifier(raw) else (*FAMILIES, *WITHOUT_CLASS):
         if kind in (family.model_type, *family.other_types) or (kind is None and named == family.architecture):
             return family
     known = ", ".join(family.model_type for family in (*FAMILIES, *WITHOUT_CLASS))
     if is_classifier(raw):
         known = f"with the class {named} {', '.join(WITH_CLASSIFIER)}"
-    why = f" ({LACKING[kind]})" if kind in LACKING else ""
+    why = f" ({LACKING[kind]})" if isinstance(kind, str) and kind in LACKING else ""
     raise ValueError(f"config.json: model_type = {kind!r} is not supported{why}; supported are {known}")
 
 

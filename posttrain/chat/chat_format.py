@@ -44,8 +44,8 @@ class ChatFormat(Chat):
         missing = [token for token in SPECIALS[1:] if self.ids[token] == self.ids["<unk>"]]
         if missing:
             raise ValueError(
-                f"the tokenizer has no {', '.join(missing)}, which the chat format needs; "
-                "train it with `trivium data run`"
+                f"the tokenizer has no {', '.join(missing)}, which Trivium's own chat format needs; name a Jinja "
+                "template for this tokenizer by data.chat_template, or train one with `trivium data run`"
             )
         self.end_id, self.assistant_id = self.ids[END], self.ids["<|assistant|>"]
         self.template, self.stop_ids = jinja_template(), (self.end_id,)

@@ -72,6 +72,8 @@ def test_config_both_ways(moe, tie):
             {"model_type": "qwen3_next"},
             r"'qwen3_next' is not supported \(three of four layers of .* gated delta",
         ),
+        ({"model_type": ["llama"]}, r"model_type = \['llama'\] is not supported"),
+        ({"model_type": None, "architectures": 3}, "model_type = None is not supported"),
         ({"model_type": "mamba"}, "model_type = 'mamba' is not supported; supported are llama, mistral, mixtral, "),
         ({"hidden_act": "relu2"}, "hidden_act = 'relu2' is not supported .* expected 'silu' or"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = .* is not supported"),
@@ -352,6 +354,26 @@ def test_all_ids_that_end_an_answer_are_kept(tmp_path, tokenizer_path):
     assert huggingface.main([str(tmp_path / "export.toml"), *keys]) == 0
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "back" / name).read_text())["eos_token_id"] == [2, 7, 9]
+
+
+def test_experts_of_two_dtypes_which_become_one_tensor_are_told(tmp_path):
+    model = saved(tmp_path, moe=True)
+    for file in (tmp_path / "hf").glob("model*"):
+        file.unlink()
+    model.save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf/model.safetensors"
+    found = load_file(file)
+    mixed = {name: tensor.half() if ".norm" in name else tensor for name, tensor in found.items()}
+    save_file(mixed, file, {"format": "pt"})
+    assert main([str(tmp_path / "hf"), str(tmp_path / "ours")]) == 0
+    again = export_again(open_source(tmp_path / "ours"), tmp_path / "back")
+    assert all(again.read(name).dtype == tensor.dtype for name, tensor in mixed.items())
+    name = "model.layers.0.block_sparse_moe.experts.2.w2.weight"
+    save_file(mixed | {name: mixed[name].bfloat16()}, file, {"format": "pt"})
+    with pytest.raises(
+        ConfigError, match=rf"experts\.0\.w2\.weight is F32 and {name} is BF16, .* save .* in one dtype"
+    ):
+        main([str(tmp_path / "hf"), str(tmp_path / "out")])
 
 
 def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path, monkeypatch):
