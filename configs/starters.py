@@ -12,7 +12,7 @@ from configs.section import Section, section_in
 _TITLES = {
     "data": ("A data run: raw files to a tokenizer and a mixture plan.", "trivium data run"),
     "tokenizer": ("A tokenizer, trained on the demo's texts.", "trivium tokenizer train"),
-    "pretrain": ("A pretraining run of 3 million parameters, on the demo's plan (make demo).", "trivium train"),
+    "pretrain": ("A pretraining run of 2.4 million parameters, on the demo's plan (make demo).", "trivium train"),
     "sft": ("Fine-tuning of the demo's pretrained model (make demo).", "trivium sft"),
     "rm": ("A reward model, from the demo's fine-tuned model (make demo) and pairs.", "trivium rm"),
     "dpo": ("Preferences, learnt by the demo's fine-tuned model (make demo).", "trivium dpo"),
@@ -60,7 +60,7 @@ _VALUES: dict[str, dict[str, Any]] = {
     "pretrain": {
         "run.dir": "runs/mine/pretrain",
         "data.plan": "runs/demo/data/plan",
-        "model.vocab_size": 8192,
+        "model.vocab_size": 4096,
         "model.num_layers": 4,
         "model.hidden_size": 192,
         "model.ffn_hidden_size": 512,

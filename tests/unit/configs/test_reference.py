@@ -219,3 +219,12 @@ def test_help_says_where_keys_are_explained(command: str, capsys: pytest.Capture
     kind = KINDS.get(command, "data") if " CONFIG " in said.partition("positional")[0] else ""
     assert bool(kind) == (command not in NO_CONFIG)
     assert not kind or (f"trivium config --explain {kind}\n" in said and f"trivium config --new {kind}\n" in said)
+
+
+def test_the_first_config_of_pretraining_fits_the_plan_that_it_names() -> None:
+    ours, demo = (
+        tomllib.loads(text) for text in (starter("pretrain"), (ROOT / "configs/data/demo.toml").read_text("utf-8"))
+    )
+    assert ours["data"]["plan"] == f"{demo['run']['dir']}/plan"
+    assert ours["model"]["vocab_size"] == demo["tokenizer"]["vocab_size"]
+    assert ours["train"]["seq_length"] == demo["mixture"]["seq_length"]
