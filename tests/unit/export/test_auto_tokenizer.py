@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tokenizers import Tokenizer as Fast
 from transformers import AutoTokenizer, dynamic_module_utils
 
 from configs.export import ExportConfig
@@ -18,7 +19,7 @@ from export import huggingface
 from export.checks import ODD_TEXTS
 from export.hf_tokenizer import first_difference, write_tokenizer
 from pretrain.checkpoint.lineage import Lineage
-from tests.foreign_tokenizers import MAKERS, TEMPLATE, TEXTS, bert, byte_level, gpt2, llama3, qwen, t5, write
+from tests.foreign_tokenizers import MAKERS, TEMPLATE, TEXTS, bert, byte_level, gpt2, llama2, llama3, qwen, t5, write
 from tests.tiny_models import make_source, random_weights, tiny
 
 MODEL_TYPES = (
@@ -109,6 +110,19 @@ def test_a_token_that_only_tokenizer_config_calls_special_is_a_control_symbol(ro
     (tmp_path / "out").mkdir()
     write_tokenizer(tmp_path / "out", ours.origin, 4096)
     assert first_difference(load(tmp_path / "out"), ours, [*ODD_TEXTS, "a <that> b", "<that"]) is None
+
+
+def test_a_tokenizer_that_makes_a_space_of_another_character_keeps_its_ids(tmp_path: Path) -> None:
+    """Gemma's keeps every other text."""
+    described = json.loads(llama2()[0].to_str())
+    described["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    described["decoder"]["decoders"] = described["decoder"]["decoders"][:3]
+    folder = write(tmp_path / "hub", Fast.from_str(json.dumps(described)), llama2()[1])
+    ours = Tokenizer.load(folder)
+    assert ours.lossless and ours.decode(ours.encode("a \u2581 b")) == "a   b"
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "out", ours.origin, 4096)
+    assert first_difference(load(tmp_path / "out"), ours, ODD_TEXTS) is None
 
 
 @pytest.mark.parametrize("maker", [gpt2, llama3, t5])
