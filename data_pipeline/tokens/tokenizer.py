@@ -214,13 +214,9 @@ def difference(first: Tokenizer, second: Tokenizer) -> str:
 
     Two tokenizers of the same tokens may still divide a text otherwise.
     """
-    if first.vocab_size != second.vocab_size:
-        return f"the first has {first.vocab_size:,} tokens and the second {second.vocab_size:,}"
-    for number, pieces in enumerate(zip(first.pieces, second.pieces, strict=True)):
-        if pieces[0] != pieces[1]:
-            return f"token {number} is {pieces[0]!r} in the first and {pieces[1]!r} in the second"
     other = first.special_ids.keys() ^ second.special_ids.keys()
-    return f"{min(other)!r} is a control symbol in one of them alone" if other else ""
+    control = f"{min(other)!r} is a control symbol in one of them alone" if other else ""
+    return _difference_of_pieces(first, second) or control
 
 
 def difference_of_files(first: str | Path, second: str | Path) -> str:
@@ -229,10 +225,22 @@ def difference_of_files(first: str | Path, second: str | Path) -> str:
         one, other = (Tokenizer.load(path, complete=False) for path in (first, second))
     except ValueError as error:
         return str(error)
-    if found := difference(one, other):
-        return found
-    for role in (*one.symbols, *other.symbols):
-        tokens = one.symbols.get(role), other.symbols.get(role)
+    found = _difference_of_pieces(one, other) or _difference_of_roles(one, other) or difference(one, other)
+    return found or "their tokens are the same, and their rules for dividing a text into them differ"
+
+
+def _difference_of_pieces(first: Tokenizer, second: Tokenizer) -> str:
+    if first.vocab_size != second.vocab_size:
+        return f"the first has {first.vocab_size:,} tokens and the second {second.vocab_size:,}"
+    for number, pieces in enumerate(zip(first.pieces, second.pieces, strict=True)):
+        if pieces[0] != pieces[1]:
+            return f"token {number} is {pieces[0]!r} in the first and {pieces[1]!r} in the second"
+    return ""
+
+
+def _difference_of_roles(first: Tokenizer, second: Tokenizer) -> str:
+    for role in (*first.symbols, *second.symbols):
+        tokens = first.symbols.get(role), second.symbols.get(role)
         if tokens[0] != tokens[1]:
             return f"{role} is {tokens[0]!r} in the first and {tokens[1]!r} in the second"
-    return "their tokens are the same, and their rules for dividing a text into them differ"
+    return ""
