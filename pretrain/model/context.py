@@ -1,7 +1,7 @@
 """The facts that all layers share in the forward pass of one micro-batch; made once, and never changed."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -47,7 +47,8 @@ class ForwardContext:
     are those of whole rows. `valid_SB` is False for padding; None means that there is none. `samples` [B], on the
     host, are the numbers of the rows in the training run, from which dropout draws its masks. `virtual` are virtual
     tokens, and `prepended` is how many of them are in front of the rows of this pass. `experts` has, by the index of a
-    layer, the experts [S, B, k] that its tokens go to where the router shall not choose, see `Batch.experts`.
+    layer, the experts [S, B, k] that its tokens go to where the router shall not choose, see `Batch.experts`;
+    `replayed_SBK` are those of the layer that `of_layer` is for.
     """
 
     positions_SB: torch.Tensor
@@ -58,6 +59,11 @@ class ForwardContext:
     virtual: VirtualTokens = NO_TOKENS
     prepended: int = 0
     experts: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    replayed_SBK: torch.Tensor | None = None
+
+    def of_layer(self, index: int) -> "ForwardContext":
+        """Returns what one layer gets. Its index is no part of that, or compiled code would be made for each layer."""
+        return replace(self, replayed_SBK=self.experts[index]) if index in self.experts else self
 
     @classmethod
     def of_batch(cls, config: ModelConfig, batch: Batch, virtual: VirtualTokens = NO_TOKENS) -> "ForwardContext":

@@ -114,11 +114,12 @@ class Decoder(nn.Module):
             context = ForwardContext.of(self.model_config, positions_BS, segments_BS, cache, self.virtual)
         x_SBH = self._embedded(tokens_BS, context) if self.stage.is_first else self._received()
         blocks = self.blocks
-        for block in map(blocks.__getitem__, self.stage.layers):
+        for layer in self.stage.layers:
+            own = context.of_layer(layer)
             if self.recompute_blocks and torch.is_grad_enabled():
-                x_SBH = recomputed(block, x_SBH, context)
+                x_SBH = recomputed(blocks[layer], x_SBH, own)
             else:
-                x_SBH = block(x_SBH, context, cache)
+                x_SBH = blocks[layer](x_SBH, own, cache)
         if not self.stage.is_last:
             return x_SBH
         if context.prepended:
@@ -291,8 +292,7 @@ class Block(nn.Module):
             return self.adapter["attention"](y) if "attention" in self.adapter else y
 
         def feed_forward(x: torch.Tensor) -> torch.Tensor:
-            replayed = context.experts.get(self.config.index)
-            y = self.moe(x, context.valid_SB, replayed) if self.is_moe else self.mlp(x)
+            y = self.moe(x, context.valid_SB, context.replayed_SBK) if self.is_moe else self.mlp(x)
             return self.adapter["mlp"](y) if "mlp" in self.adapter else y
 
         def drop_attention(x: torch.Tensor) -> torch.Tensor:

@@ -109,3 +109,18 @@ def test_a_block_is_one_graph_whatever_the_batch(model: str) -> None:
         built.append(compiler.count)
     assert built[0] == built[-1], f"compiled again for other batches: {built}"
     assert all(not torch.equal(one, seen[0]) for one in seen[1:])
+
+
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_layers_share_compiled_code(model: str) -> None:
+    """A model may have more layers than torch.compile makes variants of one function."""
+    torch._dynamo.reset()
+    config, compiler = validate(ModelConfig, {**MODELS[model], "num_layers": 4}), Graphs()
+    decoder, context = Decoder(config, context=LayerContext()).eval(), context_of(config, 0)
+    init_weights(decoder, 0)
+    built = []
+    for index, block in decoder.blocks.items():
+        block.compile(backend=compiler)
+        step(block, context.of_layer(index))
+        built.append(compiler.count)
+    assert built == [1] * 4, f"compiled again for other layers: {built}"
