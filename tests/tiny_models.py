@@ -16,6 +16,7 @@ from export.conversion.tensor_shapes import parameters
 from export.model_source import ModelSource, Weights
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage
+from pretrain.model import Decoder, init_weights
 
 CONTROLS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHINESE = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。白日依山尽，黄河入海流。欲穷千里目，更上一层楼。"
@@ -69,6 +70,23 @@ def tiny(moe: bool = False, tie: bool = False, vocab_size: int = 800) -> ModelCo
         tie_embeddings=tie,
         moe=MoEConfig(num_experts=4, top_k=2) if moe else None,
     )
+
+
+def wide_decoder(vocab_size: int, moe: MoEConfig | None = None) -> Decoder:
+    """Returns a decoder of two layers whose distribution over the vocabulary is far from uniform."""
+    config = ModelConfig(
+        vocab_size=vocab_size,
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_heads=4,
+        num_kv_heads=2,
+        init_std=0.3,
+        moe=moe,
+    )
+    model = Decoder(config)
+    init_weights(model, seed=1)
+    return model.eval()
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:

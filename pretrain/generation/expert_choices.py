@@ -32,7 +32,7 @@ class RouterLog:
     """Context manager that keeps the choices of routers in the passes within it."""
 
     def __init__(self, routers: Sequence[Router]) -> None:
-        self._found: list[torch.Tensor | None] = [None] * len(routers)
+        self._found: dict[int, torch.Tensor] = {}
         self._hooks = [router.register_forward_hook(partial(self._keep, i)) for i, router in enumerate(routers)]
 
     def __enter__(self) -> "RouterLog":
@@ -48,6 +48,6 @@ class RouterLog:
     def taken(self, shape: Sequence[int]) -> np.ndarray:
         """Returns int16 [B, S, L, k] of the last pass, over tokens of `shape` [B, S]; virtual ones are left out."""
         rows, length = shape
-        choices = [experts_TK.to(torch.int16) for experts_TK in self._found if experts_TK is not None]
+        choices = [self._found.pop(layer).to(torch.int16) for layer in range(len(self._hooks))]
         stacked_SBLK = torch.stack(choices, 1).unflatten(0, (-1, rows))[-length:]
         return stacked_SBLK.transpose(0, 1).cpu().numpy()

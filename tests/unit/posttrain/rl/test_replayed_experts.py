@@ -13,27 +13,18 @@ from posttrain.rl.rollout import Rollout, sample
 from posttrain.rl.rollout_rows import check_experts, rollout_rows
 from posttrain.tasks.verifiable_tasks import SortTask
 from pretrain.data.batch_source import collate
-from pretrain.model import Decoder, init_weights
+from pretrain.model import Decoder
 from pretrain.model.context import ForwardContext
+from tests.tiny_models import wide_decoder
 
 TASK = SortTask(3, max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
 def decoder(tokenizer: Tokenizer) -> Decoder:
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        num_layers=2,
-        hidden_size=32,
-        ffn_hidden_size=64,
-        num_heads=4,
-        num_kv_heads=2,
-        init_std=0.3,
-        moe=MoEConfig(num_experts=8, top_k=2, ffn_hidden_size=24, bias_update_rate=0.01),
+    return wide_decoder(
+        tokenizer.vocab_size, MoEConfig(num_experts=8, top_k=2, ffn_hidden_size=24, bias_update_rate=0.01)
     )
-    model = Decoder(config)
-    init_weights(model, seed=1)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from configs.loader import ConfigError
-from configs.model import ModelConfig
 from configs.rl import GRPOSection, RLSection, checked_rollouts
 from configs.train import TrainSection
 from data_pipeline.tokens.tokenizer import Tokenizer
@@ -32,7 +31,8 @@ from posttrain.tasks.sorting import SortTask
 from posttrain.tasks.task import Problem, TaskScore
 from pretrain.data.batch_source import collate
 from pretrain.generation.sampling import Completion
-from pretrain.model import Decoder, init_weights
+from pretrain.model import Decoder
+from tests.tiny_models import wide_decoder
 
 TASK = SortTask(3, max_new_tokens=6)
 TEMPERATURE = 0.7
@@ -42,18 +42,7 @@ RL = RLSection()
 
 @pytest.fixture(scope="module")
 def decoder(tokenizer: Tokenizer) -> Decoder:
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        num_layers=2,
-        hidden_size=32,
-        ffn_hidden_size=64,
-        num_heads=4,
-        num_kv_heads=2,
-        init_std=0.3,  # wide, so that the distribution is far from uniform
-    )
-    model = Decoder(config)
-    init_weights(model, seed=1)
-    return model.eval()
+    return wide_decoder(tokenizer.vocab_size)
 
 
 def sampled(decoder: Decoder, chat: ChatFormat, samples: range, seed: int = 9, length: int = LENGTH) -> Rollout:
