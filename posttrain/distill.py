@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.distillation.distill_start import opened
     from posttrain.distillation.teacher import Teacher
     from posttrain.rl.policy_copy import PolicyCopy
-    from posttrain.tasks.task_accuracy import TaskAccuracy
+    from posttrain.rl.task_accuracy import TaskAccuracy
     from pretrain.heldout_loss import Evaluator
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer

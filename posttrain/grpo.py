@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.rl.record_rollouts import record_rollouts
     from posttrain.rl.rl_start import opened
     from posttrain.rl.rollout_source import RolloutSource
-    from posttrain.tasks.task_accuracy import TaskAccuracy
+    from posttrain.rl.task_accuracy import TaskAccuracy
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer
 

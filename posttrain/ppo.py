@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.rl.policy_loss import PolicyLoss
     from posttrain.rl.rl_start import opened
     from posttrain.rl.rollout_source import RolloutSource
+    from posttrain.rl.task_accuracy import TaskAccuracy
     from posttrain.rl.text_rows import TextRows
-    from posttrain.tasks.task_accuracy import TaskAccuracy
     from pretrain.parallel import groups
     from pretrain.trainer import Trainer
 

@@ -41,12 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_run_dir(config.run.dir)
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.chat import mask_xray
-    from posttrain.chat.dialogues import read_data, read_demonstrations
+    from posttrain.chat.dialogues import read_data
     from posttrain.chat.format_interface import UntrainedEnd
     from posttrain.chat.sft_data import SFTSource, TextShare
     from posttrain.initial_chat_model import InitialChatModel
     from posttrain.pretraining_text import PretrainingText
     from posttrain.records import TooManySetAside
+    from posttrain.tasks.demonstrations import read_demonstrations
     from posttrain.tasks.lengths import check_answers
     from posttrain.tasks.preflight import check_task
     from posttrain.tasks.verifiable_tasks import make_task
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             mask_xray.show(mask_xray.describe(examples, chat, shown))
         return 0
 
-    from posttrain.tasks.task_accuracy import TaskAccuracy
+    from posttrain.rl.task_accuracy import TaskAccuracy
     from pretrain.heldout_loss import Evaluator, HeldoutLoss
     from pretrain.model.losses import NextToken
     from pretrain.parallel import groups

@@ -26,8 +26,8 @@ from configs.layout import SEQ_LENGTH, Layout
 from configs.loader import ConfigError, validate
 from configs.train import PretrainConfig
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
-from pretrain.data.plan_choice import choose_plan
 from pretrain.logs.metrics_file import read_metrics
+from pretrain.run.plan_choice import choose_plan
 from pretrain.train import make_trainer
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     layout = _layout(config, env.world_size, run, step)
 
     from pretrain.health.recording import StepRecorder
-    from pretrain.logs.step_log import NonFiniteStep
     from pretrain.parallel import groups
+    from pretrain.run.step_log import NonFiniteStep
 
     with groups.joined(env, layout, config.parallel.backend) as mesh:
         choice = choose_plan(spans[-1]["plan"], run)

@@ -24,7 +24,7 @@ from configs.train import PretrainConfig
 from data_pipeline.core.integrity import DamagedData, check_at_once
 from data_pipeline.mixture.rows import Plan
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
-from pretrain.data.plan_choice import PlanChoice, choose_plan
+from pretrain.run.plan_choice import PlanChoice, choose_plan
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.lineage import Lineage

@@ -35,14 +35,12 @@ from pretrain.health.corruption import CorruptionCheck, SilentCorruption
 from pretrain.health.not_finite import NOTHING, first_not_finite
 from pretrain.health.recording import StepRecorder
 from pretrain.health.rewind_history import BadStep, Rewinds
-from pretrain.health.rewinding import go_back
 from pretrain.health.spikes import SpikeGuard
 from pretrain.health.stragglers import BusyTime, Stragglers
 from pretrain.heldout_loss import Evaluator
 from pretrain.logs.activities import CHECKING, END, EVALUATION, PREPARATION, SAVING, TRAINING, Activities
 from pretrain.logs.display import Display
 from pretrain.logs.metrics import MetricsLog
-from pretrain.logs.step_log import NonFiniteStep, Step, StepLog, StepTimer, peak_memory
 from pretrain.logs.time_ledger import TimeLedger
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction
@@ -52,7 +50,9 @@ from pretrain.precision import choose_dtype
 from pretrain.profiling import DATA, Profiler
 from pretrain.report import run_report
 from pretrain.run.agreement import Agreement
+from pretrain.run.rewinding import go_back
 from pretrain.run.run_directory import RunDirectory
+from pretrain.run.step_log import NonFiniteStep, Step, StepLog, StepTimer, peak_memory
 from pretrain.run.taking_up import load_weights
 from pretrain.schedule import learning_rate
 from pretrain.tracking.trackers import Trackers, check_installed

@@ -1,4 +1,4 @@
-"""Reads dialogues and solved prompts of tasks as examples for fine-tuning: rendered, checked, and split.
+"""Reads dialogues as examples for fine-tuning: rendered, checked, and split.
 
 All data is held in memory. Dialogues that are broken or too long are set aside and counted, never cut.
 """
@@ -10,17 +10,13 @@ from typing import Any
 import numpy as np
 
 from configs.sft import DialogueConfig
-from configs.tasks import DemonstrationConfig
 from posttrain.chat.format_interface import Chat, Sample, UntrainedEnd
 from posttrain.chat.messages import BrokenDialogue, Message, check_order
 from posttrain.chat.thinking import with_switches
-from posttrain.preference.preference_pairs import as_messages
 from posttrain.records import TOO_LONG, Records, Unusable, read_split, said_keys
-from posttrain.tasks.task import Split, Task, available
 
 KEY = "data.dialogues"
 ANOTHER_TEMPLATE = "in a copy of the model's chat template, and name its file as data.chat_template"
-_ANEW = "choose another run.dir for a run with train.seq_length={}"
 
 
 @dataclass(frozen=True)
@@ -55,18 +51,6 @@ def read_data(data: DialogueConfig, chat: Chat, seq_length: int, parts: int = 1)
         raise UntrainedEnd(f"{error} {where}", error.sample, error.location) from None
 
 
-def read_demonstrations(
-    task: Task | None, settings: DemonstrationConfig | None, chat: Chat, seed: int, seq_length: int, parts: int = 1
-) -> dict[str, Records[Example]]:
-    """Returns solved prompts by the task's name, or {} without a task. Raises as `demonstrations`."""
-    if task is None or settings is None or not settings.demonstrations:
-        return {}
-    counts = available(task, "train", settings.demonstrations), available(task, "heldout", settings.eval_prompts)
-    train = demonstrations(task, chat, seed, "train", counts[0], seq_length, parts)
-    heldout = demonstrations(task, chat, seed, "heldout", counts[1], seq_length, parts)
-    return {task.name: Records("demonstrations", train, heldout)}
-
-
 def read_dialogues(
     paths: Sequence[str],
     chat: Chat,
@@ -95,35 +79,19 @@ def read_dialogues(
     return read_split(paths, KEY, "dialogues", parse, heldout_share, max_bad_share, parts)
 
 
-def demonstrations(
-    task: Task, chat: Chat, seed: int, split: Split, count: int, seq_length: int, parts: int = 1
-) -> list[Example]:
-    """Returns the first `count` prompts of a split with their right answers; `parts` is as in `read_split`.
+def as_messages(value: Any, role: Any, key: str) -> list[Message]:
+    """Returns a list of messages as it is, and a text as one message of `role`. Raises Unusable for other values."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        return [{name: part for name, part in message.items() if part is not None} for message in value]  # type: ignore[misc]
+    found = "an empty list" if value == [] else f"{type(value).__name__}"
+    raise Unusable(f"bad_{key}", f"{key!r} is {found}, neither a text nor a list of messages")
 
-    Answers within a prompt are not learnt. Raises ValueError if one is longer than `seq_length` tokens.
-    """
-    examples: list[Example] = []
-    for index in range(count):
-        problem = task.problem(seed, split, index)
-        if problem.demonstration is None:
-            continue
-        location = f"{task.name}/{split}/{index}"
-        answer: Message = {"role": "assistant", "content": problem.demonstration}
-        try:
-            samples = chat.samples(with_switches([*_read(problem.messages), answer], False))
-        except UntrainedEnd as error:
-            raise error.at("task", location) from None
-        except BrokenDialogue as broken:
-            raise ValueError(f"the demonstration of {problem.id} cannot be learnt: {broken}; correct it") from None
-        examples += [Example.of(location, location, sample) for sample in samples]
-    longest = max((len(example.tokens) for example in examples), default=0)
-    if longest > seq_length:
-        fits = f"set train.seq_length={-(-longest // parts) * parts}" if parts else _ANEW.format(longest)
-        raise ValueError(
-            f"prompts of the task {task.name!r} have up to {longest} tokens with their answers, more than "
-            f"train.seq_length = {seq_length}; {fits} or more"
-        )
-    return examples
+
+def not_learnt(messages: Sequence[Message]) -> list[Message]:
+    """Returns the messages with all answers marked as read and not learnt."""
+    return [{**one, "train": False} if one.get("role") == "assistant" else one for one in messages]
 
 
 def _samples(chat: Chat, messages: Any, tools: Any, switches: bool) -> list[Sample]:
@@ -158,9 +126,4 @@ def _messages(record: dict[str, Any]) -> Any:
     if "prompt" not in record or "completion" not in record:
         raise Unusable("bad_messages: no key 'messages'", said_keys(record))
     prompt = as_messages(record["prompt"], "user", "prompt")
-    return [*_read(prompt), *as_messages(record["completion"], "assistant", "completion")]
-
-
-def _read(messages: Sequence[Message]) -> list[Message]:
-    """Returns the messages with all answers marked as read and not learnt."""
-    return [{**one, "train": False} if one.get("role") == "assistant" else one for one in messages]
+    return [*not_learnt(prompt), *as_messages(record["completion"], "assistant", "completion")]

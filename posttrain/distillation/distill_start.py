@@ -11,7 +11,7 @@ from configs.tasks import DemonstrationConfig
 from data_pipeline.mixture.rows import Plan
 from launch.environment import ClusterEnvironment
 from posttrain.chat import mask_xray
-from posttrain.chat.dialogues import Example, read_data, read_demonstrations
+from posttrain.chat.dialogues import Example, read_data
 from posttrain.chat.sft_data import SFTSource
 from posttrain.distillation.distill_source import StudentSampling
 from posttrain.distillation.teacher import OpenedTeacher, check_length, check_template, open_teacher
@@ -19,6 +19,7 @@ from posttrain.initial_chat_model import InitialChatModel
 from posttrain.records import Records
 from posttrain.rejection.prompts import open_task
 from posttrain.rl.policy_copy import check_way
+from posttrain.tasks.demonstrations import read_demonstrations
 from posttrain.tasks.lengths import check_answers, check_rows
 from posttrain.tasks.preflight import check_task
 from posttrain.tasks.task import Task

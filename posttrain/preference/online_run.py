@@ -11,9 +11,9 @@ from posttrain.rl.policy_copy import PolicyCopy, check_way
 from posttrain.rl.reference_policy import check_reference
 from posttrain.rl.rl_start import source_state
 from posttrain.rl.rollout_source import SamplingPlan
+from posttrain.rl.task_accuracy import TaskAccuracy
 from posttrain.tasks.lengths import check_answers
 from posttrain.tasks.preflight import check_task
-from posttrain.tasks.task_accuracy import TaskAccuracy
 from posttrain.tasks.verifiable_tasks import make_task
 
 

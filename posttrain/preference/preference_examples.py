@@ -13,9 +13,10 @@ import numpy as np
 
 from configs.preference import PreferenceConfig
 from data_pipeline.mixture.packing import best_fit
+from posttrain.chat.dialogues import as_messages
 from posttrain.chat.format_interface import Chat
 from posttrain.preference.group_packing import PackedRow, Segment, pack
-from posttrain.preference.preference_pairs import Pair, as_messages, first_question, read_pairs, rendered_answer
+from posttrain.preference.preference_pairs import Pair, first_question, read_pairs, rendered_answer
 from posttrain.records import TOO_LONG, Records, Unusable, needed, read_split
 
 WEIGHT, DESIRABLE = "weight", "desirable"  # names in `PackedRow.extra`

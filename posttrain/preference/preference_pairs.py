@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from posttrain.chat.dialogues import as_messages
 from posttrain.chat.format_interface import Chat, UntrainedEnd
 from posttrain.chat.messages import BrokenDialogue, Message
 from posttrain.records import TOO_LONG, Records, Unusable, needed, read_split
@@ -90,16 +91,6 @@ def turns_of(record: dict[str, Any]) -> tuple[list[Message], list[Message], list
     if chosen == rejected:
         raise Unusable("equal_sides")
     return prompt, chosen, rejected
-
-
-def as_messages(value: Any, role: Any, key: str) -> list[Message]:
-    """Returns a list of messages as it is, and a text as one message of `role`. Raises Unusable for other values."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
-        return [{name: part for name, part in message.items() if part is not None} for message in value]  # type: ignore[misc]
-    found = "an empty list" if value == [] else f"{type(value).__name__}"
-    raise Unusable(f"bad_{key}", f"{key!r} is {found}, neither a text nor a list of messages")
 
 
 def rendered(chat: Chat, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:

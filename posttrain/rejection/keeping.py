@@ -13,7 +13,8 @@ import numpy as np
 
 from configs.sample import KeepSection
 from posttrain.rejection.samples import DrawnSample
-from posttrain.rejection.text_measures import jaccard, longest_paragraph, script_share, word_ngrams
+from posttrain.rejection.text_measures import jaccard, longest_paragraph, word_ngrams
+from posttrain.rewards.script import script_share
 
 SHOWN = 80  # characters of a completion in messages
 CUT, UNSCORABLE = "cut before the end of its turn", "unscorable"  # reasons that no rule of [keep] gives

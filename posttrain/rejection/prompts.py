@@ -9,11 +9,12 @@ from configs.loader import ConfigError
 from configs.sample import SampleConfig
 from configs.tasks import TaskConfig
 from posttrain.chat.format_interface import Chat
+from posttrain.rewards.attempt import Attempt, Problem, TaskScore
 from posttrain.rewards.reward import WeightedRewards
 from posttrain.tasks.file_task import FileTask
 from posttrain.tasks.lengths import check_answers
 from posttrain.tasks.preflight import check_task
-from posttrain.tasks.task import Attempt, Problem, Split, Task, TaskScore
+from posttrain.tasks.task import Split, Task
 from posttrain.tasks.verifiable_tasks import MadeFrom, make_task
 
 

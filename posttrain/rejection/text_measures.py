@@ -1,33 +1,22 @@
-"""Measures of a completion by which it may be set aside: repetition, mixed scripts, long paragraphs, near-duplicates.
+"""Measures of a completion by which it may be set aside: repetition, long paragraphs, near-duplicates.
 
-They are those by which DeepSeek-R1's third step drops completions that are hard to read (arXiv 2501.12948, 2.3.3).
-Languages of one script, such as English and French, are not told apart.
+With mixed scripts (`posttrain.rewards.script`) they are those by which DeepSeek-R1's third step drops completions that
+are hard to read (arXiv 2501.12948, 2.3.3).
 """
 
 import re
-import unicodedata
-from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
 RUN = 8  # tokens of a run that is looked for again
 NGRAM = 5  # words of an n-gram of near-duplicates
-# Scripts that one language mixes: Japanese and Korean use Chinese characters too.
-_EAST_ASIAN = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "IDEOGRAPHIC", "HALFWIDTH", "KANGXI")
 
 
 def repeated_share(tokens: Sequence[int], run: int = RUN) -> float:
     """Returns the share of a text's runs of `run` tokens that occurred before in it; 0 for a text without a run."""
     runs = [tuple(tokens[i : i + run]) for i in range(len(tokens) - run + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
-def script_share(text: str) -> float:
-    """Returns the share of a text's letters that are of its commonest script; 1 for a text without letters."""
-    counts = Counter(script for character in text if (script := _script(character)))
-    return max(counts.values()) / counts.total() if counts else 1.0
 
 
 def longest_paragraph(text: str) -> int:
@@ -51,12 +40,3 @@ def jaccard(one: np.ndarray, other: np.ndarray) -> float:
         return 0.0
     both = len(np.intersect1d(one, other, assume_unique=True))
     return both / (len(one) + len(other) - both)
-
-
-@lru_cache(maxsize=65536)
-def _script(character: str) -> str:
-    """Returns the first word of a letter's Unicode name, which is its script; "" for a character that is no letter."""
-    if not character.isalpha():
-        return ""
-    script = unicodedata.name(character, "").split(" ")[0]
-    return "CJK" if script.startswith(_EAST_ASIAN) else script

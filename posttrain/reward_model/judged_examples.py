@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from configs.reward_model import ExamplesConfig, RewardSection
+from posttrain.chat.dialogues import as_messages
 from posttrain.chat.format_interface import Chat
 from posttrain.preference.group_packing import Segment
-from posttrain.preference.preference_pairs import Pair, as_messages, first_question, read_pairs, rendered
+from posttrain.preference.preference_pairs import Pair, first_question, read_pairs, rendered
 from posttrain.records import TOO_LONG, Records, Unusable, needed, read_split
 from posttrain.reward_model.reward_losses import MARGIN
 

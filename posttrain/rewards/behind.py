@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from posttrain.rewards.attempt import Attempt, TaskScore
 from posttrain.rewards.reward import Reward
-from posttrain.tasks.task import Attempt, TaskScore
 
 
 class BehindReward:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from posttrain.chat.messages import Message
-from posttrain.tasks.task import Attempt, TaskScore
+from posttrain.rewards.attempt import Attempt, TaskScore
 
 Scorer = Callable[[Sequence[list[Message]]], Sequence[float]]  # dialogues that end with the answer, to scores
 

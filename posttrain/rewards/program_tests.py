@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs.loader import ConfigError
-from posttrain.tasks.task import Attempt, TaskScore
+from posttrain.rewards.attempt import Attempt, TaskScore
 from pretrain.evaluation.sandbox import Limits, run_programs
 
 WORKERS = 4  # programs at a time

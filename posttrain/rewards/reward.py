@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from posttrain.rewards.attempt import Attempt, TaskScore
 from posttrain.rewards.unscorable import Unscorable
-from posttrain.tasks.task import Attempt, TaskScore
 
 
 class Reward(Protocol):

@@ -56,10 +56,11 @@ def _function(settings: RewardConfig) -> Reward:
 
 def _judge(settings: RewardConfig, key: str, begun: Mapping[str, str]) -> Reward:
     """Returns the reward of a reward model; `begun` identifies the model that the run used when it began."""
-    from posttrain.reward_model import score  # it loads the model's code, which other rewards do without
+    # It loads the model's code, which other rewards do without.
+    from posttrain.rewards.dialogue_scorer import found_again, open_scorer
 
     named = str(settings.model)
-    scorer = score.open_scorer(score.found_again(named, f"{key}.model", begun) if begun else named, f"{key}.model")
+    scorer = open_scorer(found_again(named, f"{key}.model", begun) if begun else named, f"{key}.model")
     return ModelReward(scorer, {"model": named, "checkpoint": scorer.pin.checkpoint, "sha256": scorer.pin.sha256})
 
 

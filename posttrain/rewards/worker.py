@@ -24,7 +24,7 @@ from typing import Any
 
 from configs.files import file_sha256
 from configs.loader import ConfigError
-from posttrain.tasks.task import Attempt, TaskScore
+from posttrain.rewards.attempt import Attempt, TaskScore
 
 CHILD = Path(__file__).with_name("worker_child.py")
 START_SECONDS = 120.0  # for the interpreter and the function's module to load on a busy machine

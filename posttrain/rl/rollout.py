@@ -16,8 +16,9 @@ import torch
 from configs.sampling import SamplingConfig
 from posttrain.algorithms.advantages import equal_groups
 from posttrain.chat.format_interface import Chat
+from posttrain.rewards.attempt import Attempt, Problem, TaskScore
 from posttrain.tasks.episode_environment import Environment, Transcript, play
-from posttrain.tasks.task import Attempt, Problem, Task, TaskScore, truncated
+from posttrain.tasks.task import Task, truncated
 from pretrain.generation.expert_choices import choices_shape
 from pretrain.generation.sampling import Completion, SampledModel, generate
 

@@ -4,18 +4,15 @@ It is the task of TinyZero (github.com/Jiayi-Pan/TinyZero) in small, and shows w
 demonstrations for fine-tuning have the right form and the right digits, but a result left to chance.
 """
 
-import ast
-import operator
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from posttrain.rewards.attempt import Attempt, Problem, TaskScore
+from posttrain.rewards.expression import value_of
 from posttrain.tasks.digit_task import DigitTask
-from posttrain.tasks.task import Attempt, Problem, Split, TaskScore, split_of
-
-LONGEST = 100  # characters of an expression that is still read
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+from posttrain.tasks.task import Split, split_of
 
 
 @dataclass(frozen=True)
@@ -50,25 +47,6 @@ class CountdownTask(DigitTask):
 
     def score(self, attempts: Sequence[Attempt]) -> list[TaskScore]:
         return [_score(attempt) for attempt in attempts]
-
-
-def value_of(expression: str) -> int:
-    """Returns the value of an expression of digits, +, -, * and parentheses. Raises ValueError for anything else."""
-    if len(expression) > LONGEST or not re.fullmatch(r"[0-9+\-*() ]+", expression):
-        raise ValueError("not an expression")
-    try:
-        return _evaluate(ast.parse(expression.strip(), mode="eval").body)
-    except (SyntaxError, RecursionError, MemoryError):
-        raise ValueError("not an expression") from None
-
-
-def _evaluate(node: ast.expr) -> int:
-    match node:
-        case ast.Constant(value=int(value)):
-            return value
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            return OPERATORS[type(op)](_evaluate(left), _evaluate(right))
-    raise ValueError("not an expression")  # signs, powers, calls
 
 
 def _expression(generator: random.Random, digits: Sequence[int]) -> str:

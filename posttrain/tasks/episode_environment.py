@@ -14,7 +14,8 @@ import numpy as np
 from configs.rl import EnvironmentConfig
 from posttrain.chat.format_interface import Chat
 from posttrain.chat.messages import Message
-from posttrain.tasks.task import Attempt, Problem, Task, TaskScore, truncated
+from posttrain.rewards.attempt import Attempt, Problem, TaskScore
+from posttrain.tasks.task import Task, truncated
 from posttrain.tasks.tools import TOOLS, call_in
 from pretrain.generation.sampling import Completion
 

@@ -18,8 +18,9 @@ from configs.loader import ConfigError
 from configs.tasks import TaskPartConfig
 from posttrain.chat.messages import BrokenDialogue, Message, check_order
 from posttrain.records import Unusable, UnusedRecords, find_files, read_records, value_at
+from posttrain.rewards.attempt import Attempt, Problem, TaskScore
 from posttrain.rewards.reward import WeightedRewards
-from posttrain.tasks.task import Attempt, Problem, Split, Task, TaskScore, fraction
+from posttrain.tasks.task import Split, Task, fraction
 
 
 class FileTask:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from configs.loader import ConfigError
 from configs.train import ParallelConfig
 from posttrain.chat.format_interface import Chat, UntrainedEnd
-from posttrain.tasks.task import Problem, Split, Task, available
+from posttrain.rewards.attempt import Problem
+from posttrain.tasks.task import Split, Task, available
 
 DRAWN = 10_000  # the maximum number of prompts of each split whose lengths are measured
 

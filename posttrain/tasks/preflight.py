@@ -5,9 +5,10 @@ from itertools import islice
 
 from configs.loader import ConfigError
 from posttrain.chat.format_interface import Chat
+from posttrain.rewards.attempt import Attempt, Problem, TaskScore
 from posttrain.rewards.reward import Reward
 from posttrain.tasks.file_task import FileTask
-from posttrain.tasks.task import Attempt, Problem, Task, TaskScore
+from posttrain.tasks.task import Task
 from posttrain.tasks.task_mixture import MixtureTask
 
 TRIED = 32  # problems on whose solutions a slow reward is tried

@@ -5,8 +5,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from posttrain.rewards.attempt import Attempt, Problem, TaskScore
 from posttrain.tasks.digit_task import DigitTask
-from posttrain.tasks.task import Attempt, Problem, Split, TaskScore, split_of
+from posttrain.tasks.task import Split, split_of
 
 
 @dataclass(frozen=True)

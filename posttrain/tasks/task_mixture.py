@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from posttrain.tasks.task import Attempt, Problem, Split, Task, TaskScore
+from posttrain.rewards.attempt import Attempt, Problem, TaskScore
+from posttrain.tasks.task import Split, Task
 
 
 class MixtureTask:

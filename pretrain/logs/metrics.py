@@ -58,11 +58,12 @@ class MetricsLog:
                     "is room",
                     flush=True,
                 )
+        values = numbers(record) if self._trackers or self._board else {}
         if self._trackers:
-            self._trackers.write(record)
+            self._trackers.write(record["step"], values)
         if self._board:
             try:
-                for name, value in numbers(record).items():
+                for name, value in values.items():
                     self._board.add_scalar(name, value, record["step"])
             except OSError as error:
                 print(f"warning: TensorBoard files are no longer written in this run ({error.strerror})", flush=True)

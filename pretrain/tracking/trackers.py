@@ -27,7 +27,6 @@ from configs.differences import flat
 from configs.files import write_atomic
 from configs.loader import ConfigError, plain
 from configs.tracking import TrackingConfig
-from pretrain.logs.metrics_file import numbers
 
 CHILD = Path(__file__).with_name("child.py")
 FILE = "tracking.json"
@@ -76,7 +75,7 @@ class Tracker:
         self._sender.start()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Hands over a record, which nobody may change from now on; returns at once."""
+        """Queues a record, which nobody may change from now on, for the tracker's process; returns at once."""
         if self._offered == self._taken:  # nothing waits for an answer, so the silence begins now
             self._heard = time.monotonic()
         self._offered += 1
@@ -127,8 +126,7 @@ class Tracker:
                 process.stdin.flush()
                 if "end" in message:
                     return
-                record = self._records.get()
-                message = record if "end" in record else {"step": record["step"], "values": numbers(record)}
+                message = self._records.get()
         except OSError as error:  # no process could be started, or it has ended
             self._fail(f"its process ended: {error.strerror}")
             if self._process is None:
@@ -181,10 +179,10 @@ class Trackers:
             }
             self._trackers.append(Tracker(name, settings, partial(self._keep, name, own)))
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Hands a record of metrics.jsonl to all trackers; returns at once."""
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Hands the numbers of a step to all trackers, by name; returns at once."""
         for tracker in self._trackers:
-            tracker.write(record)
+            tracker.write({"step": step, "values": values})
 
     def close(self, finished: bool) -> None:
         """Ends all trackers; `finished` is whether the run has done all of its steps."""

@@ -13,7 +13,7 @@ from configs.loader import ConfigError
 from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens.tokenizer_training import train as train_tokenizer
 from posttrain import grpo, rm, sft
-from posttrain.reward_model.score import RewardModel, open_scorer
+from posttrain.rewards.dialogue_scorer import RewardModel, open_scorer
 from pretrain.checkpoint import storage
 from tests.parallel.harness import RanksOf
 from tests.parallel.runs import metrics

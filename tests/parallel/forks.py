@@ -36,7 +36,7 @@ IMPORTED = (
     "tests.parallel.workers.posttraining",
     "posttrain.grpo",
     "posttrain.rl.rollout_source",
-    "posttrain.tasks.task_accuracy",
+    "posttrain.rl.task_accuracy",
     "posttrain.sft",
     "posttrain.chat.sft_data",
     "pretrain.train",

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from configs.sealed import CHECKPOINT
-from pretrain.checkpoint import inspection, storage
+from pretrain import inspection
+from pretrain.checkpoint import storage
 from pretrain.run import history
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS

@@ -22,8 +22,8 @@ from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import Tokenizer
 from export import huggingface, import_hf
 from export.model_source import open_source
-from pretrain import train
-from pretrain.checkpoint import inspection, storage
+from pretrain import inspection, train
+from pretrain.checkpoint import storage
 from tests.foreign_tokenizers import TEXTS, gpt2, llama3, write
 from tests.parallel.harness import RanksOf
 from tests.shards import write_shard

@@ -13,7 +13,8 @@ from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import replan
 from data_pipeline.tokens.store import SourceStores
-from pretrain.checkpoint import inspection, storage
+from pretrain import inspection
+from pretrain.checkpoint import storage
 from pretrain.schedule import learning_rate
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS

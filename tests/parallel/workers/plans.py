@@ -20,10 +20,10 @@ from pretrain.checkpoint.lineage import Pin
 from pretrain.checkpoint.resume import check_ranks
 from pretrain.data import data_check
 from pretrain.data.batch_source import PlanSource
-from pretrain.data.plan_choice import choose_plan
 from pretrain.model.losses import NextToken
 from pretrain.parallel import groups
 from pretrain.parallel.engine import Engine
+from pretrain.run.plan_choice import choose_plan
 from pretrain.trainer import Trainer
 from tests.small_training import last_step
 

@@ -7,7 +7,7 @@ from configs.checkpoints import CheckpointConfig
 from configs.export import ExportConfig
 from configs.initial import InitConfig
 from configs.loader import ConfigError, validate
-from pretrain.checkpoint import inspection
+from pretrain import inspection
 
 SECRET = "planted-9f1c-secret"
 

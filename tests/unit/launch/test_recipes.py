@@ -15,8 +15,8 @@ from configs.rewards import RewardConfig
 from launch import recipe
 from launch.recipe_inputs import result_of
 from launch.recipe_stages import stages_of
+from posttrain.rewards.attempt import Attempt, Problem
 from posttrain.rewards.reward_registry import make_rewards
-from posttrain.tasks.task import Attempt, Problem
 
 FOLDER, DATA = Path("configs/recipes"), Path("data/recipes")
 KINDS = {"sort": "exact", "countdown": "expression", "form": "instructions"}

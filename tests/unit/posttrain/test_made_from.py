@@ -17,7 +17,7 @@ from configs.model import ModelConfig
 from configs.rewards import RewardConfig
 from configs.sealed import CHECKPOINT
 from posttrain.initial_chat_model import InitialChatModel
-from posttrain.reward_model.score import found_again
+from posttrain.rewards.dialogue_scorer import found_again
 from posttrain.rewards.reward_registry import make_rewards
 from posttrain.rl.critic import critic_start
 from posttrain.rl.reference_policy import check_reference

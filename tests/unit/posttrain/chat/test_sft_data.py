@@ -18,10 +18,11 @@ from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.chat.chat_format import ChatFormat, check_supervision
-from posttrain.chat.dialogues import Example, demonstrations, read_dialogues
+from posttrain.chat.dialogues import Example, read_dialogues
 from posttrain.chat.sft_data import SFTSource, TextShare, pack
 from posttrain.pretraining_text import PretrainingText
 from posttrain.records import Records
+from posttrain.tasks.demonstrations import demonstrations
 from posttrain.tasks.sorting import SortTask
 from pretrain.checkpoint.resume import check_identity
 from tests.shards import write_shard

@@ -16,7 +16,8 @@ from posttrain.rejection.keeping import NotKept, kept_of_prompt
 from posttrain.rejection.kept_dialogues import publish
 from posttrain.rejection.prompts import open_prompts
 from posttrain.rejection.samples import DrawnSample, SampleFiles, check_facts
-from posttrain.rejection.text_measures import longest_paragraph, repeated_share, script_share
+from posttrain.rejection.text_measures import longest_paragraph, repeated_share
+from posttrain.rewards.script import script_share
 
 LONG = "the quick brown fox jumps over the lazy dog while seven wizards brew a potion"
 PROMPTS: dict[str, Any] = {"kind": "file", "files": ["x"], "answer_key": ""}

@@ -7,8 +7,8 @@ import pytest
 from configs.loader import ConfigError, validate
 from configs.rewards import RewardConfig
 from configs.tasks import TaskConfig
+from posttrain.rewards.attempt import Attempt, Problem, TaskScore
 from posttrain.rewards.reward_registry import make_rewards
-from posttrain.tasks.task import Attempt, Problem, TaskScore
 
 
 def scored(completion: str, answer: Any = None, metadata: Any = None, **settings: Any) -> TaskScore:

@@ -11,11 +11,11 @@ import pytest
 
 from configs.loader import ConfigError
 from configs.rewards import RewardConfig
+from posttrain.rewards.attempt import Attempt, Problem, TaskScore
 from posttrain.rewards.instructions import INSTRUCTIONS, instructions
 from posttrain.rewards.reward_registry import make_rewards
 from posttrain.rewards.unscorable import Unscorable
 from posttrain.rewards.worker import Call, WorkerReward
-from posttrain.tasks.task import Attempt, Problem, TaskScore
 from pretrain.checkpoint.lineage import Pin
 
 MODULE = """
@@ -380,7 +380,7 @@ def test_a_reward_model_scores_a_batch_at_once(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match=r"rewards\.model\.model = 'runs/rm': runs/rm has no checkpoint; train first"):
         make_rewards(settings)
     scorer.pin = Pin("runs/rm/checkpoints/step_4", 4, "b00c")  # type: ignore[attr-defined]
-    monkeypatch.setattr("posttrain.reward_model.score.open_scorer", lambda path, key: scorer)
+    monkeypatch.setattr("posttrain.rewards.dialogue_scorer.open_scorer", lambda path, key: scorer)
     scores = make_rewards(settings)([attempt("good"), attempt("bad")])
     assert [one.value for one in scores] == [-3.5, None] and batches == [2]
 

@@ -17,6 +17,7 @@ from posttrain.algorithms.dialects import DIALECTS
 from posttrain.algorithms.reward_shaping import overlong_penalty
 from posttrain.algorithms.token_batch import TokenBatch
 from posttrain.chat.chat_format import ChatFormat
+from posttrain.rewards.attempt import Problem, TaskScore
 from posttrain.rl import rollout_file
 from posttrain.rl.group_credit import GroupCredit, token_batch
 from posttrain.rl.logprob_check import LogprobCheck
@@ -28,7 +29,6 @@ from posttrain.rl.rollout import Rollout, judge, sample
 from posttrain.rl.rollout_rows import rollout_rows
 from posttrain.rl.rollout_source import RolloutSource, SamplingPlan
 from posttrain.tasks.sorting import SortTask
-from posttrain.tasks.task import Problem, TaskScore
 from pretrain.data.batch_source import collate
 from pretrain.generation.sampling import Completion
 from pretrain.model import Decoder

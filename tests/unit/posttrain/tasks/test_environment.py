@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from posttrain.chat.chat_format import ChatFormat
+from posttrain.rewards.attempt import Problem, TaskScore
 from posttrain.tasks.episode_environment import ToolEnvironment, Transcript, play
 from posttrain.tasks.sorting import SortTask
-from posttrain.tasks.task import Problem, TaskScore
 from posttrain.tasks.tools import calculator, python
 from pretrain.generation.sampling import Completion
 

@@ -14,11 +14,12 @@ import pytest
 from configs.loader import ConfigError, validate
 from configs.tasks import TaskConfig
 from posttrain.chat.chat_format import ChatFormat
-from posttrain.chat.dialogues import demonstrations
+from posttrain.rewards.attempt import Attempt
 from posttrain.rl.rollout import judge
+from posttrain.tasks.demonstrations import demonstrations
 from posttrain.tasks.file_task import FileTask
 from posttrain.tasks.preflight import check_task
-from posttrain.tasks.task import Attempt, available, fraction
+from posttrain.tasks.task import available, fraction
 from posttrain.tasks.task_mixture import MixtureTask
 from posttrain.tasks.verifiable_tasks import make_task
 from pretrain.generation.sampling import Completion

@@ -5,9 +5,10 @@ from itertools import permutations, product
 
 import pytest
 
+from posttrain.rewards.attempt import Attempt, Problem, TaskScore
 from posttrain.tasks.countdown import CountdownTask, value_of
 from posttrain.tasks.sorting import SortTask
-from posttrain.tasks.task import Attempt, Problem, Task, TaskScore, split_of
+from posttrain.tasks.task import Task, split_of
 
 
 def score(task: Task, prompt: str, completion: str) -> TaskScore:

@@ -19,6 +19,7 @@ import pytest
 
 from configs.loader import ConfigError, validate
 from configs.tracking import TrackingConfig
+from pretrain.logs.metrics_file import numbers
 from pretrain.tracking import child, trackers
 from pretrain.tracking.trackers import Trackers, check_installed
 
@@ -31,9 +32,10 @@ SECRET = "plantedSecret-4242"
 CONFIG = {"run": {"dir": "runs/x"}, "optimizer": {"lr": 0.1, "betas": [0.9, 0.95]}}
 
 
-def record(step: int) -> dict[str, Any]:
+def write(trackers: Trackers, step: int) -> None:
     by_layer = {"layer 1 (moe)": 0.5}
-    return {"step": step, "loss": 1 / step, "mfu": None, "loss_by_source": {"prose": 2.0}, "by_layer": by_layer}
+    record = {"step": step, "loss": 1 / step, "mfu": None, "loss_by_source": {"prose": 2.0}, "by_layer": by_layer}
+    trackers.write(step, numbers(record))
 
 
 def opened(run_dir: Path, **config: Any) -> Trackers:
@@ -131,7 +133,7 @@ def test_all_get_the_numbers_and_a_run_that_goes_on_continues_theirs(
         for steps, finished in (((1, 2), False), ((2, 3), True)):
             opened_now = opened(run_dir, **config)
             for step in steps:
-                opened_now.write(record(step))
+                write(opened_now, step)
             opened_now.close(finished)
     assert "warning" not in capfd.readouterr().out
 
@@ -164,7 +166,7 @@ def test_one_that_hangs_costs_training_nothing_and_is_ended(
     monkeypatch.setattr(trackers, "CLOSE_SECONDS", 1.0)
     with collector(answers=False) as (endpoint, bodies):
         hanging = opened(tmp_path / "run", otel={"endpoint": endpoint, "every_seconds": 0})
-        hanging.write(record(1))
+        write(hanging, 1)
         deadline = time.monotonic() + 30
         while not bodies and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -174,7 +176,7 @@ def test_one_that_hangs_costs_training_nothing_and_is_ended(
         began, slowest = time.monotonic(), 0.0
         for step in range(2, 5002):  # more than the pipe and the queue hold
             before = time.perf_counter()
-            hanging.write(record(step))
+            write(hanging, step)
             slowest = max(slowest, time.perf_counter() - before)
             assert time.monotonic() - began < 5 and slowest < 0.5, slowest
         began = time.monotonic()
@@ -194,7 +196,7 @@ from configs.tracking import OtelConfig, TrackingConfig
 from pretrain.tracking.trackers import Trackers
 trackers = Trackers(TrackingConfig(otel=OtelConfig(endpoint=sys.argv[1], every_seconds=60)), Path(sys.argv[2]), {})
 for step in (1, 2):
-    trackers.write({"step": step, "loss": 1.0})
+    trackers.write(step, {"loss": 1.0})
 (tracker,) = trackers._trackers
 while tracker._offered > tracker._taken:  # all is sent
     time.sleep(0.01)
@@ -221,15 +223,15 @@ def test_one_that_does_not_answer_is_told(
         monkeypatch.setattr(trackers, "SILENT_SECONDS", 60.0)
         with collector(answers) as (endpoint, bodies):
             one = opened(tmp_path / str(answers), otel={"endpoint": endpoint, "every_seconds": 0})
-            one.write(record(1))
+            write(one, 1)
             (tracker,) = one._trackers
             deadline = time.monotonic() + 30
             while not (tracker._taken if answers else bodies) and time.monotonic() < deadline:
                 time.sleep(0.02)
             monkeypatch.setattr(trackers, "SILENT_SECONDS", 0.3)
             time.sleep(0.5)  # a long step
-            one.write(record(2))
-            one.write(record(3))
+            write(one, 2)
+            write(one, 3)
             one.close(finished=True)
     told = capfd.readouterr().out.splitlines()
     assert len(told) == 2 and "tracking.otel: it has not answered for 0.3 seconds; training goes on" in told[0]
@@ -243,7 +245,7 @@ def test_one_that_fails_is_told_once_and_soon_given_up(
     monkeypatch.setattr(trackers, "FAILED_CLOSE_SECONDS", 0.2)
     failing = opened(tmp_path / "run", prometheus={"file": str(tmp_path / "no folder" / "a.prom")})
     for step in range(1, 4):
-        failing.write(record(step))
+        write(failing, step)
     failing.close(finished=True)
     first, last = capfd.readouterr().out.splitlines()
     assert first.startswith("warning: tracking.prometheus: FileNotFoundError") and "training goes on" in first

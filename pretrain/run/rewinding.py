@@ -6,7 +6,7 @@ from pretrain.checkpoint import resume, state, storage
 from pretrain.checkpoint.saving import Saver
 from pretrain.health.rewind_history import BadStep
 from pretrain.logs.activities import REWINDING
-from pretrain.logs.step_log import StepLog, spike
+from pretrain.run.step_log import StepLog, spike
 from pretrain.run.taking_up import take_up
 
 if TYPE_CHECKING:

@@ -2,8 +2,8 @@
 
 A data run that makes a new plan keeps the earlier ones. A training run that was begun on an earlier plan goes on with
 the new one only if both have the same rows for all samples trained on so far and for all later ones that both have;
-else it goes on with its own. Whether the plan fits the checkpoint is checked by checkpoint/resume.py. This module
-imports torch only if there is a checkpoint.
+else it goes on with its own. Whether the plan fits the checkpoint is checked by `pretrain.checkpoint.resume`. This
+module imports torch only if there is a checkpoint.
 """
 
 from dataclasses import dataclass, field

@@ -9,7 +9,8 @@ import torch
 
 from configs.loader import ConfigError
 from configs.sealed import Format
-from pretrain.checkpoint import inspection, storage
+from pretrain import inspection
+from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import Piece
 
 STATE = {"step": 7, "tokens": 1792, "samples": 28, "layout": "tp2 pp1 dp1 zero1", "optimizer_steps": 7}
