@@ -135,7 +135,7 @@ class AdapterConfig(Section):
         return self
 
     def check_steps(self, steps: int) -> None:
-        """Raises ValueError if the run ends before its ranks have fallen."""
+        """Raises ValueError if the run ends before AdaLoRA's budget has brought the ranks down to `target_rank`."""
         if self.kind == "adalora" and self.budget_steps > steps:
             raise ValueError(
                 f"adapter.budget_steps = {self.budget_steps} is after the run's last step {steps}, and ranks would not "
@@ -144,7 +144,7 @@ class AdapterConfig(Section):
 
     @property
     def merges(self) -> bool:
-        """Whether a trained adapter can be merged into the weights, after which the model is one without adapters."""
+        """Whether a trained adapter can be merged into the weights, which leaves a model without adapters."""
         return self.kind in ("lora", "dora", "adalora")
 
     @property
@@ -158,7 +158,7 @@ class AdapterConfig(Section):
         return self.virtual_tokens if "virtual_tokens" in KEYS[self.kind] else 0
 
     def check_layout(self, cp: int, sp: bool) -> None:
-        """Raises ValueError where ranks split a sequence that has virtual tokens in front."""
+        """Raises ValueError if context or sequence parallel would split sequences that begin with virtual tokens."""
         if self.num_virtual_tokens and cp > 1:
             raise ValueError(
                 f"parallel.cp = {cp} splits sequences, which the virtual tokens of adapter.kind = "
@@ -171,7 +171,7 @@ class AdapterConfig(Section):
             )
 
     def check_model(self, model: ModelConfig, seq_length: int) -> None:
-        """Raises ConfigError if the model cannot have this method's virtual tokens before rows of this length."""
+        """Raises ConfigError if the model cannot take this method's virtual tokens in front of rows of this length."""
         if not (count := self.num_virtual_tokens):
             return
         if model.has_contexts or model.head.mtp_depth:
@@ -200,7 +200,7 @@ class AdapterConfig(Section):
             )
 
     def check_init(self, is_trained: bool) -> None:
-        """Raises ConfigError if the base is to be kept in 4 bits and is no trained model, which could be read again."""
+        """Raises ConfigError if the base is to be kept in 4 bits, but the run starts from random weights."""
         if self.base != "full" and not is_trained:
             raise ConfigError(
                 f"adapter.base = {self.base!r} keeps the weights of a trained model in 4 bits, and this run begins "

@@ -12,7 +12,7 @@ def holds_credentials(address: str) -> bool:
 
 
 def refuse_address(path: str, key: str) -> None:
-    """Raises ValueError if a path is an address, where the model of a run is read and only folders can be."""
+    """Raises ValueError if `path` is the address of a remote file system, where no model of a run is read."""
     if "://" in path:
         shown = "an address that holds credentials" if holds_credentials(path) else f"the address {path}"
         raise ValueError(

@@ -10,6 +10,8 @@ from pathlib import Path
 def write_atomic(path: str | Path, content: bytes) -> None:
     """Writes `content` to `path` whole or not at all: to a temporary file in the same folder, with fsync and rename.
 
+    Every OSError that it raises names `path`, not the temporary file, and names it also if the disk is full.
+
     An OSError names `path`, and not the temporary file or, as a write to a full disk does, nothing.
     """
     path = Path(path)

@@ -17,7 +17,7 @@ NONE = "none"
 
 
 def may_be_none(annotation: Any) -> bool:
-    """Whether none leaves out a key of this type: it has the type None, and none is no value of the others."""
+    """Whether the value none leaves out a key of this type: the type allows None, and none means nothing else in it."""
     kinds = typing.get_args(annotation) if typing.get_origin(annotation) in (types.UnionType, typing.Union) else ()
     return type(None) in kinds and not any(map(_is_text, kinds))
 

@@ -90,7 +90,7 @@ def _other_degrees(request: LayoutRequest) -> NearestLayout | None:
 
 
 def _degrees(request: LayoutRequest) -> Iterator[ParallelConfig]:
-    """Yields sections [parallel] with other degrees, of which some fit and some do not."""
+    """Values that layers of one kind have in place of the model's; a key that is left out keeps the model's value."""
     given, ranks = request.parallel, request.world_size
     experts = request.model.moe.num_experts if request.model.moe else 1
     for tp, cp in itertools.product(divisors(given.tp), divisors(given.cp)):
@@ -123,7 +123,7 @@ def _nearness(given: ParallelConfig, one: NearestLayout) -> tuple[Any, ...]:
 
 
 def _with_batch(request: LayoutRequest, changed: LayoutRequest) -> NearestLayout | None:
-    """Returns the layout of `changed` with the largest legal micro-batch up to the config's; None if it cannot be."""
+    """Returns the layout of `changed` with the largest legal micro-batch up to the config's; None if there is none."""
     train = request.train
     for size in range(train.micro_batch_size, 0, -1):
         try:

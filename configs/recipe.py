@@ -10,7 +10,7 @@ REFERENCE = re.compile(r"\{(\w+)\}")  # {NAME} stands for the folder of stage NA
 
 
 class GateConfig(Section):
-    """A bound on what a training stage measured; the recipe stops behind a stage that misses it."""
+    """A bound on what a training stage measured; the recipe stops after a stage whose measurement is outside it."""
 
     metric: str = Field(min_length=1)
     """The measurement in metrics.jsonl: NAME.MEASURE of the last evaluation, as in "sort answers.sampled", or a value

@@ -156,7 +156,7 @@ def _all_keys(name: str) -> tuple[Key, ...]:
 
 
 def _chosen(keys: Sequence[Key], prefix: Sequence[str]) -> list[Key]:
-    """Returns the keys at or below `prefix`, in which NAME may stand, be left out, or be any name of the user's."""
+    """Returns the keys at or below `prefix`; for NAME in a key, `prefix` may have NAME, any name, or nothing."""
     short = [[part for part in key.name.split(".") if part != NAME] for key in keys]
     named = [key.name.split(".") for key in keys]
     for all_parts in (short, named):

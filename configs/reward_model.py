@@ -1,4 +1,4 @@
-"""Configs of reward models: the sections of all training runs, examples, and what the model says of them."""
+"""Configs of reward models: the sections of all training runs, the examples, and the values that the model learns."""
 
 from typing import Literal
 

@@ -91,12 +91,15 @@ class RLSection(Section):
 
     @property
     def estimator(self) -> str:
-        """The estimator of the divergence where one is charged."""
+        """The estimator of the KL divergence from the reference policy, where the loss or the reward has one."""
         return self.kl_estimator or ("k3" if self.kl == "loss" else "k1")
 
 
 def checked_rollouts(chosen: str, settings: RLSection) -> int:
-    """Returns the number of rollouts that `--rollouts-only` asks for, 0 for "". Raises ConfigError if it cannot be."""
+    """Returns the number of rollouts that `--rollouts-only` asks for, 0 for "".
+
+    Raises ConfigError if it is no number, or if the run does not record rollouts.
+    """
     if not chosen:
         return 0
     if not (chosen.isascii() and chosen.isdigit() and int(chosen)):

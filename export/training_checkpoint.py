@@ -1,5 +1,8 @@
 """Opens checkpoints of other trainers for `trivium import`: torch's DCP, e.g. of torchtitan, and megatron-core's.
 
+Such a checkpoint holds tensors alone. A Hugging Face folder with a config.json says of which model they are, and has
+its tokenizer. The optimizer's state and everything else that belongs to the other trainer is left out.
+
 They hold tensors alone. What model these are of, and its tokenizer, says a folder with a config.json of Hugging Face's.
 The optimizer's state and everything else that belongs to the other trainer is left out.
 """
@@ -112,7 +115,7 @@ def open_checkpoint(directory: Path, kind: Kind, described: Path) -> HFFolder:
 
 
 def _table(names: Iterable[str], kind: Kind, family: Family) -> tuple[Family | None, str]:
-    """Returns the table whose embedding the checkpoint has, and what is before the names of the model's tensors."""
+    """Returns the conversion table that fits the checkpoint's name of the embedding, and the prefix of all names."""
     split = any(name.endswith("mlp.linear_fc1.weight_w") for name in names)
     tables = (MEGATRON_SPLIT if split else MEGATRON,) if kind == "megatron" else (TORCHTITAN, family)
     for table in tables:

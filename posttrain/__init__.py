@@ -1,1 +1,1 @@
-"""Post-training: SFT on chat data, verifiable tasks, and GRPO on rollouts, all with pretraining's trainer."""
+"""Post-training: SFT, reward models, preferences, RL, distillation and sampling, on pretraining's trainer."""

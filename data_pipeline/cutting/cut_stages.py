@@ -147,7 +147,7 @@ def _count_copies(
     scratch: Path,
     logs: Path,
 ) -> Path:
-    """Runs the two passes that allot quotas of `units`; returns the folder of the quotas, under `scratch`.
+    """Runs the two passes that decide how many copies of each text unit every shard may keep, and returns their folder.
 
     `records` is the approximate number of records to expect, from which the number of partitions follows.
     """

@@ -85,7 +85,7 @@ def fates(before: StageFolders, shard: str) -> list[DocumentFate]:
 
 
 class Survey(PipelineStep):
-    """Writes a ShardSurvey, as a JSON line, for each shard with incoming documents; reads tables alone."""
+    """Writes one ShardSurvey, as a JSON line, for each shard with incoming documents; reads tables alone."""
 
     name = "Survey"
     type = "🔭 - SURVEY"
@@ -108,7 +108,7 @@ class Survey(PipelineStep):
         yield from ()
 
     def _survey_of(self, shard: str, coming: Sequence[DocumentFate]) -> "ShardSurvey":
-        """Returns the survey of one shard from the fates of its documents."""
+        """Sums up one shard for the second pass, from the fates of its documents."""
         source = shard.split("/")[0]
         if is_canary(shard):
             fates_of = [{"id": fate.id, "reason": fate.reason, "cuts": fate.merged.removed} for fate in coming]
@@ -125,7 +125,7 @@ class Survey(PipelineStep):
 
 @dataclass(frozen=True)
 class ShardSurvey:
-    """Survey of one shard: extremes of the documents left, samples of mostly cut ones, or the fates of canaries."""
+    """Facts about one shard from the first pass: extremes of ids, samples of mostly cut texts, fates of canaries."""
 
     shard: str
     left: Extremes

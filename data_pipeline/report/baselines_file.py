@@ -1,4 +1,4 @@
-"""The file that `trivium data baselines` writes, for those that show its numbers beside a model's."""
+"""Reads the file that `trivium data baselines` writes, for reports that show its numbers beside a model's."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ TITLES = {"ngram": f"{ORDER}-gram", "xz_after_training": "xz -9 after training t
 
 
 def kept(run_dir: Path) -> dict[str, dict[str, float]]:
-    """Returns the baselines of a data run by source, if its baselines.json is of its present tokens, else nothing."""
+    """Returns the baselines of a data run by source; {} if they were made from other tokens than the present."""
     manifest, path = run_dir / "tokens" / STAGE_MANIFEST, run_dir / FILE
     if not (manifest.is_file() and path.is_file()):
         return {}

@@ -16,7 +16,7 @@ Tensors = list[torch.Tensor]
 
 
 class Operation:
-    """A change of form that loses nothing; this one is none."""
+    """Base class of operations, which change the form of tensors without loss; this one leaves tensors as they are."""
 
     def to_theirs(self, ours: Sequence[torch.Tensor], config: ModelConfig) -> Tensors:
         """Returns the tensors of the file."""
@@ -37,12 +37,12 @@ class Operation:
 
 @dataclass(frozen=True)
 class Copy(Operation):
-    """The tensors as they are."""
+    """Operation that leaves tensors as they are."""
 
 
 @dataclass(frozen=True)
 class Transpose(Operation):
-    """Weights that the file keeps as [in, out]."""
+    """Operation for weights that the file keeps as [in, out]."""
 
     def to_theirs(self, ours: Sequence[torch.Tensor], config: ModelConfig) -> Tensors:
         return [tensor.transpose(-1, -2) for tensor in ours]
@@ -53,7 +53,7 @@ class Transpose(Operation):
 
 @dataclass(frozen=True)
 class Rotary(Operation):
-    """Queries or keys whose rotated elements the file pairs in the way `layout` names, as `model.position.layout`.
+    """Operation on queries or keys whose rotated elements the file pairs as `layout` names.
 
     It serves weights, biases and norms of queries and keys, the `first` tensors of a rule or all. Elements that no
     position rotates stay where they are. In latent attention the rotated elements are the last ones of each head, and
@@ -90,7 +90,7 @@ class Rotary(Operation):
 
 @dataclass(frozen=True)
 class Join(Operation):
-    """Several projections in one, the rows of each after those of the one before it.
+    """Operation for projections that the file keeps in one tensor, the rows of each after those of the one before it.
 
     `dim` is the dimension of the rows: 0, or 1 for stacked experts.
     """
@@ -106,7 +106,7 @@ class Join(Operation):
 
 @dataclass(frozen=True)
 class Interleave(Operation):
-    """Several projections of one shape in one, whose rows take turns; `dim` as in `Join`."""
+    """Operation for projections of one shape that the file keeps in one tensor, whose rows take turns; see `Join`."""
 
     dim: int = 0
 
@@ -119,7 +119,7 @@ class Interleave(Operation):
 
 @dataclass(frozen=True)
 class HeadByHead(Operation):
-    """Queries, keys and values in one, head after head: of each head first its query, then its key, then its value."""
+    """Operation for a joint tensor of queries, keys and values, head after head: its query, its key, its value."""
 
     def to_theirs(self, ours: Sequence[torch.Tensor], config: ModelConfig) -> Tensors:
         heads = [tensor.unflatten(0, (config.num_heads, -1)) for tensor in ours]
@@ -132,7 +132,7 @@ class HeadByHead(Operation):
 
 @dataclass(frozen=True)
 class ByGroup(Operation):
-    """Queries, keys and values in one: of each key-value head first the queries that share it, its key, its value."""
+    """Operation for a joint tensor with, of each key-value head, the queries that share it, its key and its value."""
 
     def to_theirs(self, ours: Sequence[torch.Tensor], config: ModelConfig) -> Tensors:
         groups = [tensor.unflatten(0, (config.num_kv_heads, -1)) for tensor in ours]
@@ -146,7 +146,7 @@ class ByGroup(Operation):
 
 @dataclass(frozen=True)
 class SplitExperts(Operation):
-    """Experts that Trivium stacks and the file keeps one by one; the file's names say `{expert}`."""
+    """Operation for experts that Trivium stacks and the file keeps one by one; the file's names say `{expert}`."""
 
     def to_theirs(self, ours: Sequence[torch.Tensor], config: ModelConfig) -> Tensors:
         return [expert for stacked in ours for expert in stacked.unbind(0)]
@@ -158,7 +158,7 @@ class SplitExperts(Operation):
 
 @dataclass(frozen=True)
 class RowOffset(Operation):
-    """A table whose first `rows` rows in the file belong to no position; they are zeros unless they were kept."""
+    """Operation for a table whose first `rows` rows belong to no position: zeros, unless an import kept them."""
 
     rows: int
 
@@ -177,7 +177,7 @@ class RowOffset(Operation):
 
 @dataclass(frozen=True)
 class Chain(Operation):
-    """Operations one after another, in the order from Trivium's tensors to the file's."""
+    """Operation made of several ones, in the order from Trivium's tensors to the file's."""
 
     steps: tuple[Operation, ...]
 

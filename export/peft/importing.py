@@ -86,7 +86,7 @@ def _check_base(directory: Path, source: ModelSource, record: BaseRecord) -> Non
 
 
 def _init(base: Path) -> InitConfig:
-    """Returns the section that starts from a base."""
+    """Returns the [init] section of a run that starts from a base."""
     if (base / storage.MANIFEST).is_file():
         return InitConfig(checkpoint=str(base))
     return InitConfig(hf=str(base))

@@ -309,7 +309,7 @@ def _of_one_rank(
     base: Base,
     head: Mapping[str, torch.Tensor],
 ) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
-    """Gives all parts one rank, by zeros, and one scale, by a factor on B; layers without an adapter get zeros."""
+    """Pads all parts with zeros to one rank, and scales each B so that all have one scale."""
     rank = max(parts["a"].shape[-2] for parts in found.values())
     scale = next(scales[name] for name, parts in found.items() if parts["a"].shape[-2] == rank)
     targets = {str(target_of(name)) for name in found}

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def overlong_penalty(lengths: Tensor, longest: int, buffer: int, penalty: float) -> Tensor:
-    """Returns what is added to the rewards of completions of `lengths` tokens: 0, or less the nearer to `longest`.
+    """Returns what is added to the rewards of completions of `lengths` tokens: 0, or less near and past `longest`.
 
     DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13): from 0 at longest - buffer tokens in a straight line to
     -penalty at `longest`, and -penalty past it. Raises ValueError if the buffer is not between 1 and `longest`.

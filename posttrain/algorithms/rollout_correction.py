@@ -15,7 +15,7 @@ from posttrain.algorithms.token_batch import TokenBatch
 
 
 class Correction(StrEnum):
-    """Use that is made of weights."""
+    """Use of the weights: to report them only, to truncate them, or to mask tokens whose weight is out of bounds."""
 
     REPORT = "report"  # measured, and the loss stays as it is
     TRUNCATE = "truncate"  # limited to the bounds (truncated importance sampling, Yao et al. 2025)
@@ -23,7 +23,7 @@ class Correction(StrEnum):
 
 
 class Level(StrEnum):
-    """Tokens that one weight is computed of."""
+    """Tokens over which one weight is taken: each token by itself, or the product or geometric mean over a sequence."""
 
     TOKEN = "token"
     SEQUENCE = "sequence"  # the product over the tokens of a sequence, for losses with a ratio per sequence

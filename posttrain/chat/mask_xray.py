@@ -34,7 +34,7 @@ def describe(examples: Mapping[str, Records[Example]], chat: Chat, count: int) -
 
 
 def describe_fault(error: UntrainedEnd | TooManySetAside, chat: Chat, count: int) -> dict[str, Any]:
-    """Returns what `describe` does for data that are refused: of the sample at fault, or of those that were read."""
+    """Returns what `describe` does, but of refused data: of the sample at fault, or of those that were read."""
     if isinstance(error, TooManySetAside):
         return describe({error.found.kind: error.found}, chat, count)
     example = error.sample and Example.of(error.location, error.location, error.sample)
@@ -66,7 +66,7 @@ def show(found: Mapping[str, Any]) -> None:
 
 
 def printed(found: Mapping[str, Any], colours: bool) -> str:
-    """Returns what `describe` found as text for a terminal, or with plain marks."""
+    """Returns what `describe` found as text for a terminal, in colours or with plain marks in their place."""
     parts = [_printed_sample(sample, colours) for sample in found["samples"]]
     if parts:
         parts.append("what is trained is green" if colours else f"what is trained is between {BEGIN} and {END}")
@@ -113,7 +113,7 @@ def _counts(found: Records[Example]) -> dict[str, Any]:
 
 
 def _spread(found: Records[Example], count: int) -> list[Example]:
-    """Returns some examples at even distances; where one is unstable, at least one such."""
+    """Returns some examples at even distances; if any example is unstable, at least one of these is."""
     every = found.train or found.heldout
     chosen = [every[i * len(every) // count] for i in range(count)] if count < len(every) else list(every)
     if chosen and not any(example.unstable for example in chosen):

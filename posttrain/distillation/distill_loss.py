@@ -10,7 +10,7 @@ from pretrain.model.head_loss import HeadLoss
 
 
 class DistillLoss:
-    """The divergence per token; see `pretrain.model.losses.LossFunction`. The teacher has seen each batch before."""
+    """Divergence of student from teacher per token, as a loss function; the teacher has seen each batch."""
 
     metrics: tuple[str, ...] = ("student_nll", "teacher_nll", "agreement")
     is_linear = True

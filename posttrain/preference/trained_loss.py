@@ -85,7 +85,7 @@ class LogRatio:
 
 
 class _Answers:
-    """Sums a batch's values over the trained tokens of each segment; has B * S slots, for pairs of `of_pair`."""
+    """Sums over the trained tokens of each segment, in B * S groups of `of_pair` segments, one group a pair."""
 
     def __init__(self, batch: Batch, of_pair: int = 2) -> None:
         rows, length = batch.segments.shape
@@ -96,7 +96,7 @@ class _Answers:
         self.mask = batch.loss_mask > 0
 
     def sums(self, x_BS: Tensor) -> Tensor:
-        """Returns the sum over each segment's trained tokens, [B * S, of_pair] in fp64."""
+        """Returns the sum of `x_BS` over each segment's trained tokens, [B * S, of_pair] in fp64."""
         values = torch.where(self.mask, x_BS.double(), 0.0).flatten()
         nothing = values.new_zeros(values.numel() * self.of_pair)
         return nothing.index_add(0, self.slot.flatten(), values).view(-1, self.of_pair)

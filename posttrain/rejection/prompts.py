@@ -29,7 +29,7 @@ class PromptFiles(FileTask):
         self.check_bad_share(remedy)
 
     def problem(self, seed: int, split: Split, index: int) -> Problem:
-        """Returns prompt number `index`, in the order of the files, whatever the seed is; they come round again."""
+        """Returns prompt number `index` in the order of the files, whatever the seed; the first follows the last."""
         prompts = self.problems["train"]
         return prompts[index % len(prompts)]
 

@@ -64,7 +64,7 @@ class SampleFiles:
         return [part for part, prompts in enumerate(self.parts) if self._held(part) != len(prompts) * self.completions]
 
     def _held(self, part: int) -> int | None:
-        """Returns the number of samples in a part's file; None if there is none, and as needed if it is damaged."""
+        """Returns the number of samples in a part's file, None without one; a damaged file counts as full."""
         try:
             with open(self.path(part), "rb") as file:
                 return int(json.loads(file.readline())["samples"])

@@ -60,7 +60,7 @@ class PreferenceLoss:
         return _spread(_twice(loss_P), batch), {name: _spread(_twice(value), batch) for name, value in found.items()}
 
     def decisions(self, values_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decides which side was chosen; see `JudgedLoss`. Both of a pair's positions have the same decision."""
+        """Returns the confidence that the chosen side wins, for both positions of each pair, and whether it does."""
         chosen_P, rejected_P = _sides(values_BS, batch)
         confidence_P = torch.sigmoid((chosen_P - rejected_P).abs())
         return _twice(confidence_P), _twice(chosen_P > rejected_P)
@@ -83,7 +83,7 @@ class ClassLoss:
         return _spread(loss_N, batch), {"accuracy": _spread(right_N, batch)}
 
     def decisions(self, values_BSK: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decides for the most probable class; see `JudgedLoss`."""
+        """Returns the probability of the likeliest class at each selected position, and whether it is right."""
         logits_NK, labels_N = self._selected(values_BSK, batch)
         confidence_N, chosen_N = logits_NK.softmax(-1).max(-1)
         return confidence_N, chosen_N == labels_N

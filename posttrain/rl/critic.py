@@ -69,7 +69,7 @@ def critic_start(named: str | None, policy: InitialModel) -> Pin:
 
 
 class ValueLoss:
-    """PPO's value loss per token; see `pretrain.model.losses.LossFunction`, which gets values here."""
+    """PPO's value loss per token, as a loss function that gets the critic's values in place of log-probabilities."""
 
     metrics: tuple[str, ...] = ("value_clipped", "value_error")
     temperature = 1.0

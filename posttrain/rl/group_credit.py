@@ -18,7 +18,7 @@ from pretrain.parallel.engine import Engine
 
 @dataclass(frozen=True)
 class GroupCredit:
-    """Gives the tokens of a rollout the advantages of a dialect; see `rollout_source.Credit`."""
+    """Credit that gives the tokens of a rollout the advantages of a dialect, from the rewards of their groups."""
 
     dialect: Dialect
     settings: RLSection

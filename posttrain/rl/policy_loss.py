@@ -20,7 +20,7 @@ PTX = 1  # the source of rows of pretraining text; rollouts are source 0
 
 
 class PolicyLoss:
-    """The loss per token; see `pretrain.model.losses.LossFunction`.
+    """The policy's loss per token, as a loss function for the trainer.
 
     Rows have `extra` arrays by the names in `TokenBatch`, and may have `factor`, which multiplies the loss and the
     metrics of their tokens: the share of a kind of rows in the whole.

@@ -50,7 +50,7 @@ ROLLOUTS = "rollouts"  # folder in run.dir of the rollouts that a resume may nee
 
 
 class Credit(Protocol):
-    """A way to give the tokens of a rollout advantages; `names` are the arrays that it adds to it."""
+    """A way to give the tokens of a rollout advantages; `names` are those of the arrays that it adds to the rollout."""
 
     @property
     def names(self) -> tuple[str, ...]: ...

@@ -18,7 +18,7 @@ DECODING = {"greedy": 0.0, "sampled": 1.0}  # name to temperature
 
 
 class TaskAccuracy:
-    """Mean score on the first `prompts` held-out prompts; see `pretrain.heldout_loss.Evaluator`.
+    """Evaluator of the mean score on the first `prompts` held-out prompts of a task.
 
     Prompts and random numbers depend on `seed` alone, so models with the same seed answer the same prompts.
     """

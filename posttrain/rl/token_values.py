@@ -12,7 +12,7 @@ from pretrain.parallel.engine import Engine
 
 
 class KeptValues:
-    """A loss function that keeps the values per token that it is called with; see `pretrain.model.losses`."""
+    """A loss function that keeps the values it is called with, one per token, and computes no loss."""
 
     metrics: tuple[str, ...] = ()
     is_linear = True

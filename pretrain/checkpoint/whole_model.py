@@ -1,7 +1,7 @@
 """Reads the whole model of a checkpoint that holds a part of it: adapters, or the weights that were not frozen.
 
 Such a checkpoint names its base, the checkpoint that its run began from, which holds the rest and may have a base of
-its own, see `base`. Adapters are merged into the weights that are read; the base stays as it is.
+its own, see `adapter_base`. Adapters are merged into the weights that are read; the base stays as it is.
 """
 
 from collections.abc import Iterator

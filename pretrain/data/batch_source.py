@@ -165,7 +165,7 @@ class BatchSource(abc.ABC):
         """
 
     def describe(self, sample: int, position: int | None = None) -> str:
-        """Says which sample that is, and what is known of its origin, at `position` of its row if that is given."""
+        """Describes a sample: its number, and what is known of its origin, at `position` of its row if given."""
         return f"sample {sample:,}"
 
     def step_metrics(self) -> dict[str, tuple[float, float]]:

@@ -24,7 +24,7 @@ SAID = re.compile(r"(?:error|warning): .*")
 
 
 class DrillError(Exception):
-    """A run did not come as far as a drill needs it to."""
+    """Error for a run that did not come as far as a drill needs."""
 
 
 class DrilledRun:

@@ -1,4 +1,4 @@
-"""Counts on the terminal what an evaluation has done."""
+"""Progress of an evaluation, counted on the terminal."""
 
 import sys
 

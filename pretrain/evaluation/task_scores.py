@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class TaskScores:
-    """Scores of tasks with the weights of the moment; see `pretrain.heldout_loss.Evaluator`.
+    """Evaluator that scores tasks of lm-evaluation-harness with the current weights.
 
     The main rank computes them with a whole copy of the model, which must fit on its device, and the others wait for
     it. All ranks load the tasks, so that a mistake in them ends all ranks before the first step, with a ConfigError.

@@ -16,14 +16,14 @@ from pretrain.model.moe.router import Router
 
 
 class Routed(Protocol):
-    """A model that knows its routers."""
+    """Model that lists its routers, in the order of its layers."""
 
     @property
     def routers(self) -> list[Router]: ...
 
 
 def choices_shape(model: Routed) -> tuple[int, int]:
-    """Returns (L, k)."""
+    """Returns (L, k): the layers with a mixture of experts, and the choices of each for a token."""
     routers = model.routers
     return len(routers), routers[0].moe.top_k if routers else 0
 

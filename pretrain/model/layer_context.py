@@ -54,7 +54,7 @@ class LayerContext:
 
     @cached_property
     def megatron(self) -> ModelParallelConfig:
-        """The config that megatron-core's layers take. They leave weights unset; `model.weights` draws them."""
+        """The config that megatron-core's layers take. They leave weights unset; `model.initial_weights` draws them."""
         return ModelParallelConfig(
             tensor_model_parallel_size=self.tp_size,
             sequence_parallel=self.sp,

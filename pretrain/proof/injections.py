@@ -38,7 +38,7 @@ ENGINE = "pretrain.parallel.engine"
 
 
 def norm_gradients_not_summed() -> AbstractContextManager[Any]:
-    """Under sequence parallel each rank keeps the gradient that its share of the sequence gives a norm weight."""
+    """Plants a bug: under sequence parallel each rank keeps its own share of the gradient of a norm weight."""
 
     def planted(stage: PipelineStage, mesh: Mesh) -> None:
         sum_partial(stage, replace(mesh, layout=replace(mesh.layout, sp=False)))
@@ -47,7 +47,7 @@ def norm_gradients_not_summed() -> AbstractContextManager[Any]:
 
 
 def partial_gradients_summed_twice() -> AbstractContextManager[Any]:
-    """Gradients of the tied embedding's copies (and under sequence parallel of norms) are summed twice."""
+    """Plants a bug: gradients of a tied embedding's copies (with sp of norms, too) are summed twice."""
 
     def planted(stage: PipelineStage, mesh: Mesh) -> None:
         sum_partial(stage, mesh)
@@ -57,7 +57,7 @@ def partial_gradients_summed_twice() -> AbstractContextManager[Any]:
 
 
 def replicated_weights_counted_tp_times() -> AbstractContextManager[Any]:
-    """The grad norm counts norm weights, which every tensor-parallel rank holds whole, once for each rank."""
+    """Plants a bug: the grad norm counts norm weights, which every tp rank holds whole, once for each rank."""
 
     right = distributed_optimizer.counts_in_norm
 
@@ -77,7 +77,7 @@ def replicated_weights_counted_tp_times() -> AbstractContextManager[Any]:
 
 
 def mean_of_means() -> AbstractContextManager[Any]:
-    """Each micro-batch's loss is a mean over its own tokens, however few they are."""
+    """Plants a bug: each micro-batch's loss is a mean over its own tokens, however few they are."""
     right = NextToken.__call__
 
     def planted(self: NextToken, logprobs_BS: torch.Tensor, batch: Batch) -> Any:
@@ -88,7 +88,7 @@ def mean_of_means() -> AbstractContextManager[Any]:
 
 
 def auxiliary_loss_times_micro_batches() -> AbstractContextManager[Any]:
-    """The auxiliary loss is scaled by the number of micro-batches."""
+    """Plants a bug: the auxiliary loss is scaled by the number of micro-batches."""
     right = Engine._run
 
     def planted(self: Engine, batches: Any, *args: Any, **kwargs: Any) -> Any:
@@ -101,7 +101,7 @@ def auxiliary_loss_times_micro_batches() -> AbstractContextManager[Any]:
 
 
 def chunks_initialised_alike() -> AbstractContextManager[Any]:
-    """Every pipeline chunk counts its layers from 0, and so draws the first chunk's weights."""
+    """Plants a bug: every pipeline chunk counts its layers from 0, and so draws the first chunk's weights."""
 
     def planted(chunk: Decoder, *args: Any) -> None:
         first = min(chunk.blocks)
@@ -121,12 +121,12 @@ def chunks_initialised_alike() -> AbstractContextManager[Any]:
 
 
 def qk_norm_gradients_not_summed() -> AbstractContextManager[Any]:
-    """Each tensor-parallel rank keeps the gradient that its own heads give a QK-norm weight."""
+    """Plants a bug: each tensor-parallel rank keeps the gradient that its own heads give a QK-norm weight."""
     return mock.patch("pretrain.parallel.gradients.marks_of", lambda p: replace(marks_of(p), partial="never"))
 
 
 def key_value_gradients_not_summed() -> AbstractContextManager[Any]:
-    """Each of the tensor-parallel ranks that hold the same key-value head keeps its own query heads' gradient of it."""
+    """Plants a bug: of tp ranks with one key-value head, each keeps its own query heads' gradient of it."""
 
     def planted(stage: PipelineStage, mesh: Mesh) -> None:
         sum_partial(stage, replace(mesh, kv_group=None))
@@ -135,7 +135,7 @@ def key_value_gradients_not_summed() -> AbstractContextManager[Any]:
 
 
 def router_gradients_not_summed() -> AbstractContextManager[Any]:
-    """Each tensor-parallel rank gives the router the gradient that its share of the experts gives their weights."""
+    """Plants a bug: each tensor-parallel rank gives the router the gradient of its share of the experts alone."""
 
     def planted(self: MoE, x_TH: torch.Tensor, weights_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.region.copy(x_TH), weights_TK
@@ -144,7 +144,7 @@ def router_gradients_not_summed() -> AbstractContextManager[Any]:
 
 
 def expert_gradients_doubled() -> AbstractContextManager[Any]:
-    """Experts' gradients are averaged over the ranks that hold them, so doubled at ep=2 (pytorch issue 160285)."""
+    """Plants a bug: experts' gradients are averaged over their holders, so doubled at ep=2 (pytorch issue 160285)."""
 
     def planted(stage: PipelineStage, mesh: Mesh) -> None:
         sum_partial(stage, mesh)
@@ -156,7 +156,7 @@ def expert_gradients_doubled() -> AbstractContextManager[Any]:
 
 
 def document_mask_off_by_one() -> AbstractContextManager[Any]:
-    """Under context parallel the documents of whole rows begin one token late."""
+    """Plants a bug: under context parallel the documents of whole rows begin one token late."""
 
     def planted(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
         parts = own_parts(batches, mesh)
@@ -169,7 +169,7 @@ def document_mask_off_by_one() -> AbstractContextManager[Any]:
 
 
 def expert_norm_not_summed_over_tp() -> AbstractContextManager[Any]:
-    """Each tp rank adds its own part of the experts' gradients to the grad norm, as DeepSpeed's bf16 optimizer did."""
+    """Plants a bug: each tp rank adds its part of experts' gradients to the norm, as DeepSpeed's bf16 optimizer did."""
 
     def planted(self: DistributedOptimizer) -> torch.Tensor:
         mesh = self._mesh
@@ -185,7 +185,7 @@ def expert_norm_not_summed_over_tp() -> AbstractContextManager[Any]:
 
 
 def experts_missing_from_norm() -> AbstractContextManager[Any]:
-    """The grad norm leaves out the experts' gradients (Megatron-LM issue 5916, at ep x tp)."""
+    """Plants a bug: the grad norm leaves out the experts' gradients (Megatron-LM issue 5916, at ep x tp)."""
 
     def planted(stage: PipelineStage, mesh: Mesh) -> None:
         mark_copies(stage, mesh)
@@ -197,7 +197,7 @@ def experts_missing_from_norm() -> AbstractContextManager[Any]:
 
 
 def clip_factor_for_each_group() -> AbstractContextManager[Any]:
-    """Each group of parameters is clipped by its own norm, not by the norm of all (Automodel issue 3816)."""
+    """Plants a bug: each group of parameters is clipped by its own norm, not that of all (Automodel issue 3816)."""
     right = DistributedOptimizer.step
 
     def planted(self: DistributedOptimizer, lr: float, *rest: float) -> torch.Tensor:
@@ -213,7 +213,7 @@ def clip_factor_for_each_group() -> AbstractContextManager[Any]:
 
 
 def router_counts_not_summed_over_tp() -> AbstractContextManager[Any]:
-    """Each tensor-parallel rank counts its share of the tokens alone for the router's bias (torchtitan issue 4154)."""
+    """Plants a bug: each tp rank counts its share of the tokens alone for the router's bias (torchtitan issue 4154)."""
 
     def planted(stage: PipelineStage, mesh: Mesh) -> None:
         spread_experts(stage, mesh)
@@ -243,7 +243,7 @@ def _attach_part(
 
 
 def router_counts_not_summed_over_replicas() -> AbstractContextManager[Any]:
-    """Each data-parallel rank moves its copy of the router's bias by the tokens that it has seen itself."""
+    """Plants a bug: each data-parallel rank moves its router's bias by the tokens that it has seen itself."""
 
     def planted(stage: PipelineStage, mesh: Mesh, changes: torch.Tensor) -> None:
         for moe in stage.moe_layers.values():
@@ -253,7 +253,7 @@ def router_counts_not_summed_over_replicas() -> AbstractContextManager[Any]:
 
 
 def router_bias_multiplied_by_tp() -> AbstractContextManager[Any]:
-    """The router's bias, which tensor-parallel ranks replicate, is summed over them after each step."""
+    """Plants a bug: the router's bias, which tensor-parallel ranks replicate, is summed over them after each step."""
     right = expert_balance.finish_step
 
     def planted(stage: PipelineStage, mesh: Mesh, changes: torch.Tensor) -> None:
@@ -265,7 +265,7 @@ def router_bias_multiplied_by_tp() -> AbstractContextManager[Any]:
 
 
 def replicated_weight_multiplied_by_tp() -> AbstractContextManager[Any]:
-    """A replicated weight takes effect tp times, as a bias in torchtitan 4245; there is none here: the MLP's norm's."""
+    """Plants a bug: the weight of the MLP's norm takes effect tp times, as a replicated bias did in torchtitan 4245."""
 
     def planted(stage: PipelineStage, mesh: Mesh) -> None:
         spread_experts(stage, mesh)
@@ -276,7 +276,7 @@ def replicated_weight_multiplied_by_tp() -> AbstractContextManager[Any]:
 
 
 def uneven_vocabulary_cut_without_padding() -> AbstractContextManager[Any]:
-    """A vocabulary that tp does not divide is loaded in slices of V // tp rows, without padding (torchtitan 1136)."""
+    """Plants a bug: a vocabulary that tp does not divide is loaded in slices of V // tp rows (torchtitan 1136)."""
 
     def planted(chunk: Decoder, seed: int, slices: Slices, *args: Any) -> None:
         init_weights(chunk, seed, SlicesWithoutPadding(**vars(slices)), *args)
@@ -296,7 +296,7 @@ class SlicesWithoutPadding(Slices):
 
 @contextmanager
 def evaluation_moves_router_bias() -> Iterator[None]:
-    """Tokens of an evaluation are counted, and so move the router's bias (torchtitan issue 4148)."""
+    """Plants a bug: tokens of an evaluation are counted, and so move the router's bias (torchtitan issue 4148)."""
     begin, finish = expert_balance.begin_step, expert_balance.finish_step
 
     def spread(stage: PipelineStage, mesh: Mesh) -> None:
@@ -329,7 +329,7 @@ def _count_in_evaluation(moe: MoE, router: torch.nn.Module, _: Any, output: Any)
 
 
 def products_in_tf32() -> AbstractContextManager[Any]:
-    """Products of fp32 matrices keep 10 of 23 bits of their inputs, as a GPU's TF32 does (for --against)."""
+    """Plants a bug: products of fp32 matrices keep 10 of 23 bits of inputs, as a GPU's TF32 (for --against)."""
     right = F.linear
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -345,7 +345,7 @@ def products_in_tf32() -> AbstractContextManager[Any]:
 
 
 def attention_across_documents() -> AbstractContextManager[Any]:
-    """Attention takes each row for one document, as a kernel does that is told wrong boundaries (for --against)."""
+    """Plants a bug: attention takes each row for one document, as if told wrong boundaries (for --against)."""
 
     def planted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: Documents) -> torch.Tensor:
         return attend_rows(q, k, v, None)

@@ -2,8 +2,8 @@
 
 Each layout takes three steps of real training (`proof.recorded_step`) in fp32 and bf16. Loss, grad norm, activations,
 gradients and state of the first step are compared within the bounds of `proof.bounds`; facts that must hold exactly
-(`proof.exact`) are checked after every step. Where tensors differ, the FIRST one out of bounds, in the order of the
-forward pass, the backward pass and the gradients, says where to look. `--fuzz` does the same for configs drawn at
+(`proof.exact_facts`) are checked after every step. Where tensors differ, the FIRST one out of bounds, in the order of
+forward pass, backward pass and gradients, says where to look. `--fuzz` does the same for configs drawn at
 random (`proof.fuzz`), and `--against` compares devices instead of layouts (`proof.devices`). Leaves out layouts over
 several machines.
 """
@@ -213,7 +213,8 @@ def known_bugs() -> dict[str, str]:
     """Returns {name: description} of the bugs in injections.py, which is parsed, since importing it imports torch."""
     tree = ast.parse(Path(__file__).with_name("injections.py").read_text(encoding="utf-8"))
     bugs = [node for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
-    return {bug.name: (ast.get_docstring(bug) or "").partition("\n")[0] for bug in bugs}
+    described = {bug.name: (ast.get_docstring(bug) or "").partition("\n")[0] for bug in bugs}
+    return {name: words.removeprefix("Plants a bug: ") for name, words in described.items()}
 
 
 def _facts(path: str, config: PretrainConfig, precisions: Sequence[str], inject: str | None) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def peak_memory(device: torch.device) -> int:
 
 @dataclass
 class Step:
-    """A step that the host is done with, and a GPU perhaps not yet."""
+    """Step that the host has handed to the device, on which it may still be running."""
 
     number: int  # steps done, this one included
     tokens: int  # processed since the run began

@@ -60,7 +60,7 @@ def losses(run: Path) -> dict[int, float]:
 def test_a_lost_node_shrinks_the_layout_and_its_return_grows_it(
     tmp_path: Path, degrees: list[str], says: str, then: str
 ) -> None:
-    """Samples are those of the uninterrupted run, and losses are, within the bound of the proof for each step taken."""
+    """Compares the samples with the uninterrupted run's exactly, and losses within the proof's bound for each step."""
     config = write_config(tmp_path, STEPS, tmp_path / "run", rows=2000, every=EVERY)
     run, straight = tmp_path / "run", tmp_path / "straight"
     layout = [f"parallel.{degree}" for degree in degrees]

@@ -57,7 +57,7 @@ def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(ranks: RanksOf, base: Path) -> Run:
-    """Runs GRPO, or another command, into a folder on so many ranks and returns the folder."""
+    """Returns the folder of a run of GRPO, or another command, on the given number of ranks."""
 
     def run(world: int, folder: Path, *options: str, command: str = "grpo") -> Path:
         argv = [str(base / f"{command}_episodes.toml"), f"run.dir={folder}", f"rl.record={folder}/record", *options]
@@ -93,7 +93,7 @@ def turns_of(rollout: Rollout, i: int, chat: ChatFormat) -> list[tuple[bool, lis
 
 
 def test_calls_are_answered_and_results_are_never_learnt(base: Path, one: Path) -> None:
-    """Each recorded episode is taken apart: only the model's turns are learnt, and a result is that of the call."""
+    """Takes each recorded episode apart: only the model's turns are learnt, and a result is that of its call."""
     chat = ChatFormat(Tokenizer.load(base / "tokenizer/tokenizer.model"))
     rollout, replies = rollout_of(one, 0), 0
     for i in range(len(rollout)):
@@ -146,7 +146,7 @@ def test_a_run_with_episodes_goes_on_bit_identically(trained: Run, one: Path, tm
 
 
 def test_ppo_credits_the_models_turns_alone(trained: Run, tmp_path: Path) -> None:
-    """Advantages are those of Schulman et al. (2015) over the sampled tokens as if no reply stood between them."""
+    """Compares advantages with Schulman et al. (2015) over the sampled tokens, as if no reply stood between them."""
     run = trained(2, tmp_path, "train.steps=2", command="ppo")
     rollout, gaps = rollout_of(run, 0), 0
     for i in range(len(rollout)):

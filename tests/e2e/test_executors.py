@@ -63,7 +63,7 @@ def test_mpi_ranks(config: Path, alone: Path, tmp_path: Path, ranks: int) -> Non
 
 
 def test_an_error_on_any_rank_ends_all_with_one_message(config: Path, alone: Path, tmp_path: Path) -> None:
-    """Once the damaged input is restored, the next run publishes the same as an undisturbed one."""
+    """Restores the damaged input afterwards: the next run publishes the same as an undisturbed one."""
     run_dir = spoilt(alone, tmp_path)
     done = start(command(config, f"run.dir={run_dir}", ranks=2))
     assert done.returncode == 1
@@ -167,7 +167,7 @@ class TestSlurm:
 
     @pytest.mark.parametrize("running", [False, True])
     def test_a_lost_element_is_an_error(self, config: Path, tmp_path: Path, running: bool) -> None:
-        """A cancelled element of a job array leaves no message of its own, as after the failure of its node."""
+        """Cancels an element of a job array, which leaves no message of its own, as after the failure of its node."""
         if not running:
             drain("drain")
         args = slurm_args(tmp_path, "run.slurm.setup=echo set up; sleep 600")

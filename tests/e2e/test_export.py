@@ -131,7 +131,7 @@ def test_a_second_export_is_skipped_until_something_changes(tmp_path, dense, cap
 
 @pytest.mark.full
 def test_moe_run_to_hugging_face(tmp_path, plan, ranks: RanksOf, capsys):
-    """Its two ranks pad the odd vocabulary and hold the same key-value head, of which the export shows nothing."""
+    """Exports from two ranks that pad the odd vocabulary and hold the same key-value head: the export shows neither."""
     train = {"module": "pretrain.train", "argv": [str(pretraining(tmp_path, plan, moe=True)), "parallel.tp=2"]}
     answers = ranks(2).run("tests.parallel.workers.posttraining:command", process_group=False, **train)
     assert [answer["status"] for answer in answers] == [0, 0], answers

@@ -21,7 +21,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_signal_while_ranks_start_is_answered_by_all(tmp_path: Path) -> None:
-    """The signal comes while ranks import, or before; there is no plan, so that they end soon in any case."""
+    """Sends the signal while ranks import, or before; there is no plan, so that they end soon in any case."""
     for number, delay in ((signal.SIGTERM, 0.05), (signal.SIGUSR1, 0.9)):
         run = tmp_path / "run"
         command = Command(tmp_path, [*HELD_BACK, *TRAINING["launch"], "configs/pretrain/demo.toml", f"run.dir={run}"])
@@ -42,7 +42,7 @@ def test_a_signal_while_ranks_start_is_answered_by_all(tmp_path: Path) -> None:
 def test_any_moment_of_the_start(
     config: Path, tmp_path: Path, way: str, number: signal.Signals, held_back: bool
 ) -> None:
-    """If signals are not blocked, one may kill the process before its handlers are set, when nothing can be lost.
+    """Sends signals at every moment: one that is not blocked may kill a process that has nothing to lose yet.
 
     mpirun itself forgets a signal of its first moments, so a script would repeat it; here it gets none
     before both ranks are there.
@@ -122,7 +122,7 @@ def test_in_the_middle_and_twice(config: Path, tmp_path: Path, way: str, number:
 @pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1, signal.SIGTERM])
 def test_ranks_of_a_torchrun_that_is_gone_save_and_end(config: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """The next torchrun, started at once, waits for the ranks of the first and goes on."""
+    """Starts the next torchrun at once: it waits for the ranks of the first and goes on."""
     run = tmp_path / "run"
     argv = [*TORCHRUN, str(config), f"run.dir={run}"]
     command = Command(tmp_path, argv)

@@ -70,7 +70,7 @@ def wait_for(what: Callable[[], bool], process: "subprocess.Popen[str]", seconds
 def test_ranks_of_mpirun_find_each_other(
     config: Path, uninterrupted: list[dict], tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They save after a signal to mpirun, and the same command goes on."""
+    """Starts ranks by mpirun, sends it a signal, after which they save, and goes on by the same command."""
     if shutil.which(MPIRUNS[which]) is None:
         pytest.skip(f"no {MPIRUNS[which]} here")
     monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
@@ -92,7 +92,7 @@ def test_ranks_of_mpirun_find_each_other(
 
 
 def test_an_mpirun_of_another_mpi_is_named(tmp_path: Path) -> None:
-    """Each of its processes would else be rank 0 of 1, and all would write into the same folder."""
+    """Starts ranks by the mpirun of another MPI, each of which would be rank 0 of 1 and write into the same folder."""
     script = f"import os, sys\nos.environ.update(OMPI_COMM_WORLD_RANK='0', OMPI_COMM_WORLD_SIZE='2')\n{MPI_RANK}"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "2 ranks were started, but MPI sees 1" in done.stderr
@@ -196,7 +196,7 @@ def nodes() -> Iterator[tuple[str, str]]:
 def test_a_node_that_is_cut_off_in_mid_step_ends_the_run_in_time_and_a_restart_goes_on(
     config: Path, uninterrupted: list[dict], tmp_path: Path, nodes: tuple[str, str]
 ) -> None:
-    """The node is replaced by one whose disk is empty, before a checkpoint is in the run's folder."""
+    """Replaces the node that is cut off by one with an empty disk, before a checkpoint is in the run's folder."""
     run, local = tmp_path / "run", tmp_path / "local"
     disks = {node: tmp_path / f"disk of {node}" for node in nodes}
     for folder in (local, *disks.values()):

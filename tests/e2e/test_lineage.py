@@ -174,7 +174,7 @@ def test_a_held_out_plan_and_an_import_with_another_tokenizer_are_refused(
 
 
 def test_training_does_not_go_on_with_another_tokenizer(call: Call, trained: Path, tmp_path: Path) -> None:
-    """The checkpoint names another tokenizer than the plan's."""
+    """Resumes a run whose checkpoint names another tokenizer than the plan's."""
     run = tmp_path / "run"
     shutil.copytree(trained / "pretrain", run)
     manifest = run / "checkpoints/step_4/manifest.json"
@@ -186,7 +186,7 @@ def test_training_does_not_go_on_with_another_tokenizer(call: Call, trained: Pat
 
 
 def test_a_refused_start_writes_nothing(call: Call, tuned: Path, tmp_path: Path) -> None:
-    """A refused start makes no folder and changes no existing run; a template left in one would make a chat model."""
+    """Compares the folder before and after a refused start, which makes and changes no file."""
     base = tmp_path / "pretrain"
     shutil.copytree(tuned / "pretrain", base)
     before = contents(base)

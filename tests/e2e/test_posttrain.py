@@ -133,7 +133,7 @@ def test_several_updates_move_the_policy_away_from_its_rollout(several: Path) ->
 def test_a_run_killed_in_the_middle_of_a_rollout_goes_on_bit_identically(
     ranks: RanksOf, rewarded: Path, several: Path, tmp_path: Path, gone: tuple[int, ...]
 ) -> None:
-    """The state after a kill: checkpoints up to some step in a rollout, and rollouts that the run had gone on to."""
+    """Makes the state after a kill: checkpoints up to a step in a rollout, and rollouts that came later."""
     run = shutil.copytree(several, tmp_path / "killed")
     for step in gone:
         shutil.rmtree(storage.directory(run, step))
@@ -156,7 +156,7 @@ def test_recorded_rollouts_are_trained_on_without_sampling(
 def test_sampling_and_training_that_take_turns_have_the_numbers_of_one_run(
     ranks: RanksOf, rewarded: Path, several: Path, tmp_path: Path
 ) -> None:
-    """Each command samples one rollout, on one rank, or trains on it, on two ranks."""
+    """Runs a command for each turn: sampling of one rollout on one rank, or training on it on two."""
     run, record = f"run.dir={tmp_path}/run", tmp_path / "record"
     for steps in (4, 7):
         call(ranks(1), "grpo", rewarded, run, *SEVERAL, f"rl.record={record}", "train.steps=7", "--rollouts-only=1")
@@ -230,7 +230,7 @@ def test_a_killed_ppo_run_goes_on_bit_identically(
 
 
 def test_text_of_pretraining_is_learnt_in_the_same_steps(ranks: RanksOf, tuned: Path, criticized: Path) -> None:
-    """PPO-ptx (Ouyang et al. 2022): on one rank and on two, and with a coefficient that drowns the rewards."""
+    """Trains PPO-ptx (Ouyang et al. 2022) on one rank and on two, and with a coefficient that drowns the rewards."""
     shard = [{"text": "I am fine, thank you. " * 30, "id": str(i), "metadata": {}} for i in range(8)]
     write_shard(tuned / "prose.jsonl.zst", shard)
     for split in ("train", "heldout"):
@@ -276,7 +276,7 @@ def test_ppo_is_the_same_in_any_layout(
 def test_adapters_are_rewarded_and_measured_against_their_base(
     ranks: RanksOf, tuned: Path, tmp_path: Path, command: str, options: list[str]
 ) -> None:
-    """Two ranks of tp compute what one does; a run that goes on is the run that was never stopped."""
+    """Compares two ranks of tp with one, and a run that goes on with one that was never stopped."""
     tree = grpo_config(tuned)
     if command == "ppo":
         del tree["grpo"]

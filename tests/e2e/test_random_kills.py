@@ -20,7 +20,7 @@ WAYS = {"launch": TRAINING["launch"], "torchrun": TORCHRUN, "mpirun": TRAINING["
 
 
 def test_twenty_random_kills_across_launchers_change_no_bit(tmp_path: Path) -> None:
-    """Ranks are killed while they start, train and save: one, all, or their launcher, after which they end."""
+    """Kills ranks while they start, train and save: one, all, or their launcher, after which they end."""
     config = write_config(tmp_path, STEPS, tmp_path / "killed", rows=4 * STEPS, every=EVERY)
     straight = subprocess.run(
         [*WAYS["launch"], str(config), f"run.dir={tmp_path / 'straight'}"], cwd=ROOT, capture_output=True, text=True

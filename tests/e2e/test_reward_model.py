@@ -111,7 +111,7 @@ def test_a_small_model_learns_which_digits_are_sorted(ranks: RanksOf, base: Path
 
 @pytest.mark.full
 def test_rewards_stay_those_of_the_checkpoint_that_a_run_began_with(ranks: RanksOf, base: Path) -> None:
-    """Whatever its run trains since: it is kept there, used again, and named if it is gone."""
+    """Trains the reward model further: a run keeps the checkpoint that it began with, and names it if it is gone."""
     prompts = [{"prompt": pair["prompt"], "answer": pair["chosen"]} for pair in pairs(60)]
     (base / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     write_training_config(

@@ -68,7 +68,7 @@ def sleeping(folder: Path, env: dict[str, str] | None = None, *options: str) -> 
 
 
 def test_a_warned_job_saves_on_every_rank_and_is_requeued(tmp_path: Path) -> None:
-    """Paths of the job have a space, a quote, a percent sign and letters beyond ASCII, and no secret is written."""
+    """Checks a job whose paths have a space, a quote, a percent sign and letters beyond ASCII; no secret is written."""
     folder = tmp_path / "l'été 50%j #1"
     folder.mkdir()
     job = sleeping(folder, {"SECRET_TOKEN": SECRET})
@@ -109,7 +109,7 @@ def shown(*command: str) -> str:
 @pytest.mark.full
 @pytest.mark.parametrize("milliseconds", [0, 20, 50, 100, 200, 400, 1000, 3000])
 def test_a_job_that_is_warned_at_any_moment_of_its_start_is_requeued(tmp_path: Path, milliseconds: int) -> None:
-    """A signal before the first line of the script kills the job, which has not started any rank yet."""
+    """Warns a job while it starts; a signal before the first line of the script kills it, when no rank has started."""
     job = sleeping(tmp_path)
     job.wait_for_state("RUNNING")
     time.sleep(milliseconds / 1000)
@@ -213,7 +213,7 @@ def test_a_ranks_death_ends_the_job_and_its_chain_and_a_new_one_goes_on(config: 
 
 @pytest.mark.full
 def test_an_unfit_node_ends_the_job_before_the_command_starts(config: Path, tmp_path: Path) -> None:
-    """A doctor that fails on one node: a Python that says so stands for one without torch."""
+    """Runs the doctor on both nodes; on one of them it is a Python that fails, as one without torch does."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/bash\n[ "$SLURM_NODEID" = 1 ] && exit 1\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
@@ -225,7 +225,7 @@ def test_an_unfit_node_ends_the_job_before_the_command_starts(config: Path, tmp_
 
 @pytest.mark.full
 def test_a_job_goes_on_without_a_node_that_is_lost(config: Path, uninterrupted: list[dict], tmp_path: Path) -> None:
-    """Draining a node before a requeue stands for its loss; the job then has one node of one rank."""
+    """Drains a node before a requeue, which stands for its loss; the job then has one node of one rank."""
     run = tmp_path / "run"
     (job,) = train(config, run, "parallel.tp=2", options=("--min-nodes", "1"))
     job.wait_for(lambda: last_step(run) >= 5)
@@ -247,7 +247,7 @@ def set_state(node: str, state: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("bound", [100.0, 0.0])
 def test_a_recipe_is_a_chain_of_jobs_that_a_missed_gate_ends(config: Path, tmp_path: Path, bound: float) -> None:
-    """The recipe's record and page are those of a recipe that runs in one process."""
+    """Compares the recipe's record and page with those of a recipe that runs in one process."""
     stage = {"command": "train", "config": str(config), "set": ["train.steps=10"]}
     gate = {"metric": "loss", "at_most": bound}
     tree = {"dir": str(tmp_path / "a recipe"), "stages": {"first": {**stage, "gates": [gate]}, "second": stage}}

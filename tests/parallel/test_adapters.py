@@ -105,7 +105,7 @@ def test_adapters_train_alike_in_every_layout(
 
 
 def test_an_adapter_run_saves_what_it_trains_and_names_its_base(ranks: RanksOf, tmp_path: Path) -> None:
-    """Two ranks tune a model, and one that stops goes on bit by bit; the run reads its base also after that is gone."""
+    """Tunes a model on two ranks: a run that stops goes on bit by bit, and reads its base also after that is gone."""
     base, straight, broken = (tmp_path / name for name in ("base", "straight", "broken"))
     assert train(ranks(1), base, "moe_tied", {}, steps=2) == [{"status": 0}]
     begun = storage.directory(base, 2)
@@ -144,7 +144,7 @@ def test_an_adapter_run_saves_what_it_trains_and_names_its_base(ranks: RanksOf, 
 
 
 def test_adalora_shares_a_budget_and_goes_on_bit_by_bit(ranks: RanksOf, tmp_path: Path) -> None:
-    """A run that stops while its ranks fall goes on as if it had not; what it has pruned at the end is zero."""
+    """Stops a run while its ranks fall: it goes on as if it had not, and what it has pruned at the end is zero."""
     base, straight, broken = (tmp_path / name for name in ("base", "straight", "broken"))
     assert train(ranks(1), base, "dense_tied", {}, steps=2) == [{"status": 0}]
     adapter = {**ADALORA, "warmup_steps": 1, "budget_steps": 4, "targets": ["q_proj", "o_proj", "down_proj"]}
@@ -181,7 +181,7 @@ def test_adalora_shares_a_budget_and_goes_on_bit_by_bit(ranks: RanksOf, tmp_path
 def test_qlora_saves_adapters_alone_and_is_read_with_the_values_it_was_trained_on(
     ranks: RanksOf, tmp_path: Path
 ) -> None:
-    """Without a trained base it is refused; it goes on bit by bit; held-out loss is the merged model's."""
+    """Trains QLoRA: refused without a trained base, resumed bit by bit, with the held-out loss of the merged model."""
     base, straight, broken = (tmp_path / name for name in ("base", "straight", "broken"))
     refused = train(ranks(1), base, "dense_tied", {}, adapter=QLORA)
     assert "name a model in [init], or set adapter.base=full" in refused[0]["error"]
@@ -217,7 +217,7 @@ def test_qlora_saves_adapters_alone_and_is_read_with_the_values_it_was_trained_o
 def test_adapters_that_cannot_be_merged_are_kept_beside_the_weights(
     ranks: RanksOf, tmp_path: Path, adapter: dict[str, Any]
 ) -> None:
-    """A run resumes bit by bit; its checkpoint is a model with adapters; a later run trains the same or is refused."""
+    """Resumes a run bit by bit, opens its checkpoint as a model with adapters, and trains or refuses a later run."""
     base, straight, broken, later = (tmp_path / name for name in ("base", "straight", "broken", "later"))
     assert train(ranks(1), base, "dense_tied", {}, steps=2) == [{"status": 0}]
     options: dict[str, Any] = {"adapter": adapter, "init": str(storage.directory(base, 2)), "steps": 3}
@@ -261,7 +261,7 @@ def test_adapters_that_cannot_be_merged_are_kept_beside_the_weights(
 def test_completions_are_sampled_with_adapters(
     ranks: RanksOf, parallel: dict[str, int], adapter: dict[str, Any], way: str
 ) -> None:
-    """The copy of the base alone would differ by more than 1: adapters begin with something to add here."""
+    """Samples with adapters that begin with something to add: the base alone would differ by more than 1."""
     worker = "tests.parallel.workers.posttraining:copy_has_adapters"
     options = {"model": MODELS["moe_tied"], "parallel": parallel, "adapter": adapter, "way": way}
     found = ranks(parallel.get("tp", 1)).run(worker, process_group=False, **options)

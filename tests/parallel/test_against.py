@@ -65,7 +65,7 @@ def test_a_fault_of_the_second_device_is_found(
 
 
 def test_weights_after_the_last_step_are_compared(ranks: RanksOf, recorded: Path, tmp_path: Path) -> None:
-    """A step of twice the learning rate in the second step shows in nothing that is recorded of the first."""
+    """Plants a step of twice the learning rate as the second one, which nothing recorded of the first step shows."""
     found = _verdict(ranks, recorded, "deepseek", "fp32", tmp_path, "learning_rate_doubled_later")
     assert found.failed and all("final/" in line or " of step 3" in line for line in found.failed), found.failed
 

@@ -136,7 +136,7 @@ def test_what_cannot_change_is_refused_in_words(ranks: RanksOf, runs: tuple[str,
 
 
 def test_a_run_of_before_a_key_was_there_goes_on(ranks: RanksOf, tmp_path: Path) -> None:
-    """The manifest lacks some keys that have a default, and its data spans have no config."""
+    """Resumes a run whose manifest lacks some keys that have a default, and whose data spans have no config."""
     run = tmp_path / "run"
     assert train(ranks, run, MODELS["moe"], 2)["status"] == 0
     file = storage.directory(run, 2) / "manifest.json"
@@ -178,7 +178,7 @@ def test_a_damaged_manifest_is_passed_over(ranks: RanksOf, tmp_path: Path) -> No
 def test_a_checkpoint_of_other_parameters_than_its_model_has_is_for_another_version(
     ranks: RanksOf, runs: tuple[str, Path], tmp_path: Path
 ) -> None:
-    """A checkpoint whose parameters have other names or shapes is refused; the remedy, another run.dir, works."""
+    """Resumes a checkpoint of parameters with other names or shapes, which is refused with a remedy that works."""
     name, folder = runs
     lost = "final_norm.weight" if name == "dense" else "balance"
     for number in range(2):

@@ -36,7 +36,7 @@ full = pytest.mark.full
 def test_a_flipped_bit_of_a_weight_is_found(
     ranks: RanksOf, tmp_path: Path, world: int, parallel: dict[str, int], weight: str, said: str
 ) -> None:
-    """The bit flips before step 4, whose update is not made: the checkpoint of step 2 is the last."""
+    """Flips a bit before step 4, whose update is not made: the checkpoint of step 2 is the last."""
     options: dict[str, Any] = {"model": MODELS["dense"], "parallel": parallel, "weight": weight}
     if world == 4:
         options["train"] = {"micro_batch_size": 1}
@@ -61,7 +61,7 @@ def test_a_flipped_bit_of_a_weight_is_found(
 def test_a_wrong_result_of_a_computation_is_found(
     ranks: RanksOf, tmp_path: Path, parallel: dict[str, int], mesh: str, backward: bool
 ) -> None:
-    """The lowest bit of one element, of a module's output or its gradient, flips once on rank 1."""
+    """Flips once, on rank 1, the lowest bit of one element of a module's output or its gradient."""
     options: dict[str, Any] = {"model": MODELS["dense"], "parallel": parallel, "module": "layers.1.mlp"}
     answers = ranks(2).run(WORKER, process_group=False, run_dir=str(tmp_path), backward=backward, **options)
     assert [answer["status"] for answer in answers] == [CORRUPTED] * 2

@@ -104,7 +104,7 @@ def test_a_dry_run_tells_of_damage_and_of_what_it_did_not_compare(
 
 
 def test_damage_found_late_is_told_from_the_last_checked_step_on(ranks: RanksOf, data: Path, tmp_path: Path) -> None:
-    """A run that was stopped before its check was done has trained on damaged data, as the next start reports."""
+    """Stops a run before its check is done, after it has trained on damaged data, which the next start reports."""
     path = data / "tokens/train/code/00000.bin"
     content = bytearray(path.read_bytes())
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -126,7 +126,7 @@ def test_damage_found_late_is_told_from_the_last_checked_step_on(ranks: RanksOf,
 def test_a_signal_ends_the_last_wait_and_the_next_start_does_the_check_alone(
     ranks: RanksOf, data: Path, tmp_path: Path
 ) -> None:
-    """A run that waits for its check at the end can be stopped again and again; damage is reported all the same."""
+    """Stops a run that waits for its check at the end, again and again; damage is reported all the same."""
     run, path = tmp_path / "run", data / "tokens/train/code/00000.bin"
     checkpoint = storage.directory(run, 6)
     for start in ("trains", "checks"):
@@ -151,7 +151,7 @@ def test_a_signal_ends_the_last_wait_and_the_next_start_does_the_check_alone(
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_damage_in_a_heldout_part_is_told_once(ranks: RanksOf, data: Path, tmp_path: Path, tp: int) -> None:
-    """Whether the ranks are replicas of the model or its parts, all end, and nothing is trained."""
+    """Damages held-out data: all ranks end, be they replicas of the model or its parts, and nothing is trained."""
     with (data / "tokens/heldout/prose/00000.bin").open("r+b") as file:
         file.write(np.array([VOCAB], "<u2").tobytes())
     (tmp_path / "train.toml").write_bytes(toml(config(tmp_path / "run", data / "plan") | {"eval": {"rows": 4}}))

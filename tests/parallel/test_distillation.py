@@ -143,7 +143,7 @@ def steps_of(run: Path) -> list[dict[str, Any]]:
 
 
 def test_a_killed_run_goes_on_bit_by_bit(ranks: RanksOf, base: Path, trained: Path, tmp_path: Path) -> None:
-    """The state after a kill between two checkpoints: the newest is that of the second step."""
+    """Makes the state after a kill between two checkpoints, of which the newest is that of the second step."""
     run = shutil.copytree(trained, tmp_path / "killed")
     shutil.rmtree(storage.directory(run, 4))
     assert distill(ranks, base, 2, f"run.dir={run}")["status"] == 0

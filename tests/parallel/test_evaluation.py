@@ -53,7 +53,7 @@ def test_held_out_numbers_are_those_of_training(folder: Path, capsys: pytest.Cap
 
 
 def test_languages_are_told_apart_within_rows(folder: Path) -> None:
-    """Each document's loss is computed alone, from all logits, and added up by the language in its metadata."""
+    """Compares with losses computed document by document from all logits, and added up by each one's language."""
     found = evaluated(folder)
     run, plan = open_source(folder / "run"), Plan.open(folder / "plan")
     decoder = build_single(run.model, run.read())

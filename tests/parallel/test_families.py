@@ -73,7 +73,7 @@ def test_a_family_is_proven(prover: Prover, name: str, layout: str, precision: s
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "layout"), PAIRS)
 def test_a_family_trains_as_on_one_rank(run: RunFamily, name: str, layout: str) -> None:
-    """The bounds are those of test_layouts.py, for each of the steps."""
+    """Compares every step with one rank's, within the bounds of test_layouts.py."""
     expected, found = run(name, "one", "float32"), run(name, layout, "float32")
     assert found["losses"] == pytest.approx(expected["losses"], rel=2e-6)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5)
@@ -83,7 +83,7 @@ def test_a_family_trains_as_on_one_rank(run: RunFamily, name: str, layout: str) 
 @pytest.mark.full
 @pytest.mark.parametrize(("name", "layout"), PAIRS)
 def test_a_family_trains_as_on_one_rank_in_bf16(run: RunFamily, name: str, layout: str) -> None:
-    """A sum in another order rounds otherwise, by 0.4 % of a value, and a token may then choose another expert.
+    """Compares bf16 with one rank's: another order of sums rounds by 0.4 %, and may let a token choose otherwise.
 
     That token changes its loss and all later steps. Where a step differs by more than 1 %, one rank shows how far it
     goes by itself: with micro-batches of another size, which change nothing but the order of sums. Its largest

@@ -136,7 +136,7 @@ def test_training_goes_on_from_the_loss_of_transformers_at_any_layout(base: Path
 
 
 def test_experts_and_the_bias_that_chooses_them_are_a_start_too(base: Path, start: RunOf, tmp_path: Path) -> None:
-    """A run from another model may differ from it in keys that only training uses, also in those that add state."""
+    """Starts a run that differs from its initial model in keys of training alone, some of which add state."""
     plain = transformers.AutoConfig.from_pretrained(base / "hub", local_files_only=True).to_dict()
     sizes = {key: plain[key] for key in ("vocab_size", "eos_token_id", "max_position_embeddings")}
     config = transformers.DeepseekV3Config(

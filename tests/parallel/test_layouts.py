@@ -113,7 +113,7 @@ def test_clipping_and_auxiliary_loss_take_part(run: RunLayout) -> None:
     ],
 )
 def test_bf16_layouts_stay_close_to_fp32(run: RunLayout, layout: str) -> None:
-    """Relative errors are a few times 0.4 %, the rounding of bf16 (2^-8), since gradients are accumulated in fp32."""
+    """Allows relative errors of a few times 0.4 %, the rounding of bf16 (2^-8); gradients are added up in fp32."""
     (expected, *_), reference = run("moe_tied", "one", like=layout)
     (result, *_), tensors = found = run("moe_tied", layout, dtype="bfloat16")
     check_replicas(found)
@@ -133,7 +133,7 @@ def test_bf16_layouts_stay_close_to_fp32(run: RunLayout, layout: str) -> None:
     ],
 )
 def test_bf16_ranks_clip_by_one_norm_and_stay_together(run: RunLayout, layout: str) -> None:
-    """All ranks compute the same gradient norm, also with experts, and hold the same weights after clipping by it.
+    """Compares the gradient norm of all ranks, also with experts, and their weights after clipping by it.
 
     The losses are near one rank's, but not as near as in fp32: a rounding lets some tokens choose other experts.
     """
@@ -146,7 +146,7 @@ def test_bf16_ranks_clip_by_one_norm_and_stay_together(run: RunLayout, layout: s
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_gradients_are_accumulated_and_averaged_in_fp32(run: RunLayout, stage: int, offload: bool) -> None:
-    """The bf16 gradients of each micro-batch are those of one rank times dp = 2, exactly, so only sums can differ.
+    """Compares gradients with one rank's times dp = 2, which those of each micro-batch are exactly.
 
     Sums in fp32 differ by a few times fp32's rounding (6e-8), a sum in bf16 would differ by 2e-3. For stage 3 the one
     rank, too, computes column layers one by one, which rounds the gradient of their input otherwise.

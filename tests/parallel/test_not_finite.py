@@ -52,7 +52,7 @@ def test_an_infinite_activation_of_one_token_is_named(
     micro_batches: int,
     backward: bool,
 ) -> None:
-    """Its value or its gradient is infinite in the second micro-batch of step 4, in its second row."""
+    """Makes an activation or its gradient infinite in the second micro-batch of step 4, in its second row."""
     options: dict[str, Any] = {
         "model": MODELS["dense"],
         "parallel": parallel,

@@ -97,7 +97,7 @@ def test_a_longer_plan_goes_on_as_the_same_data(ranks: RanksOf, data: Path, tmp_
 
 
 def test_ranks_that_saw_different_plans_do_not_train(ranks: RanksOf, data: Path, tmp_path: Path) -> None:
-    """A data run may publish a new plan after one rank has read the plan and before another does."""
+    """Publishes a new plan, as a data run may, after one rank has read the plan and before another does."""
     publish(data)
     shutil.copytree(data / "plan", tmp_path / "data" / "before")
     publish(data, weights={"code": 0.5, "prose": 0.5})

@@ -71,7 +71,7 @@ OTHERS = [
 def test_dialogues_of_fine_tuning(
     ranks: RanksOf, tmp_path: Path, world: int, parallel: dict[str, Any], micro: int, packed: bool
 ) -> None:
-    """Answers of uneven lengths: a mean of means over micro-batches, rows or ranks would differ."""
+    """Trains on answers of uneven lengths, so that a mean of means over micro-batches, rows or ranks would differ."""
 
     def gradients(name: str, world: int, parallel: dict[str, Any], micro: int, packed: bool) -> dict[str, torch.Tensor]:
         out = tmp_path / name
@@ -114,7 +114,7 @@ MOE = {**MODELS["moe"], "moe": {"num_experts": 8, "top_k": 2, "router_bias": Tru
     ],
 )
 def test_replayed_experts(ranks: RanksOf, tmp_path: Path, world: int, parallel: dict[str, Any], micro: int) -> None:
-    """Tokens go to experts that no router would choose, the same ones in each layout."""
+    """Sends tokens to experts that no router would choose, the same ones in each layout."""
     model = {**MOE, "num_layers": 4} if "vpp" in parallel else MOE
 
     def gradients(name: str, world: int, chosen: bool, **settings: Any) -> dict[str, torch.Tensor]:

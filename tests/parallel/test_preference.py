@@ -132,7 +132,7 @@ def test_more_layouts_and_losses(ranks: RanksOf, base: Path, loss: str) -> None:
 
 
 def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(ranks: RanksOf, base: Path) -> None:
-    """The reference is that of the first step, not of the weights that the run goes on with."""
+    """Compares with an uninterrupted run: the reference stays that of the first step, whatever is resumed."""
     own = [f"data.pairs=['{base}/judged.jsonl']", "preference.loss=kto"]
     assert dpo(ranks, base, "whole", "train.steps=4", "eval.at_start=true", *own)["status"] == 0
     assert "eval" in metrics(base / "whole")[0]
@@ -171,7 +171,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_never_stopped(ranks: RanksOf, ba
 def test_with_adapters_the_reference_is_the_model_without_them(
     ranks: RanksOf, base: Path, tmp_path: Path, world: int, layout: list[str], adapter: list[str]
 ) -> None:
-    """Its log-probabilities are those that a run without adapters computes before its first step."""
+    """Compares the reference's log-probabilities with those of a run without adapters before its first step."""
     plain, tuned = tmp_path / "plain", tmp_path / "tuned"
     own = ["optimizer.lr=1e-2", "train.steps=3"]
     assert dpo(ranks, base, str(plain), *layout, "train.steps=1", world=world)["status"] == 0

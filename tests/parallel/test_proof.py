@@ -119,7 +119,7 @@ def test_what_is_right_passes(prove: Prove, layout: str, model: str, precision: 
 
 
 def test_in_fp64_all_is_fp64(ranks: RanksOf, tmp_path: Path) -> None:
-    """An fp32 rounding that both layouts have in common would not show in their comparison."""
+    """Looks for fp32 tensors in an fp64 proof: a rounding that both layouts share would not show otherwise."""
     settings = config("deepseek", tmp_path, {"tp": 2, "sp": True})
     meant = {
         *("batch_source.py:collate", "batch_source.py:stack"),  # the loss mask

@@ -68,7 +68,7 @@ def expected(ranks: RanksOf, base: Path) -> dict[str, bytes]:
 def test_an_interrupted_run_goes_on_to_the_same_bytes_on_other_ranks(
     ranks: RanksOf, base: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    """The state after a kill -9: the parts that were written, and in place of the next one a temporary file."""
+    """Makes the state after a kill -9: the parts that were written, and in place of the next one a temporary file."""
     run = f"run.dir={tmp_path}/run"
     assert sample(ranks, base, 1, run, "sample.batch_size=5")["status"] == 0
     assert written(tmp_path / "run") == expected
@@ -90,7 +90,7 @@ def test_tensor_parallel_ranks_write_the_same(
 
 @pytest.mark.full
 def test_signals_and_kills_lose_at_most_a_part(ranks: RanksOf, base: Path, tmp_path: Path) -> None:
-    """The first process is killed, the second gets SIGTERM, after the first part that each has written."""
+    """Kills the first process and sends the second SIGTERM, each after the first part that it has written."""
     options = ["sample.problems=150", "sample.part=2"]
     assert sample(ranks, base, 1, f"run.dir={tmp_path}/straight", *options)["status"] == 0
     command = [sys.executable, "-m", "cli", "sample", str(base / "sample.toml"), f"run.dir={tmp_path}/run", *options]

@@ -58,7 +58,7 @@ def pair_gradients(ranks: RanksOf, layout: str, out: Path, **options: Any) -> tu
 def test_the_gradient_of_pairs_is_the_same_however_they_are_divided(
     ranks: RanksOf, tmp_path: Path, layout: str, micro_batch_size: int, seq_length: int
 ) -> None:
-    """Micro-batches, packing and layouts differ; each pair counts once in the mean over the global batch."""
+    """Divides the same pairs by micro-batches, packing and layouts: each counts once in the global mean."""
     expected, reference = pair_gradients(ranks, "one", tmp_path / "one", micro_batch_size=8, seq_length=24)
     options = {"micro_batch_size": micro_batch_size, "seq_length": seq_length}
     found, gradients = pair_gradients(ranks, layout, tmp_path / "other", **options)

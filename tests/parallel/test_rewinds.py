@@ -31,7 +31,7 @@ LAYOUTS: list[Any] = [
 def test_a_run_after_a_rewind_is_one_that_passes_over_the_samples(
     ranks: RanksOf, tmp_path: Path, model: str, world: int, parallel: dict[str, Any], precision: str
 ) -> None:
-    """Step 6 is bad, and so is the step that takes its place; the checkpoints before it are of steps 0, 2 and 4."""
+    """Makes step 6 bad, and the step that takes its place; the checkpoints before it are of steps 0, 2 and 4."""
     bad = [first(5), first(6)]
     options: dict[str, Any] = {
         "model": MODELS[model],
@@ -83,7 +83,7 @@ def test_a_run_after_a_rewind_is_one_that_passes_over_the_samples(
 
 
 def test_a_killed_run_still_passes_over_the_samples(ranks: RanksOf, tmp_path: Path) -> None:
-    """The run goes back before step 6, and its node goes away before it gets there again."""
+    """Kills a run that went back before step 6 before it gets there again."""
     options: dict[str, Any] = {
         "model": MODELS["dense"],
         "steps": 8,

@@ -98,7 +98,7 @@ def test_a_rank_that_cannot_write_costs_one_checkpoint(ranks: RanksOf, tmp_path:
     reason="this system lets no user mount a file system of his own",
 )
 def test_a_full_disk(forks: Forks, tmp_path: Path) -> None:
-    """Two ranks train on a file system of 3 MB that is full, has room again, and is full at the end; then once more."""
+    """Trains on a file system of 3 MB that is full, has room again, and is full at the end; then once more."""
     disk, log = tmp_path / "disk", tmp_path / "log"
     disk.mkdir()
     options = {"run_dir": str(disk / "run"), "model": MODELS["dense"]}
@@ -128,7 +128,7 @@ def test_a_full_disk(forks: Forks, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_signals_through_the_launcher(ranks: RanksOf, tmp_path: Path) -> None:
-    """SIGUSR1 ends with status 75 and Ctrl-C with 130, each with a checkpoint; the finished run is undisturbed."""
+    """Ends runs by SIGUSR1 with status 75 and by Ctrl-C with 130, each with a checkpoint, and one undisturbed."""
     straight, run = tmp_path / "straight", tmp_path / "run"
     steps = 40
     train(ranks(2), straight, "dense", {}, steps=steps, every=1000)

@@ -22,7 +22,7 @@ full = pytest.mark.full
     ],
 )
 def test_a_slow_rank_is_named(ranks: RanksOf, tmp_path: Path, parallel: dict[str, Any], slow: str, mesh: str) -> None:
-    """Rank 1 sleeps 0.3 s in each step, in the first layer or before the rows; a step takes some 20 ms without."""
+    """Trains while rank 1 sleeps 0.3 s a step, in the first layer or before the rows; a step takes some 20 ms."""
     options: dict[str, Any] = {"model": MODELS["dense"], "parallel": parallel, "slow": slow}
     first, _ = ranks(2).run(WORKER, process_group=False, run_dir=str(tmp_path), **options)
     (line,) = [line for line in first["said"].splitlines() if " is slow: " in line]

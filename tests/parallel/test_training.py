@@ -63,7 +63,7 @@ def test_resumed_run_is_bit_identical(
 def test_an_infinite_gradient_ends_the_run_before_it_is_saved(
     ranks: RanksOf, tmp_path: Path, every: int, begun: int
 ) -> None:
-    """Ranks find it when the next step is under way, or at once where a checkpoint would be written."""
+    """Trains on an infinite loss: ranks find it when the next step is under way, or at once where a save is due."""
     options = {"run_dir": str(tmp_path), "model": MODELS["moe"], "infinite": 4, "every": every}
     worker = "tests.parallel.workers.training:train_with_an_infinite_step"
     answers = ranks(2).run(worker, process_group=False, **options)
@@ -77,7 +77,7 @@ def test_an_infinite_gradient_ends_the_run_before_it_is_saved(
 
 
 def test_a_step_with_an_infinite_gradient_can_be_skipped(ranks: RanksOf, tmp_path: Path) -> None:
-    """The step changes no weight, moment or balance, and its tokens do not count; later steps go on, also resumed."""
+    """Skips a step, which changes no weight, moment or balance; later steps go on, also in a resumed run."""
     worker = "tests.parallel.workers.training:train_with_an_infinite_step"
     options = {"model": MODELS["moe"], "infinite": 4, "every": 1, "keep": 9, "spikes": {"action": "skip"}}
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"

@@ -90,7 +90,7 @@ def test_a_sharded_checkpoint_of_torchtitans_names(ranks: RanksOf, tmp_path: Pat
 
 @pytest.mark.parametrize("split", [False, True], ids=["stacked layers", "a name for each shard"])
 def test_a_checkpoint_that_megatron_core_wrote_with_tp(ranks: RanksOf, tmp_path: Path, split: bool) -> None:
-    """Its own model writes it, whose vocabulary is filled up; fused projections are divided, and logits are equal."""
+    """Imports what megatron-core's own model wrote, with a padded vocabulary and fused projections."""
     sizes: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "layernorm_epsilon": 1e-5}
     sizes |= {"num_attention_heads": HEADS, "num_query_groups": KV_HEADS}
     folder = tmp_path / "run/iter_0000007"

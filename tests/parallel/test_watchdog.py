@@ -76,7 +76,7 @@ def test_the_rank_that_holds_up_the_others_is_named(forks: Forks, tmp_path: Path
 
 
 def test_a_rank_that_may_take_longer_is_waited_for(forks: Forks, tmp_path: Path) -> None:
-    """The main rank evaluates for longer than the other, which waits for it in a step, allows a step."""
+    """Lets the main rank evaluate for longer than a step may take, while the other waits for it in a step."""
     world = _world(forks, tmp_path, "evaluates longer", "dense", {}, at=4, victim=0, steps=4)
     assert world.wait(60) is False and world.statuses == [0, 0], world.log.read_text()[-2000:]
     told = [json.loads(path.read_text()) for path in (tmp_path / "run" / "hang").glob("*/verdict.json")]

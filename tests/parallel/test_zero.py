@@ -50,7 +50,7 @@ def test_stage_3_splits_weights_as_they_are_drawn(ranks: RanksOf, rank_pool: Ran
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_ranks_do_not_load_the_compiler(ranks: RanksOf, rank_pool: RankPool, stage: int) -> None:
-    """torch.compile takes seconds to import, and is used only if the config asks for it."""
+    """Looks for torch.compile in a rank's modules, which takes seconds to import and is only for configs that ask."""
     rank_pool.close()  # ranks that have run a test with compiled layers would have it
     for loaded in ranks(2).run(
         "tests.parallel.workers.sharing:compiler_modules",

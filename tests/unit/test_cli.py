@@ -73,7 +73,7 @@ def test_a_subcommand_gets_the_rest_and_its_status_is_passed_on(
     "argv", [["--help"], ["data", "--help"], ["config", "--help"], ["config", "--explain", "data"]]
 )
 def test_output_that_nobody_reads_is_no_error(argv: list[str]) -> None:
-    """`trivium --help | head -1`, for example, closes the pipe before all is written."""
+    """Closes the pipe before all is written, as `trivium --help | head -1` does."""
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "cli", *argv]

@@ -247,7 +247,7 @@ def _merged(tree: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def test_the_tree_names_folders_that_exist() -> None:
-    """A line of README's tree begins with a folder or file; other folders in the line are inside it, or at the root."""
+    """Looks up the folders of README's tree: a line begins with one, and others in it are inside it or at the root."""
     tree = next(text for language, text in read(README).blocks if not language and "data_pipeline/" in text)
     inside, named = ROOT, set()
     for line in tree.splitlines():
@@ -268,7 +268,7 @@ def test_the_readme_is_short() -> None:
 
 
 def test_lines_fit() -> None:
-    """Every line of prose fits the width, except in tables, whose cells cannot be broken."""
+    """Measures every line of prose, except in tables, whose cells cannot be broken."""
     for page in PAGES:
         if page.name != "scale.md":  # its tables are printed by a command, with longer lines
             for line in read(page).prose.splitlines():

@@ -239,7 +239,7 @@ def test_a_planted_wrong_import_is_caught(module: str, source: str, name: str) -
 
 
 def test_no_module_of_ours_takes_the_name_of_one_of_pythons() -> None:
-    """A top-level html.py would hide Python's html: `python -m` puts the working directory first in sys.path."""
+    """Compares names of packages with Python's: a top-level html.py would hide Python's html from `python -m`."""
     assert not set(PACKAGES) & set(sys.stdlib_module_names)
 
 
@@ -262,7 +262,7 @@ def cycles(graph: dict[str, set[str]]) -> list[str]:
 
 @pytest.mark.parametrize("package", ["data_pipeline", "pretrain", "posttrain", "export"])
 def test_no_rooms_of_a_package_import_each_other(package: str) -> None:
-    """A reader can take the folders of a package one after another; the modules beside them may import all."""
+    """Holds the folders of a package to an order in which to read them; modules beside them may import all."""
     rooms = {file.parent.name for file in (ROOT / package).glob("*/__init__.py")}
     graph: dict[str, set[str]] = {room: set() for room in rooms}
     for name, file in modules():
@@ -278,7 +278,7 @@ def test_no_rooms_of_a_package_import_each_other(package: str) -> None:
 
 
 def test_torch_free_parts_load_no_torch() -> None:
-    """They load neither MPI nor Ray either, which an executor imports when it is chosen."""
+    """Imports torch-free parts, which load neither MPI nor Ray, since an executor imports these when chosen."""
     free = [
         name
         for name, file in modules()
@@ -296,7 +296,7 @@ def test_torch_free_parts_load_no_torch() -> None:
 
 
 def test_ranks_load_no_loggers_of_megatrons() -> None:
-    """Each rank would take a second for them, whichever of them is installed."""
+    """Imports megatron-core, whose loggers would take each rank a second, whichever of them is installed."""
     from pretrain import megatron
 
     timers = sys.modules["megatron.core.timers"]
@@ -320,7 +320,7 @@ def missing(name: str) -> bool:
 
 
 def test_every_import_of_ours_exists() -> None:
-    """A module that was moved is caught here in seconds, also where it is imported inside a function."""
+    """Looks up every import of ours, also inside functions, so that a module that was moved is caught in seconds."""
     ours, wrong = (*PACKAGES, "tests"), []
     tests = [(".".join(file.relative_to(ROOT).with_suffix("").parts), file) for file in (ROOT / "tests").rglob("*.py")]
     for module, file in [*modules(), *tests]:
@@ -332,7 +332,7 @@ def test_every_import_of_ours_exists() -> None:
 
 
 def test_no_test_module_imports_another() -> None:
-    """Code that tests share is in modules of its own, so that each test file can be read and moved alone.
+    """Holds code that tests share to modules of its own, so that each test file can be read and moved alone.
 
     A conftest has fixtures alone, which pytest finds without an import.
     """
@@ -346,7 +346,7 @@ def test_no_test_module_imports_another() -> None:
 
 
 def test_unit_tests_stand_where_the_code_stands() -> None:
-    """A room's tests are in the folder of the same name, so that a reader finds one from the other."""
+    """Compares the folders of tests with those of the code, so that a reader finds one from the other."""
     unit = ROOT / "tests/unit"
     folders = {file.parent.relative_to(unit) for file in unit.rglob("test_*.py")}
     assert len(folders) > 40 and not [str(folder) for folder in folders if not (ROOT / folder).is_dir()]

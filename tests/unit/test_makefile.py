@@ -174,7 +174,7 @@ def test_an_environment_is_kept_until_another_python_is_named(machine: Machine) 
 
 @pytest.mark.parametrize("was", ["3.10", "3.14", "broken"])
 def test_an_environment_that_is_of_no_use_is_made_anew(machine: Machine, was: str) -> None:
-    """An environment of an unsupported Python, or of one that is no longer on the machine, is made again."""
+    """Makes an environment again that is of an unsupported Python, or of one that is no longer on the machine."""
     environment = machine.project / ".venv"
     (environment / "bin").mkdir(parents=True)
     for name in ("pyvenv.cfg", ".installed", "left"):

@@ -109,7 +109,7 @@ def test_no_two_classes_have_the_same_name() -> None:
 
 
 def test_two_files_share_a_name_only_as_a_config_and_what_it_is_of() -> None:
-    """A name alone says which file is meant; export/peft has the adapters of pretrain/model in PEFT's format."""
+    """Holds file names to one meaning; only adapters in PEFT's format (export/peft) share some with pretrain/model."""
     folders = defaultdict(list)
     for file in map(Path, repository()):
         if not file.name.startswith("__") and file.parts[0] != "tests":

@@ -48,7 +48,7 @@ def _keys(attention_cap: ConfigKey, logit_cap: float | None) -> tuple[ConfigKey,
 
 
 def _read_two_ropes(draft: Draft) -> None:
-    """Reads the two bases: transformers 5 keeps them by type of layer, version 4 in keys of their own."""
+    """Reads both bases of rotary positions: transformers 5 keeps them by type of layer, version 4 by key."""
     raw, ropes = draft.raw, draft.raw.get("rope_parameters") or {}
     by_type = isinstance(ropes, dict) and (FULL in ropes or SLIDING in ropes)
     full = ropes.get(FULL, {}) if by_type else raw.get("rope_scaling") or ropes

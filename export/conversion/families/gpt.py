@@ -280,7 +280,7 @@ GPT_NEOX = Family(
 
 
 def _read_exactness(draft: Draft) -> None:
-    """Refuses the sums over parts of a projection, which leave its bias out."""
+    """Refuses BLOOM's `slow_but_exact`, which computes a projection in parts and leaves its bias out."""
     if draft.value("slow_but_exact", False) and draft.value("pretraining_tp", 1) != 1:
         draft.refuse("slow_but_exact", True, "False, or pretraining_tp = 1")
 

@@ -91,7 +91,7 @@ def _write_layers(config: ModelConfig) -> dict[str, Any]:
 
 
 def _every(interval: int, count: int) -> list[int]:
-    """Returns for each layer 0 if it has no rotary embedding, which is every n-th layer, else 1."""
+    """Returns a list of 0 for every `interval`-th layer, which has no rotary embedding, and 1 for all others."""
     return [int((layer + 1) % interval != 0) for layer in range(count)]
 
 

@@ -28,7 +28,7 @@ THETA = 500000.0  # of OLMo 3
 
 
 def _read_ropes(draft: Draft) -> None:
-    """Reads one base, and the scaling that layers without a window have."""
+    """Reads the base of rotary positions, and the scaling, which only layers without a window have."""
     raw, ropes = draft.raw, draft.raw.get("rope_parameters") or {}
     by_type = isinstance(ropes, dict) and (FULL in ropes or SLIDING in ropes)
     full = ropes.get(FULL, {}) if by_type else raw.get("rope_scaling") or ropes

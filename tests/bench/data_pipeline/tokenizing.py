@@ -1,4 +1,4 @@
-"""Tokenizing: texts to ids, against sentencepiece on the same texts in batches; and shards to a token store.
+"""Tokenizing beside sentencepiece on the same texts in batches, and shards of documents into a token store.
 
 "Cold" is the first file of a task, with an empty cache (`tokens.bpe_cache`); "warm" is the next, of other documents.
 Trivium returns arrays, the peer lists; the ids are the same. The row of the store includes Trivium's reading of files,

@@ -51,7 +51,7 @@ class Runs:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run and its wall time."""
+    """A finished run with its wall time."""
 
     run: Path
     seconds: float
@@ -80,7 +80,7 @@ def _answers(trained: Trained, task: str, number: int = -1) -> float:
 
 
 def sort(runs: Runs) -> Iterator[dict[str, Any]]:
-    """GRPO on sorting four digits, with each seed."""
+    """Trains GRPO on sorting four digits, with each seed."""
     for seed in runs.seeds:
         keys = {"init__run": runs.fine_tuned, "run__seed": seed}
         run = runs.train(f"sort_{seed}", "grpo", "demo_grpo.toml", **keys)
@@ -90,7 +90,7 @@ def sort(runs: Runs) -> Iterator[dict[str, Any]]:
 
 
 def countdown(runs: Runs) -> Iterator[dict[str, Any]]:
-    """GRPO on countdown after fine-tuning on the form alone, with dynamic sampling and each seed."""
+    """Trains GRPO on countdown after fine-tuning on the form alone, with dynamic sampling and each seed."""
     task = {key.replace(".", "__"): value for key, value in COUNTDOWN.items()}
     for seed in runs.seeds:
         keys = {"init__run": runs.pretrained, "run__seed": seed, **task, **_plain(COUNTDOWN_SFT)}
@@ -113,28 +113,28 @@ COUNTDOWN_GRPO = {
 
 
 def ppo(runs: Runs) -> Iterator[dict[str, Any]]:
-    """PPO with a critic on sorting."""
+    """Trains PPO with a critic on sorting."""
     run = runs.train("ppo", "ppo", "demo_ppo.toml", init__run=runs.fine_tuned, run__seed=1)
     before, after = _answers(run, "sort", 0), _answers(run, "sort")
     yield _record("seed 1", before, after, "sampled +.05", after >= before + 0.05, run.seconds)
 
 
 def dpo(runs: Runs) -> Iterator[dict[str, Any]]:
-    """DPO on pairs of a right and a wrong answer to sorting."""
+    """Trains DPO on pairs of a right and a wrong answer to sorting."""
     after = runs.train("dpo", "dpo", "demo_dpo.toml", init__run=runs.fine_tuned)
     score = after.evaluated("preferences", "accuracy")
     yield _record("held-out pairs", 0.5, score, "over .9", score > 0.9, after.seconds)
 
 
 def rm(runs: Runs) -> Iterator[dict[str, Any]]:
-    """A reward model on the same pairs."""
+    """Trains a reward model on pairs of a right and a wrong answer to sorting."""
     after = runs.train("rm", "rm", "demo_rm.toml", init__run=runs.fine_tuned)
     score = after.evaluated("pairs", "accuracy")
     yield _record("held-out pairs", 0.5, score, "over .9", score > 0.9, after.seconds)
 
 
 def lora(runs: Runs) -> Iterator[dict[str, Any]]:
-    """Fine-tuning on sorting, of all weights and by LoRA, from a model that knows how dialogues are written."""
+    """Fine-tunes on sorting, all weights and by LoRA, a model that knows how dialogues are written."""
     talks = {"train__steps": 100, "task__demonstrations": 0, **_plain(RARELY)}
     base = runs.train("lora_base", "sft", "demo_sft.toml", init__run=runs.pretrained, **talks).run
     gains: dict[str, float] = {}

@@ -23,11 +23,11 @@ WANTED = 3.0  # times the steps a minute
 
 
 class NoPeer(Exception):
-    """TRL cannot be used here; the message says why."""
+    """Error for a TRL that cannot be used here; the message says why."""
 
 
 def contest(runs: Runs) -> Iterator[dict[str, Any]]:
-    """Steps a minute and the reward of both sides' steps."""
+    """Yields the steps a minute and the reward of each side's steps."""
     python = _environment(runs.folder / "trl_environment")
     exported = _exported(runs)
     ours = runs.train(

@@ -60,7 +60,7 @@ def test_layers_are_spread_so_that_the_slowest_stage_is_fast(
     ("parallel", "copies"), [({"tp": 2}, 1), ({"tp": 4}, 2), ({"cp": 4}, 1), ({"tp": 2, "cp": 2}, 1)]
 )
 def test_few_heads_and_an_odd_vocabulary_fit(parallel: dict[str, int], copies: int) -> None:
-    """Two key-value heads and 61 tokens: tp=4 has two ranks for each head, and cp gathers keys and values."""
+    """Divides two key-value heads and 61 tokens: tp=4 has two ranks for each head, and cp gathers keys and values."""
     model = MODEL.model_copy(update={"vocab_size": 61})
     assert layout(math.prod(parallel.values()), model, **parallel).kv_copies == copies
 
@@ -126,7 +126,7 @@ def test_an_impossible_layout_names_its_numbers(world_size: int, parallel: dict[
 
 
 def test_every_number_that_a_message_suggests_is_accepted_alone() -> None:
-    """Random layouts: every suggested value, applied alone, gives a possible layout."""
+    """Applies every suggested value alone, for random layouts, each of which then gives a possible layout."""
     draw = random.Random(7)
     suggested = hopeless = 0
     for _ in range(3000):
@@ -173,7 +173,7 @@ def changed(key: str, text: str, world: int, parallel: ParallelConfig, model: Mo
 
 
 def test_remedies_respect_all_that_a_config_says() -> None:
-    """A degree of 3 or 6 would divide the 12 heads but does not fit the 4 key-value heads; 12 fits both."""
+    """Asks for a degree that divides 12 heads and 4 key-value heads: 3 and 6 divide the first alone."""
     model = MODEL.model_copy(update={"num_heads": 12, "num_kv_heads": 4, "head_dim": 4})
     with pytest.raises(ConfigError, match=r"num_heads = 12 is not a multiple of parallel\.tp = 24; .* 4 or 12$"):
         Layout.of(24, ParallelConfig(tp=24), model, TRAIN.model_copy(update={"global_batch_size": 24}))

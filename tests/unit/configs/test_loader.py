@@ -169,7 +169,7 @@ def test_none_stays_where_it_is_a_value_and_is_refused_where_a_key_is_needed(tmp
 
 @pytest.mark.parametrize("numbers", [1, 2, 4])
 def test_longrope_has_a_number_for_each_frequency(numbers: int) -> None:
-    """One number would fit any head by broadcasting, and two would widen the angles of a head of two elements."""
+    """Gives a number too few or too many: one would fit any head by broadcasting, and two would widen the angles."""
     scaling = {"kind": "longrope", "original_length": 16, "short_factor": [1.0] * 3, "long_factor": [1.0] * numbers}
     sizes = {"vocab_size": 32, "num_layers": 1, "hidden_size": 12, "ffn_hidden_size": 8, "num_heads": 2}
     model = {**sizes, "num_kv_heads": 2, "position": {"scaling": scaling}}

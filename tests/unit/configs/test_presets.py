@@ -318,7 +318,7 @@ def test_a_file_names_a_preset_and_the_run_keeps_all_keys(text: str, tmp_path: P
 
 
 def test_the_layers_of_a_preset_can_be_of_fewer_kinds() -> None:
-    """A kind that the new pattern does not name goes with the old pattern."""
+    """Changes the pattern of layers of a preset: a kind that the new pattern does not name goes with the old one."""
     model = preset("gemma-3-1b", "layer_pattern=['local']")
     assert list(model.kinds) == ["local"]
     assert {layer.attention.window for layer in model.layers} == {512}

@@ -103,7 +103,7 @@ def test_the_reference_names_every_key(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", SCHEMAS)
 def test_the_defaults_shown_are_the_real_ones(kind: str) -> None:
-    """A config without a key equals one with the key set to the default that the reference shows."""
+    """Compares a config without a key with one that has the key set to the default that the reference shows."""
     schema = schema_of(kind)
     base = merged(tomllib.loads(starter(kind)), ADDED[kind])
     whole = base | (

@@ -47,7 +47,7 @@ def test_what_a_message_about_numbers_says_is_legal(overrides: list[str], remedi
 
 
 def test_whatever_is_suggested_for_a_pretraining_layout_is_legal() -> None:
-    """The row length is fixed by the plan, so no message suggests another train.seq_length."""
+    """Reads remedies for layouts on a plan, which fixes the row length: none suggests another train.seq_length."""
 
     def run(ranks: int, overrides: Sequence[str]) -> None:
         tree = tomllib.loads(starter("pretrain"))

@@ -111,7 +111,7 @@ def test_what_has_ended_well_stays_so() -> None:
 
 
 def test_a_rank_that_fails_before_its_first_step_may_have_felt_anothers_end() -> None:
-    """A rank may fail because a signal ended another one; if the signal then reaches it too, it reports the signal."""
+    """Fails a rank because a signal ended another one; if the signal then reaches it too, it reports the signal."""
     script = (
         "watch = signals.saving().__enter__(); watch.agree(); signals.ECHO_SECONDS = 1.0; print('up')\n"
         "signals.let_a_signal_pass()\nraise ValueError"
@@ -182,7 +182,7 @@ def test_an_interruption_of_a_string_that_runs_is_130_too(tmp_path: Path) -> Non
 
 
 def test_an_interrupted_command_does_not_wait_until_its_modules_are_unloaded() -> None:
-    """Unloading torch takes half a minute on a busy machine; what is registered to run at the end still runs."""
+    """Times an interrupted command: unloading torch takes half a minute, and exit functions still run."""
     script = (
         "import atexit\nclass Slow:\n def __del__(self, sleep=time.sleep): sleep(60)\n"
         "slow = Slow(); atexit.register(print, 'cleaned up'); signals.run()\n"

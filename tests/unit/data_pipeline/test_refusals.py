@@ -40,7 +40,7 @@ def test_a_refused_run_and_a_dry_run_leave_nothing(tmp_path: Path, capsys: pytes
 
 
 def test_a_file_replaced_in_place_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of the same name, size and time are told apart, whether they are too new for the hash cache or not."""
+    """Replaces files by others of the same name, size and time, some too new for the hash cache."""
     file, cache = tmp_path / "input.jsonl", tmp_path / "cache.json"
     for settled in (stage._SETTLED_NS, 0):
         monkeypatch.setattr(stage, "_SETTLED_NS", settled)

@@ -57,7 +57,7 @@ def found(pattern: str, message: str) -> re.Match[str]:
 def test_records_that_are_broken_are_allowed_as_the_message_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """1 of 4 records of one source and 1 of 7 of the other are broken; one remedy covers both."""
+    """Breaks 1 of 4 records of one source and 1 of 7 of the other; one remedy covers both."""
     config = write_config(tmp_path, {"big": 3, "other": 6}, "")
     for name in ("big", "other"):
         with (tmp_path / f"{name}.jsonl").open("a") as file:
@@ -98,7 +98,7 @@ def test_stages_that_are_needed_are_all_named(finished: Path, tmp_path: Path, ca
 
 @pytest.mark.parametrize("key", ["mixture", "mixture.stages.late"])
 def test_a_mixture_of_too_little_text_is_mended_in_each_way(finished: Path, tmp_path: Path, key: str, capsys) -> None:
-    """A mixture in stages names the keys of the stage, which override those of the whole mixture."""
+    """Follows each remedy; in stages it names the keys of the stage, which override those of the mixture."""
     folder = tmp_path / "run"
     shutil.copytree(finished.parent / "run", folder)
     stage = [] if key == "mixture" else [f"{key}.samples=400", f"{key}.max_epochs=2"]
@@ -125,7 +125,7 @@ def test_a_mixture_of_too_little_text_is_mended_in_each_way(finished: Path, tmp_
 
 
 def test_a_vocabulary_gets_the_size_that_the_message_says(tmp_path: Path) -> None:
-    """Tries a size that is too large for the text, and one that is too small for its characters."""
+    """Asks for a vocabulary that is too large for the text, and for one that is too small for its characters."""
     with gzip.open(ROOT / "data/demo/english.jsonl.gz", "rt", encoding="utf-8") as lines:
         english = json.loads(lines.readline())["text"][:8000]
     chinese = "".join(chr(0x4E00 + number) for number in range(900)) * 3
@@ -259,7 +259,7 @@ def test_arguments_are_right_once_they_are_as_the_message_says(finished: Path, t
 
 
 def test_a_list_of_documents_is_right_once_it_is_as_the_message_says(finished: Path, tmp_path: Path, capsys) -> None:
-    """An empty list, and an id that two records of the input share."""
+    """Takes down an empty list, and an id that two records of the input share."""
     file = tmp_path / "list.txt"
     args = [str(finished), str(file), "--out", str(tmp_path / "out"), "--dry-run"]
     assert "give a file with a document id or an address on each line" in outcome(takedown.main, args, capsys)

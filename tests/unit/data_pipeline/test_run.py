@@ -150,7 +150,7 @@ def test_a_damaged_stage_is_made_again_to_the_same_bytes(finished: Finished) -> 
 def test_changed_code_is_told_in_one_sentence(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run after a change of code repeats the stages concerned, says so and why, and writes the same bytes."""
+    """Runs again after a change of code: repeats the stages concerned, says so and why, and writes the same bytes."""
     before = published(finished.folder)
     shutil.copytree(ROOT / "data_pipeline", tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     for module in ("dedup/greedy.py", "mixture/packing.py"):
@@ -194,7 +194,7 @@ def test_too_many_broken_records_stop_the_run(config: Path, capsys) -> None:
 
 
 def test_folders_loops_and_blocked_pages_in_one_run(config: Path, tmp_path: Path, capsys) -> None:
-    """Documents from folders reach the plan; a changed blocklist counts as changed input."""
+    """Runs on folders, from which documents reach the plan; a changed blocklist counts as changed input."""
     tree = tomllib.loads(config.read_text())
     tree["sources"] |= {
         "text": {"files": [f"{tmp_path}/texts"], "format": "text", "rules": {"en": "english"}},
@@ -274,7 +274,7 @@ def test_the_command_ends_with_that_status(config: Path) -> None:
 
 
 def test_stages_run_alone_or_up_to_one(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Running each stage by a command of its own publishes the same bytes as one command for all."""
+    """Runs each stage by a command of its own, which publishes the same bytes as one command for all."""
     assert main([str(config), f"run.dir={config.parent}/whole"]) == 0
     names = list(ledger(config.parent / "whole"))
     with pytest.raises(

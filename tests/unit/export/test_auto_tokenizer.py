@@ -113,7 +113,7 @@ def test_a_token_that_only_tokenizer_config_calls_special_is_a_control_symbol(ro
 
 
 def test_a_tokenizer_that_makes_a_space_of_another_character_keeps_its_ids(tmp_path: Path) -> None:
-    """Gemma's keeps every other text."""
+    """Compares ids of a tokenizer like Gemma's, which keeps every text but U+2581."""
     described = json.loads(llama2()[0].to_str())
     described["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
     described["decoder"]["decoders"] = described["decoder"]["decoders"][:3]
@@ -127,7 +127,7 @@ def test_a_tokenizer_that_makes_a_space_of_another_character_keeps_its_ids(tmp_p
 
 @pytest.mark.parametrize("maker", [gpt2, llama3, t5])
 def test_a_model_with_a_tokenizer_trained_elsewhere_is_exported_and_verified(maker, tmp_path: Path) -> None:
-    """The checks of an export pass, whether anything begins a document, and the folder names its own end."""
+    """Runs the checks of an export, which pass whether anything begins a document, and the folder names its own end."""
     ours = Tokenizer.load(write(tmp_path / "hub", *maker()))
     config = tiny(vocab_size=ours.vocab_size)
     source = make_source(config, random_weights(config), Path(ours.origin))

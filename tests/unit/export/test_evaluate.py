@@ -80,7 +80,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tasks_run_from_the_command_line_and_their_results_collect(
     exported: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Metrics are computed again here, from what the samples say that the model answered."""
+    """Computes metrics again from what the samples say that the model answered."""
     out, samples = tmp_path / "out.json", tmp_path / "samples.jsonl"
     common = [str(exported), "--out", str(out), "--samples", str(samples), "--limit", "4", "--num-fewshot", "1"]
     assert evaluate.main([*common, "--tasks", f"{tasks}"]) == 0
@@ -107,7 +107,7 @@ def test_tasks_run_from_the_command_line_and_their_results_collect(
 
 
 def test_groups_and_tags_find_the_data_beside_their_tasks(tasks: Path, tmp_path: Path, decoder, tokenizer_path) -> None:
-    """The members of a group are in folders of their own, and so are their data."""
+    """Finds the data of a group's members, which are in folders of their own, beside each member's file."""
     from pretrain.evaluation.harness_tasks import load_tasks, run_tasks
 
     for name in ("first", "second"):
@@ -131,7 +131,7 @@ def test_groups_and_tags_find_the_data_beside_their_tasks(tasks: Path, tmp_path:
 
 @pytest.mark.parametrize("splits", ["test_split: test", "validation_split: test\nfewshot_split: test"])
 def test_the_manuals_task_shows_no_document_before_itself(tmp_path: Path, decoder, tokenizer_path, splits: str) -> None:
-    """Its YAML and its data are taken from docs/evaluation.md."""
+    """Runs the task of docs/evaluation.md, whose YAML and data are taken from that page."""
     from pretrain.evaluation.harness_tasks import load_tasks, run_tasks
 
     blocks = dict(
@@ -154,7 +154,7 @@ def test_the_manuals_task_shows_no_document_before_itself(tmp_path: Path, decode
 
 
 def test_humaneval_runs_the_models_programs(tokenizer_path: Path, decoder: Any, monkeypatch) -> None:
-    """The answers are put in the model's mouth: a right one, a wrong one, and one that ends the program."""
+    """Puts answers into the model's mouth: a right one, a wrong one, and one that ends the program."""
     from pretrain.evaluation.harness_tasks import load_tasks, run_tasks
 
     problems = humaneval.read_problems()[:3]
@@ -219,7 +219,7 @@ def test_humaneval_runs_the_models_programs(tokenizer_path: Path, decoder: Any, 
 def test_tasks_that_cannot_be_run_are_told_and_run_as_the_message_says(
     text: str, message: str, mended: str | dict[str, Any], tasks: Path, tmp_path: Path
 ) -> None:
-    """`mended` is the file or the options as the message asks for them."""
+    """Follows what the message says: `mended` is the file, or the options, as it asks for them."""
     from pretrain.evaluation.harness_tasks import load_tasks
 
     file = tmp_path / "wrong.yaml"
@@ -255,7 +255,7 @@ def test_mistakes_on_the_command_line_are_told(
 
 @pytest.mark.full
 def test_an_unknown_name_is_told_with_those_like_it() -> None:
-    """The harness reads thousands of files for the names of its own tasks, which takes many seconds."""
+    """Asks for an unknown task, for whose name the harness would read thousands of files of its own tasks."""
     from pretrain.evaluation.harness_tasks import load_tasks
 
     with pytest.raises(

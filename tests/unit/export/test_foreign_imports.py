@@ -58,7 +58,7 @@ def exports(model: Path, out: Path) -> None:
 def test_tokenizer_json_is_taken_where_the_sentencepiece_model_changes_text(
     tmp_path: Path, tokenizer_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The case of LLaMA, whose tokenizer.model puts a space before a text, and both files have the same pieces."""
+    """Imports a folder like LLaMA's: tokenizer.model puts a space before a text; both files have equal pieces."""
     hub = saved(tmp_path / "hub", 800, eos_token_id=2)
     described = json.loads(convert(read_model(tokenizer_path)).to_str())
     described["added_tokens"] = described["added_tokens"][:3]  # <unk>, <s>, </s>: none of Trivium's for chats

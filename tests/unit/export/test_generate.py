@@ -47,7 +47,7 @@ def test_several_prompts_are_continued_as_if_alone(model, capsys):
 
 
 def test_a_prompts_text_depends_on_the_seed_and_not_on_its_batch(model, capsys, tmp_path):
-    """Each of eight prompts alone, in two orders, and in batches of other sizes."""
+    """Continues each of eight prompts alone, in two orders, and in batches of other sizes."""
     prompts = [ENGLISH[n : n + 3 * n + 1] for n in range(8)]
 
     def texts(prompts: list[str], *more: str) -> list[str]:
@@ -115,7 +115,7 @@ def opened(tmp_path_factory, tokenizer_path) -> Iterator[TextModel]:
     ],
 )
 def test_a_wrong_line_of_a_file_is_named_and_can_be_corrected_or_dropped(opened, tmp_path, line, said, corrected):
-    """`corrected` is the line as the message asks for it, None if the message itself has one."""
+    """Follows what the message says: `corrected` is the line as it asks for it, None if the message has one itself."""
     file = tmp_path / "prompts.jsonl"
 
     def read(*lines: str) -> int:
@@ -223,7 +223,7 @@ def test_chat_prompt_is_that_of_training(model, tokenizer_path):
 
 
 def test_texts_end_at_the_context(model, capsys):
-    """The context is 128 tokens: a continuation is cut where it ends, and a prompt that fills it is refused."""
+    """Fills a context of 128 tokens: a continuation is cut at its end, and a prompt that fills it is refused."""
     codec = TextCodec(model / "tokenizer.model")
     long, short = "It was the age of wisdom, " * 9, "It was"
     room = 128 - len(codec.encode_prompt(long))

@@ -71,7 +71,7 @@ def test_without_a_beginning_token_they_agree_too(
 
 
 def test_answers_are_those_of_the_harness(decoder: Any, harness: Any, tokenizer_path: Path, monkeypatch) -> None:
-    """Texts are compared where both could decode them: the exported tokenizer spells broken UTF-8 in another way."""
+    """Compares texts that both decode, since the exported tokenizer spells broken UTF-8 in another way."""
     settings = {"until": ["\n", "the"], "max_gen_toks": 5, "do_sample": False}
     prompts = [(ENGLISH[i * 9 : i * 9 + 60], settings) for i in range(8)]
     prompts += [("春眠", settings), (ENGLISH * 2, settings), ("It", {**settings, "until": []})]
@@ -112,7 +112,7 @@ def test_special_tokens_are_plain_text_unless_the_chat_template_wrote_them(decod
 def test_a_tokenizer_without_a_beginning_token(
     decoder: Any, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The end-of-text token then stands before a text without context, as in the harness's own model."""
+    """Encodes without a beginning token: the end-of-text token stands before an empty context."""
     codec = TextCodec(tokenizer_path)
     monkeypatch.setattr(codec, "bos_id", -1)
     lm = make_lm(decoder, codec, CONTEXT)

@@ -41,7 +41,7 @@ def test_same_ids_on_prose_code_and_odd_strings(folder: Path, tokenizer_path: Pa
 
 @pytest.mark.parametrize("kind", list(TokenizerKind)[1:])
 def test_other_kinds_give_the_same_ids(tmp_path: Path, kind: TokenizerKind):
-    """Runs of spaces and newlines, spelled control symbols and byte tokens included; with and without a template."""
+    """Compares ids of runs of spaces and newlines, spelled control symbols and byte tokens, also in a template."""
     code = Path(random.__file__).read_text(encoding="utf-8")
     texts = [code[i : i + 1500] for i in range(0, len(code), 1500)] + [CHINESE, ENGLISH] * 5
     shard = write_shard(tmp_path / "text.jsonl.zst", [{"text": text} for text in texts])
@@ -89,7 +89,7 @@ def test_special_tokens(folder: Path, tokenizer_path: Path):
 
 @pytest.mark.parametrize("template", [jinja_template(), None])
 def test_one_bos_by_every_way(tmp_path: Path, tokenizer_path: Path, template: str | None):
-    """Rendered dialogues and plain text get exactly one <s>; the keys that converters read say the same."""
+    """Counts <s> in rendered dialogues and plain text: one in each, as the keys that converters read say."""
     write_tokenizer(tmp_path, tokenizer_path, max_length=128, chat_template=template)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     fast, slow = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True), Tokenizer.load(tokenizer_path)

@@ -250,7 +250,7 @@ def test_other_folders_are_left_alone_and_interrupted_ones_healed(tmp_path):
 
 
 def test_what_fp32_rounds_is_allowed(tmp_path, tokenizer_path):
-    """The logits are in the hundreds, so that fp32 has them to about 1e-4."""
+    """Makes logits in the hundreds, which fp32 has to about 1e-4."""
     weights = random_weights(tiny())
     weights["lm_head.weight"] *= 100
     status, printed = run(make_source(tiny(), weights, tokenizer_path), tmp_path / "out")
@@ -259,7 +259,7 @@ def test_what_fp32_rounds_is_allowed(tmp_path, tokenizer_path):
 
 
 def test_a_fault_is_found_in_its_layer_among_large_hidden_states(tmp_path, tokenizer_path, monkeypatch):
-    """One element of the hidden state is in the tens of thousands, so that fp32 has it to about 1e-3."""
+    """Makes one element of the hidden state some ten thousands, which fp32 has to about 1e-3."""
     original = export.checks.reload
 
     def reload(*args):

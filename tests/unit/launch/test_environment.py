@@ -103,7 +103,7 @@ def test_variables_read_back_as_the_same_environment() -> None:
     ],
 )
 def test_what_is_wrong_is_named(env: dict[str, str], words: str, unset: str | None) -> None:
-    """The remedy works: without the variable `unset`, or with the launcher's own values if that is None, it is read."""
+    """Follows the remedy: without the variable `unset`, or with the launcher's values if it is None, all is read."""
     with pytest.raises(ValueError, match=words.replace("(", r"\(")) as raised:
         ClusterEnvironment.read(env)
     if "export MASTER_ADDR=HOST" in str(raised.value):
@@ -131,7 +131,7 @@ def test_slurm_notation() -> None:
 
 
 def test_torchrun_finds_a_ranks_reason(tmp_path: Path) -> None:
-    """The error file has the form that torchrun's own classes read."""
+    """Reads the error file by torchrun's own classes."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
     file = tmp_path / "error.json"

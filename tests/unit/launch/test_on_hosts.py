@@ -97,7 +97,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize(("sent", "got"), [("10\n", signal.SIGUSR1), ("", signal.SIGTERM)])
 def test_the_other_side_passes_signals_on_and_stops_when_it_is_left_alone(tmp_path: Path, sent: str, got: int) -> None:
-    """The number of a signal is sent, or nothing: the end of the input, as when ssh has been killed."""
+    """Sends the number of a signal, or nothing: the end of the input, as when ssh has been killed."""
     (tmp_path / "folder").mkdir()
     job = {
         "command": [sys.executable, "-c", REMOTE, str(tmp_path)],

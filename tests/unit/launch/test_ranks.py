@@ -101,7 +101,7 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
 
 
 def test_a_stopped_rank_ends_with_the_others(tmp_path: Path) -> None:
-    """A process that SIGSTOP has stopped answers no SIGTERM until it goes on."""
+    """Stops a rank by SIGSTOP, after which it answers no SIGTERM until it goes on."""
     process = launcher(tmp_path, UP + "if os.environ['RANK'] == '0': time.sleep(1); sys.exit(76)\ntime.sleep(60)\n")
     start = time.monotonic()
     os.kill(wait_for(tmp_path, "up0", "up1")[1], signal.SIGSTOP)
@@ -138,7 +138,7 @@ def test_a_signal_reaches_every_rank_once_and_the_status_is_theirs(
 
 
 def test_a_signal_after_a_failure_does_not_hide_it(tmp_path: Path) -> None:
-    """Rank 0 refuses its config while rank 1 is still importing, and rank 1 is stopped by the signal."""
+    """Stops rank 1 by the signal while it is still importing; rank 0 has refused its config before."""
     refuses = "if os.environ['RANK'] == '0': print('error: no', file=sys.stderr); sys.stderr.flush(); os._exit(2)\n"
     script = "signal.signal(signal.SIGTERM, lambda *_: os._exit(75))\n" + UP + refuses + "time.sleep(60)\n"
     process = launcher(tmp_path, script)
@@ -224,7 +224,7 @@ STEP = {
 
 
 def test_nodes_are_those_of_the_slurm_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """srun starts `trivium launch` once per node, which reads the nodes from Slurm's variables, or from its options."""
+    """Starts `trivium launch` once per node, as srun does; it reads nodes from Slurm's variables or its options."""
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     script = (

@@ -142,7 +142,7 @@ def test_an_interrupted_stage_is_called_again(stages: list[RecipeStage], tmp_pat
 
 
 def test_an_interruption_at_the_end_of_a_stage_needs_no_second_one(stages: list[RecipeStage], tmp_path: Path) -> None:
-    """The interrupted stage finishes its work, and no other stage is started."""
+    """Interrupts a stage at its end: it finishes its work, and no other stage is started."""
     (tmp_path / "busy_two").touch()
     status, output = interrupted_in("two", "may be interrupted", tmp_path)
     assert (status, (tmp_path / "calls").read_text()) == (130, "one two ")
@@ -233,7 +233,7 @@ def test_stages_run_the_modules_of_their_commands() -> None:
 
 
 def test_a_missed_gate_stops_the_recipe_and_says_what_to_do(stages: list[RecipeStage], tmp_path: Path) -> None:
-    """Each remedy of the message is followed: a lower bound, and the stage repeated."""
+    """Follows each remedy of the message: a lower bound, and the stage repeated."""
     metrics = {"step": 1, "loss": 2.0}, {"step": 1, "eval": {"sort answers": {"sampled": 0.4}}}
     assert run(stages[:1], tmp_path)[0] == 0
     (stages[0].output / "metrics.jsonl").write_text("\n".join(map(json.dumps, metrics)))
@@ -304,7 +304,7 @@ def test_until_names_the_last_stage(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_stages_may_sample_and_distil(tmp_path: Path) -> None:
-    """A stage of rejection sampling starts ranks, and its result is its record, which has the dialogues' checksum."""
+    """Runs a stage of rejection sampling, which starts ranks; its record has the dialogues' checksum."""
     tree = {
         "dir": str(tmp_path),
         "ranks": 2,

@@ -66,7 +66,7 @@ def test_mistakes_in_a_recipe_are_found_before_it_runs(changes: dict, message: s
 
 
 def test_a_later_stage_is_held_against_its_ranks_and_the_model_that_reaches_it(tmp_path: Path) -> None:
-    """The second stage starts from the first one's model, which has two layers and does not exist yet."""
+    """Checks a second stage that starts from the first one's model, which has two layers and does not exist yet."""
     begin = ["train.global_batch_size=6", "train.micro_batch_size=1", "model.num_layers=2"]
     stages = {
         "a": {"command": "train", "config": "configs/pretrain/demo.toml", "set": begin},

@@ -168,7 +168,7 @@ def test_the_copy_of_the_code_is_named_after_its_content(tmp_path: Path, monkeyp
     "config", ["pretrain/demo", "posttrain/demo_grpo", "posttrain/demo_sft", "data/demo", "export/demo"]
 )
 def test_a_config_alone_says_what_its_command_is(capsys: pytest.CaptureFixture[str], config: str) -> None:
-    """Options of the launcher may also come last, as in `trivium launch CONFIG --on slurm --dry-run`."""
+    """Gives a config alone, also with the launcher's options last: `trivium launch CONFIG --on slurm --dry-run`."""
     name = {"pretrain/demo": "train", "data/demo": "data run"}.get(config, config.rpartition("_")[2].split("/")[0])
     path = str(ROOT / f"configs/{config}.toml")
     start = ["init.run=runs/x"] if name in ("grpo", "sft") else []

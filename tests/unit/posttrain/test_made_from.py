@@ -94,7 +94,7 @@ def test_a_critic_has_the_policys_tokenizer_and_shape(
 
 
 def test_a_critic_that_a_run_goes_on_with_keeps_its_name(tokenizer_file: Path, tmp_path: Path) -> None:
-    """Its weights come from the run's own checkpoints, so another name would be taken in silence."""
+    """Resumes under another name of the critic, whose weights come from the run itself: it is refused."""
     pin = Pin.of(checkpoint(tmp_path / "policy", tokenizer_file))
     run = tmp_path / "ppo"
     config = {"model": MODEL, "init": {"run": str(tmp_path / "policy")}, "train": {}, "ppo": {"critic": "runs/rm"}}
@@ -143,7 +143,7 @@ def test_a_checkpoint_that_another_run_needs_is_not_pruned(tokenizer_file: Path,
 
 
 def test_what_an_adapter_was_trained_on_top_of_is_checked_too(tokenizer_file: Path, tmp_path: Path) -> None:
-    """Damage in the base is damage of the model, which nothing else would tell."""
+    """Damages the base of an adapter, which is damage of the model that nothing else would tell."""
     base = checkpoint(tmp_path / "base", tokenizer_file, files={"a": {"bytes": 1, "sha256": "0" * 64}})
     (base / "a").write_bytes(b"x")
     pin = Pin.of(base)
@@ -171,7 +171,7 @@ def test_a_start_from_an_older_checkpoint_than_the_newest_is_told(tokenizer_file
 def test_a_model_that_was_moved_is_found_where_the_config_names_it(
     tokenizer_file: Path, tmp_path: Path, key: str
 ) -> None:
-    """The reference of a run that goes on is then read from there."""
+    """Moves the model that a run began from: its reference is then read from where the config names it."""
     pin = Pin.of(checkpoint(tmp_path / "policy", tokenizer_file))
     config = {"model": MODEL, "init": {"run": str(tmp_path / "policy")}, "train": {}}
     checkpoint(tmp_path / "grpo", tokenizer_file, config=config, init=vars(pin))

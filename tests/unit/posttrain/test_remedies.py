@@ -160,7 +160,7 @@ def test_whatever_a_message_suggests_for_a_layout_is_legal_then(base: Path, run:
 def test_a_model_to_begin_from_is_found_as_the_message_says(
     base: Path, run: dict[str, Run], tmp_path: Path, wrong: list[str], words: str, right: list[str] | None
 ) -> None:
-    """`right` are overrides beside the KEY=VALUE of the message; None if the message names no value."""
+    """Follows what the message says: `right` are overrides beside its KEY=VALUE, None if it names no value."""
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     (tmp_path / "other").write_text("no such tokenizer")
     folders = {"dense": base / "dense", "empty": tmp_path / "empty", "other": tmp_path / "other"}
@@ -195,7 +195,7 @@ def test_a_task_that_no_digits_fit_into_a_models_rows_fits_a_model_of_longer_row
 def test_a_run_that_continues_is_told_no_other_length_of_rows_than_its_own(
     base: Path, run: dict[str, Run], tmp_path: Path, command: str
 ) -> None:
-    """A run that continues cannot change its row length; a new run with the length in the message can have it."""
+    """Follows what the message says to a run that continues: not its row length can change, but a new run's can."""
     begun, draw = f"run.dir={base / 'begun'}", random.Random(5)
     longer = refused(run[command], 1, [begun, "train.seq_length=64"])
     assert list(remedies(longer)) == [("train.seq_length", str(ROW))] and "choose another run.dir" in longer
@@ -283,7 +283,7 @@ def test_a_run_that_continues_is_told_no_other_length_of_rows_than_its_own(
 def test_other_commands_start_as_their_messages_say(
     base: Path, run: dict[str, Run], tmp_path: Path, command: str, wrong: list[str], words: str, right: list[str] | None
 ) -> None:
-    """`right` are the overrides that a message asks for; None if it names a value itself, or to swap two."""
+    """Follows what the message says: `right` are the overrides it asks for, None if it names a value or to swap two."""
     values = base / "values/checkpoints/step_1"
     if not values.exists():
         shutil.copytree(base / "dense", base / "values")

@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_token_costs_its_products_and_half_of_the_score_matrix(tied: bool) -> None:
-    """Forward, a product of an [m, k] weight costs 2mk a token; backward costs twice the forward pass."""
+    """Counts by hand: a product of an [m, k] weight costs 2mk a token forward, and twice that backward."""
     width, inner, length, vocab = 16, 24, 10, 32
     model = ModelConfig(
         vocab_size=vocab,

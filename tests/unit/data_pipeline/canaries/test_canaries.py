@@ -1,6 +1,4 @@
-"""Canaries are caught by their rule, in a real run with all stages on; and the run's own documents are the same, byte
-for byte, whether there are canaries or not.
-"""
+"""Canaries in a real run with all stages on: their rule catches them, and the run's own documents are unchanged."""
 
 import gzip
 import itertools
@@ -199,7 +197,7 @@ def test_one_that_gets_through_or_meets_another_rule_is_an_alarm(config: Path, p
 
 
 def test_a_text_that_is_mostly_cut(config: Path) -> None:
-    """A copy, which would be dropped by MinHash if that were on, loses most of its text in the substrings stage."""
+    """Runs on a copy that MinHash would drop if that were on: it loses most of its text in the substrings stage."""
     canary = planted(config)["mostly"]
     canary["text"][0] += " Not the same end."
     path = with_canaries(config, {"mostly": canary | {"reason": "duplicate_substring"}}, "mostly")

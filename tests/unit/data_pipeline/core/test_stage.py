@@ -10,7 +10,7 @@ from tests.data_runs import ROOT
 
 
 def test_a_stages_code_is_all_that_its_modules_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change in an imported module changes the hash; one in executors, counts or other stages' code does not."""
+    """Changes imported modules, which changes the hash, and executors and other stages' code, which does not."""
     shutil.copytree(ROOT / "data_pipeline", tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(stage, "_HERE", tmp_path / "copy")
 

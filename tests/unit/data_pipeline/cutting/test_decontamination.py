@@ -79,7 +79,7 @@ def test_human_eval_is_found_where_it_is_and_nowhere_else() -> None:
 
 @pytest.mark.parametrize(("source", "size"), [("english", 13), ("chinese", 26)])
 def test_matches_agree_with_sets_of_ngrams(tmp_path: Path, source: str, size: int) -> None:
-    """Items are passages of the first four documents, which are searched for in these and four others."""
+    """Looks for passages of the first four documents in these and in four others."""
     draw = random.Random(source)
     texts = [record["text"] for record in demo_records(source)][:8]
     items = []
@@ -303,7 +303,7 @@ ZIPPED = gzip.compress(b"".join(b'{"text": "%d"}\n' % number for number in range
 def test_an_evaluation_file_that_cannot_be_read_ends_the_run_and_what_is_said_helps(
     tmp_path: Path, name: str, content: bytes, settings: dict[str, Any], message: str, mended: Any
 ) -> None:
-    """`mended` is the file's content or the keys that the message asks for; None if it names a format."""
+    """Follows the message: `mended` is the file's content or the keys that it asks for, None for a format."""
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(ValueError, match=message) as raised:

@@ -75,7 +75,7 @@ def test_chinese_near_duplicates_meet() -> None:
 
 
 def test_shingles_are_windows_of_words_without_punctuation() -> None:
-    """Equal windows have equal hashes at any position, and the rolling hash equals that of a window by itself."""
+    """Compares hashes of equal windows at any position, and the rolling hash with that of a window by itself."""
     words = np.random.default_rng(0).choice(["a", "b", "ab", "c"], 300).tolist()
     found = shingles(", ".join(words).upper() + "!", 5)
     grams = [tuple(words[position : position + 5]) for position in range(len(words) - 4)]
@@ -126,7 +126,7 @@ def test_linking_groups_of_equal_keys() -> None:
 
 @pytest.mark.parametrize("parts", [1, 3, 8])
 def test_who_survives_does_not_depend_on_the_parts(tmp_path: Path, parts: int) -> None:
-    """The best document stays, or that of an earlier run if there is one, for any number of parts."""
+    """Divides clusters into any number of parts: the best document stays, or that of an earlier run if there is one."""
     draw = np.random.default_rng(5)
     write_table(tmp_path / "filter", "s/0", pa.table({"row": range(300), "verdict": [""] * 300}))
     write_table(tmp_path / "dedup", "s/0", pa.table({"row": range(40), "verdict": [""] * 40}))

@@ -115,7 +115,7 @@ def test_documents_of_an_earlier_run_are_not_kept_again(records: list[dict[str, 
 
 
 def test_texts_of_an_earlier_run_are_compared_too(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    """Documents of one template in an earlier run and in this one share keys, but no two are similar enough."""
+    """Compares documents of one template in an earlier run and in this one: they share keys, and none is similar."""
     filled = template(50, 0.7)
     few: dict[str, Any] = {"shard_bytes": 40_000, "index": [str(tmp_path / "old/run")]}
     verdicts(tmp_path / "old", filled[:25], shard_bytes=40_000)
@@ -144,7 +144,7 @@ def similarity(one: str, other: str) -> float:
 
 
 def test_every_near_duplicate_is_similar_to_the_one_that_stays(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    """Overlapping windows and a template mostly stay if texts are compared, and collapse if they are not."""
+    """Runs on overlapping windows and a template: most stay if texts are compared, and collapse if they are not."""
     with gzip.open(ROOT / "data/demo/english.jsonl.gz", "rt", encoding="utf-8") as lines:
         text = json.loads(lines.readline())["text"]
     chain, filled = windows(text[:40_000], 400, 40), template(40, 0.68)
@@ -186,7 +186,7 @@ WORDY = {
 
 
 def test_texts_without_words_are_like_no_other_but_their_copies(tmp_path: Path) -> None:
-    """Texts without n-grams are dropped only as exact duplicates."""
+    """Runs on texts without n-grams, which are dropped only as exact duplicates."""
     wordless = [(f"{kind} {n}", text) for kind, texts in WORDLESS.items() for n, text in enumerate(texts)]
     wordy = [(f"{kind} {n}", text) for kind, texts in WORDY.items() for n, text in enumerate(texts)]
     copies = [(f"{name} copy", text.upper() + "  ") for name, text in wordless]

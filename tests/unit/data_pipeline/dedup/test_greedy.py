@@ -84,14 +84,14 @@ def test_large_clusters_lie_in_files(tmp_path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_nothing_goes_through_a_chain() -> None:
-    """Windows overlap by 90%: neighbours are similar (0.82), windows two apart are not (0.67)."""
+    """Makes windows that overlap by 90%: neighbours are similar (0.82), windows two apart are not (0.67)."""
     windows = [set(range(10 * n, 10 * n + 100)) for n in range(3000)]
     found = survivors(cluster_of(windows), 0.75, np.zeros).tolist()
     assert found == [KEPT if n % 2 == 0 else n - 1 for n in range(3000)]
 
 
 def test_a_template_keeps_what_is_not_similar_enough() -> None:
-    """2,000 documents of 60 common and 14 own n-grams have a similarity of 60 / 88 = 0.68; then edited copies join."""
+    """Makes 2,000 documents of 60 common and 14 own n-grams, of similarity 60 / 88 = 0.68; then edited copies join."""
     template = [set(range(60)) | {1000 + 14 * n + m for m in range(14)} for n in range(2000)]
     assert (survivors(cluster_of(template), 0.75, np.zeros) == KEPT).all()
     assert survivors(cluster_of(template[:50]), 0.68, np.zeros).tolist() == [KEPT] + [0] * 49
@@ -101,7 +101,7 @@ def test_a_template_keeps_what_is_not_similar_enough() -> None:
 
 
 def test_thousands_of_copies_are_one_document() -> None:
-    """Equal documents are not compared; nearly equal ones are compared with the kept one alone, so this is fast."""
+    """Times thousands of copies: equal ones are not compared, and nearly equal ones with the kept one alone."""
     base = set(range(2000))
     near = [base | {10_000 + n} for n in range(3000)]
     assert survivors(cluster_of(near), 0.75, np.zeros).tolist() == [KEPT] + [0] * 2999

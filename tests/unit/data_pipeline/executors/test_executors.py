@@ -124,7 +124,7 @@ def test_fewer_workers_help_where_too_many_were_killed_for_their_memory(tmp_path
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    """The signal goes to the parent alone, while its workers run a task that would take a minute."""
+    """Kills the parent alone, while its workers run a task that would take a minute."""
     script = f"""
 import os, sys, time
 from pathlib import Path
@@ -160,7 +160,7 @@ def wait_for(true: Callable[[], bool], seconds: float) -> None:
 
 
 def test_a_task_is_never_started_twice(tmp_path: Path) -> None:
-    """A scheduler that lost a node may start a task again; steps that append would then write lines twice."""
+    """Starts a task again, as a scheduler does that lost a node: steps that append would write lines twice."""
     prepare(tmp_path)
     assert claim(tmp_path, 4)
     assert not claim(tmp_path, 4)
@@ -258,7 +258,7 @@ def test_one_of_many_ranks_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_an_mpi_library_of_the_cluster_is_loaded_once_the_library_path_names_its_folder() -> None:
-    """The library is that of the package mpich, which mpi4py finds by itself only in the environment it belongs to."""
+    """Loads the library of the package mpich, which mpi4py finds by itself only in its own environment."""
     folder = Path(sys.prefix, "lib")
     if not (folder / "libmpi.so").exists():
         pytest.skip("no MPI library in this Python's environment")
@@ -283,7 +283,7 @@ def test_an_mpi_library_of_the_cluster_is_loaded_once_the_library_path_names_its
 
 
 def test_ranks_of_another_mpi_than_ours_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If mpirun and mpi4py use different MPI libraries, each rank sees a world of one rank."""
+    """Starts ranks by an mpirun of another MPI library than mpi4py's, with which each rank sees a world of one rank."""
     ours = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
     done = data_run("configs/data/demo.toml", f"run.dir={tmp_path}", env=ours)
     # Where /sys is missing, MPI's own libraries complain first, one on each stream.

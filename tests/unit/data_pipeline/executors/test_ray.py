@@ -38,7 +38,7 @@ def test_a_task_of_the_size_that_the_message_says_fits_a_node_of_ray(
 def test_a_ray_without_cluster_is_told_and_this_machine_does_as_the_message_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ray may not be installed here; `init` does what it does without a cluster, and `nodes` what it does with one."""
+    """Replaces Ray, which may not be installed, with what `init` and `nodes` do without a cluster and with one."""
     begun: list[str] = []
 
     def init(address: str, **options: object) -> None:

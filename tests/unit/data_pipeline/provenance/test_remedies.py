@@ -22,7 +22,7 @@ MIXTURE = "[mixture]\nseq_length = 32\nsamples = 10\nweights = { big = 1.0 }\n"
 def test_a_document_and_a_source_are_found_as_the_messages_say(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every second record has no id of its own."""
+    """Finds documents of an input in which every second record has no id of its own."""
     config = write_config(tmp_path, {"big": 6}, MIXTURE)
     records = [json.loads(line) for line in (tmp_path / "big.jsonl").read_text().splitlines()]
     for record in records[1::2]:

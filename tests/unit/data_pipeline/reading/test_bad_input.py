@@ -66,7 +66,7 @@ def read_bounded(*jobs: tuple[Path, str], **limits: float) -> list[list[list]]:
 
 
 def test_the_bound_on_memory_is_one(tmp_path: Path) -> None:
-    """A line that may be that long does not fit into the memory, so the bound is tight enough for the next tests."""
+    """Reads a line of the limit's length, which does not fit into the memory: so the bound of later tests is tight."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "' + b"a" * 60 * MB + b'"}\n')
     with pytest.raises(AssertionError, match="MemoryError"):

@@ -252,7 +252,7 @@ def test_pages_of_other_records(tmp_path: Path) -> None:
 
 
 def test_brotli_of_every_size_comes_out_whole() -> None:
-    """Sizes are around the decoder's block sizes, both of its input and of its output."""
+    """Decodes Brotli of sizes around the decoder's block sizes, both of its input and of its output."""
     for size in (0, 1, 4_095, 4_096, 65_535, 65_536, 65_537, 1_000_000):
         for content in (os.urandom(size), b"".join(b"%d " % (number * number) for number in range(size // 6))):
             headers = {"Content-Encoding": "br"}

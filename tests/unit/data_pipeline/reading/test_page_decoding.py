@@ -239,7 +239,7 @@ def test_what_others_could_not_decode_stays_as_it_is() -> None:
 
 
 def test_text_that_speaks_of_pages_declares_nothing(tmp_path: Path) -> None:
-    """A conversion record is plain text, so a <meta> tag that it quotes does not declare its encoding."""
+    """Reads a conversion record, which is plain text: a <meta> tag that it quotes does not declare its encoding."""
     content = f"{RUSSIAN} <meta charset=euc-kr>".encode("cp1251")
     assert decode_page(content, "text/plain; charset=windows-1251", markup=False).text.startswith(RUSSIAN)
     assert decode_page(RUSSIAN.encode() + b"<meta charset=koi8-r>", markup=False).text.startswith(RUSSIAN)

@@ -62,7 +62,7 @@ def test_warc_pages_are_decoded_by_their_own_encoding(tmp_path: Path) -> None:
 
 
 def test_reading_goes_on_after_a_member_that_swallows_the_rest(tmp_path: Path) -> None:
-    """A stored block claims to have 65,535 bytes, so that it takes in all sound members up to the end of the file."""
+    """Reads a file with a stored block that claims 65,535 bytes, and so takes in all members after it."""
     members = warc([PAGE.format(n).encode() for n in range(5)])
     members[2] = members[2][:10] + b"\x00\xff\xff\x00\x00" + members[2][15:]
     assert len(b"".join(members[2:])) < 65535

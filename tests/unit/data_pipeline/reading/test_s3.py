@@ -133,7 +133,7 @@ def test_a_run_from_s3_is_the_run_from_disk_and_keeps_no_secret(s3: Any, tmp_pat
 
 
 def test_a_connection_that_breaks_is_an_error(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A broken connection raises an error; records are not counted as broken for it."""
+    """Breaks the connection to the store, which raises an error; records are not counted as broken for it."""
     put(s3, "a.jsonl", b'{"text": "x"}\n' * 1000)
     (unit,) = find_units("s", source("s3://corpus/a.jsonl"), 1)
     endpoint = os.environ["AWS_ENDPOINT_URL"]
@@ -175,7 +175,7 @@ def test_an_address_with_credentials_is_refused_and_not_repeated(tmp_path: Path,
 
 
 def test_a_local_key_is_of_contents(tmp_path: Path) -> None:
-    """The cache key of a local file depends on its content, not on its modification time."""
+    """Compares cache keys of a local file, which depend on its content and not on its modification time."""
     config_file = tmp_path / "data.toml"
     prose_and_pages(config_file, tmp_path / "in")
     (tmp_path / "in").mkdir()

@@ -88,7 +88,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("pattern", ["", "*", "*/*.txt", "**/*.txt"])
 def test_names_that_cannot_be_shown(tmp_path: Path, pattern: str) -> None:
-    """Files and folders are read whatever bytes their names have, and their names are shown as printable text."""
+    """Reads files and folders whatever bytes their names have, and shows their names as printable text."""
     for folder in (b"plain", b"fol\xffder [0-9] \n"):
         os.mkdir(os.fsencode(tmp_path) + b"/" + folder)
         for name in STRANGE:

@@ -128,7 +128,7 @@ def test_samples_of_cuts_show_what_went_and_never_personal_data(run_dir: Path, p
 
 
 def test_no_source_may_have_the_name_of_a_folder_that_stages_keep_beside_those_of_sources(run_dir: Path) -> None:
-    """The reserved names are the folders that a run leaves and those that it removes at the end of a stage."""
+    """Compares the reserved names with the folders that a run leaves and those that it removes at a stage's end."""
     sources = load(DataConfig, run_dir / "config.toml").sources
     by_source = [folder for folder in run_dir.iterdir() if any((folder / name).is_dir() for name in sources)]
     left = {path.name for folder in by_source for path in folder.iterdir() if path.is_dir()} - set(sources)

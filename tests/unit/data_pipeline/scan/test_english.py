@@ -81,7 +81,7 @@ def test_white_space_of_any_kind_parts_words() -> None:
 
 
 def test_time_does_not_grow_faster_than_the_text() -> None:
-    """Splits long pieces without white space, which would take minutes in quadratic time."""
+    """Splits long pieces without white space in time: a quadratic splitter would take minutes."""
     for piece in ("(" * 200_000, "." * 200_000, "a:b@" * 50_000, "a." * 100_000, "x" * 200_000, ")-" * 100_000):
         started = time.process_time()
         starts, ends = words_of(piece)
@@ -110,7 +110,7 @@ def test_words_are_spacys_on_real_text_and_on_random_signs() -> None:
 
 
 def test_verdicts_are_stock_datatroves_on_real_text() -> None:
-    """At least 98% of the verdicts equal those of unchanged datatrove filters, which use spaCy."""
+    """Compares verdicts with those of unchanged datatrove filters, which use spaCy: at least 98% are equal."""
     pytest.importorskip("spacy")
     from tests.bench.data_pipeline.agreement import agreement, peers
 

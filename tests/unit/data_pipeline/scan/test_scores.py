@@ -226,7 +226,7 @@ SENTENCE = re.compile(r"(?=.*\w).+?(?:[.?!…。？！．]+[\"')\]”’」』]*
     ],
 )
 def test_verdicts_are_datatroves(use: str, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verdicts on all documents equal those of datatrove's filters when these count Trivium's words and sentences."""
+    """Compares verdicts on all documents with datatrove's filters when these count Trivium's words and sentences."""
     rules = RuleSet(use=(use,))
     for module in (gopher_quality_filter, gopher_repetition_filter, fineweb_quality_filter):
         monkeypatch.setattr(module, "split_into_words", lambda text, language: _words(text, rules.splitter))

@@ -52,7 +52,7 @@ def test_heldout_numbers_by_hand() -> None:
 
 
 def test_the_model_by_hand() -> None:
-    """Each word and each pair of words is a feature, weighted by 1 / sqrt(number of features)."""
+    """Computes a probability by hand: words and pairs are features, weighted by 1 / sqrt(their number)."""
     model = classifier.LinearClassifier(np.arange(1001, dtype=np.float32) / 1000, 2)
     one, two, both = (model.features(text) for text in ("three", "KINGDOMS", "Three kingdoms"))
     assert len(both) == 3 and both[0] == one[0] and both[2] == two[0]

@@ -164,7 +164,7 @@ def test_unigrams_by_hand_and_as_datatrove(tmp_path: Path) -> None:
 
 
 def test_unigrams_agree_with_datatroves_filter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores of real documents equal datatrove's, which are natural logarithms, if words are split alike."""
+    """Compares scores of real documents with datatrove's, which are natural logarithms, where words are split alike."""
     from datatrove.data import Document
     from datatrove.pipeline.filters import unigram_log_probs
 

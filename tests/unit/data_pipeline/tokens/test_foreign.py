@@ -69,7 +69,7 @@ def settings(case: tuple[Maker, Path]) -> TokenizerConfig:
 
 
 def test_the_ids_are_the_library_s(case: tuple[Maker, Path], tmp_path: Path) -> None:
-    """Whole texts, whatever tokenizer.json says of truncation and padding, and with the copy in a data run as well."""
+    """Compares ids of whole texts with the library's, whatever tokenizer.json says of truncation and padding."""
     adopt(settings(case), tmp_path / "copy")
     ours = Tokenizer.load(tmp_path / "copy")
     theirs = tokenizers.Tokenizer.from_file(str(case[1] / "tokenizer.json"))
@@ -166,7 +166,7 @@ def test_keys_of_training_are_refused_beside_a_file() -> None:
 
 @pytest.mark.parametrize("maker", [qwen, t5])
 def test_a_data_run_takes_it(maker: Maker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Raw files become rows: documents end with its own token, rows are filled with its own, its template is there."""
+    """Makes rows by a foreign tokenizer: its own tokens end documents and fill rows, and its template is kept."""
     folder = write(tmp_path / "hub", *maker())
     lines = [{"text": f"Number {n}. " + TEXTS[n % 40][:200], "id": str(n)} for n in range(60)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -26,7 +26,7 @@ def of(file: Path, **keys: str) -> TokenizerConfig:
 
 
 def test_the_roles_of_tokens_are_named_as_the_messages_say(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """A message's own examples are taken where it has some."""
+    """Follows each message by its own examples, where it has some."""
     folder = write(tmp_path / "bert", *bert())
     for keys in ({}, {"end_of_document": "</s>"}):
         with pytest.raises(ConfigError, match=r"such as (\S+?)[, ]") as raised:

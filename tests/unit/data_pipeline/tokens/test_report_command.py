@@ -65,7 +65,7 @@ def test_the_numbers_are_those_of_the_text(run: Path, tmp_path: Path, capsys: py
 
 
 def test_every_published_form_gives_the_ids_of_its_library(tmp_path: Path) -> None:
-    """GPT-2's two files under both names, ranks of tiktoken, tokenizer.json and any sentencepiece model."""
+    """Compares ids for GPT-2's files under both names, tiktoken's ranks, tokenizer.json and sentencepiece models."""
     made = gpt2()[0]
     described = json.loads(made.to_str())["model"]
     plain = {piece: number for piece, number in described["vocab"].items() if piece != "<|endoftext|>"}

@@ -68,7 +68,7 @@ def test_kinds_have_the_same_control_symbols(of_kind: Tokenizer) -> None:
 
 
 def test_words_of_code_keep_their_indentation(tmp_path: Path) -> None:
-    """Byte-level BPE has pieces of several spaces and tabs, which code is full of."""
+    """Trains byte-level BPE, which has pieces of several spaces and tabs, of which code is full."""
     text = Path(argparse.__file__).read_text(encoding="utf-8")[:40_000].replace("\n    def", "\n\t\tdef")
     path = write_shard(tmp_path / "code.jsonl.zst", [{"text": text}])
     train([path], tmp_path / "out", TokenizerConfig(kind=TokenizerKind.BYTE_BPE, vocab_size=500))
@@ -207,7 +207,7 @@ def test_wrong_ids_and_broken_text_are_named(small_tokenizer: Tokenizer) -> None
 
 
 def test_parts_give_the_ids_of_the_whole(small_tokenizer: Tokenizer) -> None:
-    """Texts encoded part by part through the cache get the ids that sentencepiece gives the whole texts."""
+    """Encodes texts part by part through the cache: the ids are those that sentencepiece gives the whole texts."""
     draw = random.Random(0)
     alphabet = "ab  \n\t.,éß中文the ing\u3000\0\u2581\U0001f600"
     texts = ["".join(draw.choices(alphabet, k=draw.randrange(60))) for _ in range(3000)]

@@ -30,7 +30,7 @@ def write_config(folder: Path, text: dict[str, Any], **tokenizer: Any) -> Path:
 
 @pytest.mark.parametrize("kind", list(TokenizerKind))
 def test_the_vocabulary_is_what_was_asked_for(kind: TokenizerKind, tmp_path: Path) -> None:
-    """Special and reserved tokens have their ids, text never becomes one, digits are single, runs are one token."""
+    """Trains each kind: special and reserved tokens have ids that text never becomes, and digits are single."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/code.txt").write_text(CODE[:60_000], encoding="utf-8")
     runs = LONGEST if kind != TokenizerKind.WORDPIECE else 0
@@ -70,7 +70,7 @@ def test_a_run_s_documents_give_the_tokenizer_of_the_run(documents: Path, tmp_pa
 
 
 def test_files_of_several_formats_are_read_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Text comes from all files, and records without any are counted; `--dry-run` writes nothing."""
+    """Trains on files of several formats; records without text are counted, and `--dry-run` writes nothing."""
     lines = [{"body": {"text": part}} for part in re.findall(r"(?s).{1,800}", CODE[:30_000])] + [{"body": 3}]
     with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as out:
         out.writelines(json.dumps(line) + "\n" for line in lines)

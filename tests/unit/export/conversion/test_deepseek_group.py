@@ -169,7 +169,7 @@ def loss_of_modules(source: ModelSource, tokens: torch.Tensor) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
 def test_modules_of_multi_token_prediction_are_those_of_transformers(tmp_path, kind):
-    """transformers reads the same files and predicts from them; its module restarts at each text."""
+    """Compares with transformers, which reads the same files and predicts from them, text by text."""
     latent = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     sizes = {key: size for key, size in (SIZES | GROUPS).items() if kind == "deepseek_v3" or key not in latent}
     sizes |= {} if kind == "deepseek_v3" else {"head_dim": 12, "num_key_value_heads": 2, "pad_token_id": None}

@@ -65,7 +65,7 @@ def test_an_expert_is_chosen_by_its_logit_where_sigmoids_are_rounded_to_one():
 
 @pytest.mark.parametrize("stated", [{}, {"no_rope_layers": []}, {"no_rope_layers": [1, 1, 1, 0]}])
 def test_every_fourth_layer_has_no_positions_where_nothing_says_so(stated):
-    """An empty list, as Scout has it, says nothing."""
+    """Reads configs without a list of layers, or with an empty one, as Scout has it, which says nothing either."""
     config = from_hf_config({"model_type": "llama4_text", **SIZES, **stated})
     kinds = [(layer.position.kind, layer.attention.pattern, layer.attention.qk_norm) for layer in config.layers]
     assert kinds == [("rotary", "chunked", "unweighted")] * 3 + [("none", "causal", "none")]

@@ -318,7 +318,7 @@ def merged_weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_an_adapter_becomes_a_run_and_is_exported_again(base, run, exported, tmp_path):
-    """The first stage of a user's round trip: peft's adapter in, a model to start from, and an adapter for peft out."""
+    """Makes the first stage of a round trip: peft's adapter in, a model to start from, an adapter for peft out."""
     with ModelReader(storage.directory(run, 0)) as reader, ModelReader(storage.directory(base, 0)) as first:
         names = [name for name in reader.shapes if not torch.equal(reader.read(name), first.read(name))]
         assert len(names) == 7 * 3 and reader.shapes == first.shapes
@@ -384,7 +384,7 @@ def test_exports_that_cannot_be_are_refused(base, run, tmp_path, more, said):
 
 
 def test_a_model_with_rows_in_an_order_of_its_own(tokenizer_path, tmp_path):
-    """LLaMA's files pair rotated rows otherwise than this model does: DoRA's lengths and B are put in their order."""
+    """Exports from LLaMA's files, which pair rotated rows otherwise: DoRA's lengths and B are put in order."""
     config = tiny()
     config = config.model_copy(update={"position": config.position.model_copy(update={"layout": "pairs"})})
     base = write_imported(tmp_path / "base", config, tokenizer_path)

@@ -114,7 +114,7 @@ def random_batch(layout: list[list[int]], length: int) -> TokenBatch:
 
 @pytest.mark.parametrize("name", DIALECTS)
 def test_packing_rows_changes_no_dialect(name: str) -> None:
-    """Loss and gradients of four completions are the same in one row, in two and in four, whatever padding holds."""
+    """Packs four completions into one row, two and four: loss and gradients are the same, whatever padding holds."""
     results = []
     for layout, length in (([[0], [1], [2], [3]], 6), ([[3, 1], [2, 0]], 13), ([[2, 0, 3, 1]], 20)):
         found = random_batch(layout, length)
@@ -132,7 +132,7 @@ def test_packing_rows_changes_no_dialect(name: str) -> None:
 
 @pytest.mark.parametrize("name", DIALECTS)
 def test_on_policy_the_gradient_is_minus_the_advantage(name: str) -> None:
-    """The sign convention: a token's loss falls with its log-probability exactly where its advantage is positive."""
+    """Tests the sign: a token's loss falls with its log-probability exactly where its advantage is positive."""
     found = random_batch([[0, 1], [2, 3]], 12)
     dialect = DIALECTS[name]
     lp = torch.where(found.mask, found.logprobs, -1.0).requires_grad_()
@@ -164,7 +164,7 @@ def test_a_token_that_became_impossible_makes_no_nan() -> None:
 
 
 def test_gspo_of_two_sequences() -> None:
-    """Both sequences have the same probabilities; the second one's were lower before (NeMo-RL's test of batch 2)."""
+    """Compares two sequences of equal probabilities, of which the second's were lower before (NeMo-RL's test)."""
     lp = torch.tensor([[0.5, 1.0, 1.5]] * 2).log() - 1
     found = TokenBatch(
         lp,
@@ -194,7 +194,7 @@ def test_an_empty_mask_has_loss_zero() -> None:
 
 
 def test_the_gradient_of_the_kl_with_and_without_the_sampling_term() -> None:
-    """The slope of k3 by x = log policy - log reference is 1 - exp(-x), and the sampling term adds k3 itself."""
+    """Compares with the slope of k3 by x = log(policy / reference), 1 - exp(-x); the sampling term adds k3."""
     lp = torch.tensor([[-1.2, -0.7]])
     found = tokens(
         logprobs=[-1.2, -0.7], old_logprobs=[-1.0, -0.8], rollout_logprobs=[-1.5, -0.4], ref_logprobs=[-0.9, -1.1]
@@ -213,7 +213,7 @@ def test_the_gradient_of_the_kl_with_and_without_the_sampling_term() -> None:
 
 
 def test_as_losses_k1_averages_to_nothing_and_k2_to_the_kl() -> None:
-    """Over all tokens of a distribution: E[d k1] = 0, E[d k2] = d KL, and E[k3] = KL."""
+    """Averages over all tokens of a distribution: E[d k1] = 0, E[d k2] = d KL, and E[k3] = KL."""
     logits, reference = torch.tensor([0.3, -0.2, 1.0]), torch.tensor([0.1, 0.4, -0.5]).log_softmax(0)
     grads = {}
     for name in ("kl", *KLEstimator):
@@ -246,7 +246,7 @@ def test_sequences_in_one_row_do_not_bootstrap_from_each_other() -> None:
 
 
 def test_rollout_weights_out_of_bounds() -> None:
-    """IcePop drops a token (weights .61, 12.2, .82 within .5 to 5), a geometric band drops or keeps whole sequences."""
+    """Drops a token as IcePop does (weights .61, 12.2, .82 within .5 to 5), and whole sequences by a geometric band."""
     found = tokens(logprobs=[-1.0] * 3, rollout_logprobs=[-0.5, -3.5, -0.8])
     weights = torch.exp(torch.tensor([[-0.5, 2.5, -0.2]]))
     masked = rollout_weights(found, Correction.MASK, low=0.5, high=5.0)
@@ -281,7 +281,7 @@ def test_moments_of_parts_are_those_of_the_whole() -> None:
 
 
 def test_gdpo_keeps_apart_what_a_sum_of_rewards_mixes() -> None:
-    """The paper's example: rewards (0, 1) and (0, 2) have equal GRPO advantages, and different ones in GDPO."""
+    """Compares the paper's example: rewards (0, 1) and (0, 2), with equal advantages in GRPO and not in GDPO."""
     both = torch.tensor([[[0.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 1.0]]])
     known, weights = torch.ones_like(both, dtype=torch.bool), torch.ones(2)
     summed = group_advantages(both.sum(2), known[..., 0], AdvantageDialect.GRPO_TRL)
@@ -344,7 +344,7 @@ def test_bad_batches_are_refused_in_words(tmp_path: Path) -> None:
 
 
 def test_a_batch_is_compared_under_every_dialect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two completions of one prompt, 2 and 4 tokens long, with rewards 1 and 0, before the first update."""
+    """Compares dialects on two completions of a prompt, of 2 and 4 tokens and rewards 1 and 0, before an update."""
     mask = torch.tensor([[True, True, False, False], [True] * 4])
     groups, sequences = torch.zeros(2, 4, dtype=torch.int64), torch.tensor([[0] * 4, [1] * 4])
     rewards = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0] * 4])

@@ -148,7 +148,7 @@ def test_a_mask_that_teaches_no_end_is_refused_by_line_and_its_remedy_works(
 
 
 def test_what_is_shown_is_what_is_trained(tmp_path: Path) -> None:
-    """Every token of every sample, over a template that is unstable, and with characters of several tokens."""
+    """Compares every token of every sample, also of an unstable template and of characters of several tokens."""
     chat = TemplateFormat(Tokenizer.load(write_tokenizer(tmp_path / "tokenizer", QWEN3)), QWEN3)
     messages = talk("a", "é 😀", "b", "春眠")
     (tmp_path / "d.jsonl").write_text(json.dumps({"messages": messages}))

@@ -107,7 +107,7 @@ def plan(tokenizer_file: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.Te
 
 
 def test_a_run_whose_dialogues_are_others_is_refused_in_words(chat: ChatFormat, plan: Plan) -> None:
-    """The keys that decide the data are named, and no hash is shown."""
+    """Resumes on other dialogues: the keys that decide the data are named, and no hash is shown."""
     pad, text = chat.ids["<pad>"], TextShare(PretrainingText(plan, "data.text_plan"), 0.5)
 
     def source(count: int, text: TextShare | None = None) -> SFTSource:

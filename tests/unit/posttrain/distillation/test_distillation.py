@@ -46,7 +46,7 @@ def test_vectors_by_hand(kind: Kind, beta: float, expected: float) -> None:
 
 
 def test_jsd_is_between_the_two_kls() -> None:
-    """Divided by beta it tends to the forward one for small beta, and by 1 - beta to the reverse one for large beta."""
+    """Compares limits of JSD: divided by beta, the forward KL for small beta; by 1 - beta, the reverse for large."""
     student, teacher = torch.tensor([Q]).double().log(), torch.tensor([P]).double().log()
     small = float(divergence(student, teacher, "jsd", 1e-6)) / 1e-6
     large = float(divergence(student, teacher, "jsd", 1 - 1e-6)) / 1e-6
@@ -79,7 +79,7 @@ class FixedTeacher:
 def test_chunks_give_the_values_and_gradients_of_whole_logits(
     kind: Kind, softcap: float | None, vocab: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The head is padded to 50 rows; the teacher has 52, another hidden size and a softcap of its own."""
+    """Compares with whole logits, for a head padded to 50 rows and a teacher of 52 with a softcap of its own."""
     monkeypatch.setattr(head_loss, "LEAST_TOKENS", 4)
     monkeypatch.setattr(head_loss, "CHUNK_CPU", 4 * 50)
     torch.manual_seed(0)

@@ -183,7 +183,7 @@ def step(pairs: list[Pair], loss: str, seq_length: int, micro_batch: int) -> tup
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_pair_counts_once_however_rows_are_packed(loss: str) -> None:
-    """The loss of the trainer is the mean over pairs of the formula, worked out by hand for each pair."""
+    """Compares the trainer's loss with the mean over pairs of the formula, worked out by hand for each pair."""
     pairs = some_pairs(7)
     expected = sum(by_hand(pair, loss, 0.3) for pair in pairs) / len(pairs)
     results = [step(pairs, loss, seq_length, micro) for seq_length, micro in ((24, 1), (24, 3), (70, 1), (200, 2))]

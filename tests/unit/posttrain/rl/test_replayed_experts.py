@@ -42,7 +42,7 @@ def logprobs(decoder: Decoder, rollout: Rollout, replays: bool) -> torch.Tensor:
 
 
 def test_choices_that_change_leave_the_samplers_log_probabilities(decoder: Decoder, rollout: Rollout) -> None:
-    """A bias on the choice changes experts and nothing else, so that with the sampler's experts nothing changes."""
+    """Biases the choice of experts and nothing else: with the sampler's experts, log-probabilities stay."""
     sampled = torch.from_numpy(rollout.rollout_logprobs[rollout.mask])
     for replays in (True, False):
         torch.testing.assert_close(logprobs(decoder, rollout, replays), sampled, atol=1e-5, rtol=0)

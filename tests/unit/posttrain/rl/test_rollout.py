@@ -135,7 +135,7 @@ def test_advantages_and_metrics(rollout: Rollout) -> None:
 
 
 def test_gdpo_compares_each_reward_by_itself(rollout: Rollout) -> None:
-    """Two groups of four: the first differs in reward a alone, in the second b, of half the weight, is the other way.
+    """Compares two groups of four: the first differs in reward a alone, the second in b, which has half the weight.
 
     Half of a group have 1 and half 0, so each is +-.5 / sqrt(1/3) = +-.866 after its own normalisation. The sums are
     +-.866 and +-.433, and their deviation over the rollout is sqrt((4 * .75 + 4 * .1875) / 7) = .7319.
@@ -317,7 +317,7 @@ def test_a_checkpoint_in_a_rollout_needs_that_very_rollout(chat: ChatFormat, rol
 def test_rollouts_of_another_tokenizer_or_of_other_groups_are_not_replayed(
     chat: ChatFormat, rollout: Rollout, decoder: Decoder, tmp_path: Path
 ) -> None:
-    """Its ids would stand for other text, and rewards would be compared between other prompts."""
+    """Replays rollouts whose ids would stand for other text, or whose rewards would meet those of other prompts."""
     record, sha256 = tmp_path / "record", chat.tokenizer.sha256
     for number, tokenizer in enumerate([sha256, "b00c"]):
         rollout_file.Recorded(rollout, number, 4, {}, tokenizer).write(record)

@@ -87,7 +87,7 @@ def test_the_model_reads_what_tools_reply_and_learns_what_it_wrote(chat: ChatFor
 
 
 def test_sampled_tokens_are_never_tokenized_again(chat: ChatFormat) -> None:
-    """A model may write a text in other tokens than the tokenizer would choose."""
+    """Samples a text in other tokens than the tokenizer would choose, as a model may."""
     call = "<calculator>1+1</calculator>"
     spelled = [token for letter in call for token in chat.tokenizer.encode(letter)]
     assert spelled != chat.encode_text(call)

@@ -43,7 +43,7 @@ def task_of(*files: Path, **more: Any) -> FileTask:
 
 
 def test_problems_are_known_by_what_a_reward_sees_and_not_by_where_they_are(tmp_path: Path) -> None:
-    """A run may not go on with other tests of its programs, and may with a file that was moved."""
+    """Resumes with other tests of the programs, which is refused, and with a file that was moved, which is not."""
     first = task_of(written(tmp_path / "a.jsonl", GOOD)).facts
     assert task_of(written(tmp_path / "moved.jsonl.gz", GOOD)).facts == first
     for key, value in (("level", 9), ("answer", "x"), ("prompt", "Say so")):
@@ -92,7 +92,7 @@ def test_epochs_are_orders_of_all_problems_and_the_splits_never_meet(tmp_path: P
 
 
 def test_prompts_may_be_messages_and_keys_may_be_paths(tmp_path: Path, chat: ChatFormat) -> None:
-    """The records are those of verl's parquet files."""
+    """Reads records like those of verl's parquet files."""
     records = [
         {
             "prompt": [{"role": "user", "content": f"Say {i}"}],

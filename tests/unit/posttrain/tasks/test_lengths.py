@@ -41,7 +41,7 @@ def test_answers_must_not_be_cut(chat: ChatFormat, digits: int, limit: int) -> N
 def test_a_row_takes_the_longest_prompt_and_its_completion(
     chat: ChatFormat, seq_length: int, parallel: ParallelConfig
 ) -> None:
-    """A sequence length is accepted if and only if the longest prompt and completion fit into a training row."""
+    """Tries sequence lengths: one is accepted if and only if the longest prompt and completion fit into a row."""
     task = SortTask(6, 10)
     longest = check_answers(task, chat, 0, 50, 50, None)
     episode = Transcript(task.problem(0, "train", 0), [1] * longest, stopped=False)

@@ -51,7 +51,7 @@ def test_a_base_that_cannot_be_linked_leaves_the_others_kept(tmp_path: Path, mon
 def test_a_base_is_kept_by_links_or_by_its_own_run_never_by_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A base whose run prunes it lives on in the run that linked it; one that cannot be linked is not pruned."""
+    """Links bases: one that its run prunes lives on where it is linked; one that cannot be linked is not pruned."""
     runs = {name: tmp_path / name for name in ("base", "linked", "elsewhere")}
     for run in runs.values():
         run.mkdir()

@@ -69,7 +69,7 @@ def test_a_run_dir_that_cannot_be_used_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_what_the_command_would_refuse_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
-    """The real command is asked, as one of three ranks: it names the first thing that is wrong."""
+    """Asks the real command, as one of three ranks: it names the first thing that is wrong."""
     assert doctor.main(["--ranks", "3", "train", DEMO, "parallel.tp=2", "data.plan=no/plan"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert (

@@ -66,7 +66,7 @@ def test_a_long_context_loses_its_beginning(decoder: Decoder) -> None:
 
 
 def test_a_long_continuation_is_predicted_window_by_window(decoder: Decoder) -> None:
-    """The example of lm-evaluation-harness: the last window is filled up with tokens that were predicted before."""
+    """Follows the example of lm-evaluation-harness: the last window is filled up with earlier tokens."""
     assert list(windows(["BOS"], list(range(10)), 4)) == [  # type: ignore[list-item]
         (["BOS", 0, 1, 2], [0, 1, 2, 3]),
         ([3, 4, 5, 6], [4, 5, 6, 7]),

@@ -47,7 +47,7 @@ def passed(decoder: Decoder, tokens: list[int], experts: np.ndarray | None = Non
 
 
 def test_choices_are_those_of_a_pass_over_the_whole_text(decoder: Decoder) -> None:
-    """Texts of one prompt, of several lengths, in fewer rows than texts, so that rows are moved and begun anew."""
+    """Samples texts of one prompt, of several lengths, in fewer rows than texts: rows are moved and begun anew."""
     found = generate(decoder, PROMPTS, MOST, SamplingConfig(), seed=3, max_rows=2, keep_experts=True)
     plain = generate(decoder, PROMPTS, MOST, SamplingConfig(), seed=3, max_rows=2)
     assert choices_shape(decoder) == (2, 2) and [one.experts for one in plain] == [None] * 4

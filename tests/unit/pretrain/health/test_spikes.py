@@ -49,7 +49,7 @@ def test_a_loss_or_norm_far_above_the_median_is_a_spike() -> None:
 
 
 def test_norms_with_a_long_tail_are_no_spikes() -> None:
-    """Log-normal norms as of a batch of two rows: on their own scale the largest are far out, and on a log scale none.
+    """Notes log-normal norms, as of a batch of two rows: only on their own scale are the largest far out.
 
     One that is twenty times as large as the median is a spike on both.
     """

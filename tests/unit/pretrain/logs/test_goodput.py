@@ -13,7 +13,7 @@ from pretrain.logs.time_ledger import TimeLedger
 
 
 def test_the_kinds_of_time_sum_to_the_whole() -> None:
-    """The first start does 100 steps in 200 s and is killed; the second goes on from step 60, the third from 150."""
+    """Adds up three starts: 100 steps in 200 s until a kill, then a start from step 60, and one from 150."""
     starts = [
         StartRecord(1000.0, 1260.0, 0, 100, {"start": 30.0, "first_step": 10.0, "training": 200.0, "saving": 20.0}),
         StartRecord(1300.0, 1400.0, 60, 150, {"start": 20.0, "training": 70.0, "preparation": 10.0}),
@@ -47,7 +47,7 @@ def test_steps_that_a_later_start_repeats_again_are_lost_too() -> None:
 
 
 def test_the_ledger_keeps_all_starts(tmp_path: Path) -> None:
-    """The clock is stopped by hand: activities are told when they began."""
+    """Stops the clock by hand: activities are told when they began."""
     before = StartRecord(1.0, 2.0, 0, 3, {"training": 1.0})
     (tmp_path / FILE).write_text(json.dumps({"starts": [asdict(before)]}))
     activities = Activities(time.monotonic() - 7.0)

@@ -42,7 +42,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "kind", [*(pytest.param(name, marks=pytest.mark.full) for name in ADAPTERS if name != "dora"), "dora"]
 )
 def test_a_block_with_an_adapter_computes_compiled_what_it_does_otherwise(kind: str) -> None:
-    """Gradients of the adapter too, and what the base computes while adapters are off."""
+    """Compares a compiled block with an adapter, its gradients, and what the base computes with adapters off."""
     torch._dynamo.reset()
     config, context = validate(ModelConfig, MODELS["dense"]), LayerContext()
     decoder = Decoder(config, context=context).train()
@@ -92,7 +92,7 @@ def step(block: nn.Module, context: ForwardContext) -> torch.Tensor:
     "model", [*(pytest.param(name, marks=pytest.mark.full) for name in ("dense", "moe", "capacity")), "deepseek"]
 )
 def test_a_block_is_one_graph_whatever_the_batch(model: str) -> None:
-    """Samples, documents and counts of experts differ in every batch.
+    """Counts graphs over batches that differ in samples, documents and counts of experts.
 
     The second batch may compile once more, for any number of documents.
     """
@@ -113,7 +113,7 @@ def test_a_block_is_one_graph_whatever_the_batch(model: str) -> None:
 
 @pytest.mark.parametrize("model", ["dense", "moe"])
 def test_layers_share_compiled_code(model: str) -> None:
-    """A model may have more layers than torch.compile makes variants of one function."""
+    """Compiles a model with more layers than torch.compile makes variants of one function."""
     torch._dynamo.reset()
     config, compiler = validate(ModelConfig, {**MODELS[model], "num_layers": 4}), Graphs()
     decoder, context = Decoder(config, context=LayerContext()).eval(), context_of(config, 0)

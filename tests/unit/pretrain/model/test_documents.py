@@ -64,7 +64,7 @@ def check_same(attend: Any, segments_BT: torch.Tensor, kv_heads: int, dtype: tor
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("attend", [attend_documents, one_after_another])
 def test_documents_are_attended_to_as_by_a_mask(attend: Any, seed: int) -> None:
-    """Values are around 1: fp32 rounds sums of 37 of them by some 1e-7; in fp64 only an error would show."""
+    """Compares values around 1: fp32 rounds sums of 37 of them by some 1e-7, and in fp64 only an error would show."""
     segments_BT = drawn_rows(seed)
     for kv_heads in (HEADS, 2, 1):
         check_same(attend, segments_BT, kv_heads, torch.float32, 1e-6)
@@ -72,7 +72,7 @@ def test_documents_are_attended_to_as_by_a_mask(attend: Any, seed: int) -> None:
 
 
 def test_no_mask_of_tokens_by_tokens_is_made() -> None:
-    """A row of 40,000 tokens in 400 documents: its mask would take 1.6 GB as bool."""
+    """Attends in a row of 40,000 tokens in 400 documents, for which a mask would take 1.6 GB as bool."""
     segments_BT = (torch.arange(40_000) // 100)[None]
     q, k, v = (torch.zeros(40_000, 1, 1, 2, requires_grad=True) for _ in range(3))
     largest = 0
@@ -112,7 +112,7 @@ def test_rows_that_are_cut_alike_are_one_block() -> None:
 def test_flash_attention_is_handed_the_documents_one_after_another(
     arguments: tuple[str, ...], causal: dict[str, Any]
 ) -> None:
-    """The kernel itself runs on GPUs alone; here a stand-in computes what its documentation says."""
+    """Calls a stand-in for the kernel, which runs on GPUs alone, that computes what its documentation says."""
 
     def stand_in(
         q: torch.Tensor,
@@ -141,7 +141,7 @@ def test_the_kernel_on_gpus_takes_these_arguments() -> None:
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_a_document_has_the_frequencies_of_its_own_length_in_any_row(kind: str) -> None:
-    """A short document that is packed into a row with a long one is read as it is read alone."""
+    """Reads a short document packed into a row with a long one as it is read alone."""
     scaling: dict[str, Any] = {"kind": kind, "factor": 2.0, "original_length": 9}
     if kind == "longrope":
         scaling |= {"short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 3.0, 9.0]}

@@ -82,7 +82,7 @@ def test_chunks_give_the_loss_and_gradients_of_whole_logits(
 
 
 def test_gradients_of_the_head_are_summed_over_chunks_in_fp32() -> None:
-    """40,000 equal tokens have the gradient of one times 40,000; a sum in bf16 would stop growing after 256 of them."""
+    """Adds 40,000 equal tokens, whose gradient is one's times 40,000; a sum in bf16 stops growing after 256."""
     tokens = torch.zeros(1, 40_000, dtype=torch.int64)
     micro_batch = Batch(
         *(tokens, tokens, torch.ones(1, 40_000), tokens, tokens, torch.zeros(1, dtype=torch.int64)),

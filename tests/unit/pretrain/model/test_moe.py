@@ -104,7 +104,7 @@ def attach(balance: Balance, logits: torch.Tensor, experts: torch.Tensor, valid_
 
 
 def test_auxiliary_loss_over_a_micro_batch_is_transformers() -> None:
-    """The loss is transformers' divided by top_k, since transformers does not divide the shares by top_k."""
+    """Compares with transformers' loss divided by top_k, since transformers does not divide the shares by it."""
     logits, mask_BS = torch.randn(24, EXPERTS), torch.arange(12)[None] < torch.tensor([[12], [7]])
     moe = MoEConfig(num_experts=EXPERTS, top_k=3, aux_loss="micro_batch")
     balance = Balance(moe, LayerContext())
@@ -144,7 +144,7 @@ def test_global_batch_loss_and_bias_follow_the_last_step() -> None:
 
 
 def test_z_loss_pulls_logits_towards_zero() -> None:
-    """The loss's gradient by a logit is 2 * logsumexp * softmax / tokens."""
+    """Compares the loss's gradient by a logit with 2 * logsumexp * softmax / tokens."""
     balance = Balance(MoEConfig(num_experts=4, aux_loss_coef=0.0, z_loss_coef=3.0), LayerContext())
     balance.denominators = LossDenominators(sequences=1, tokens=5, scale=1.0)
     logits = torch.randn(6, 4, requires_grad=True)
@@ -171,7 +171,7 @@ def test_capacity_drops_later_tokens_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("capacity_factor", [None, 0.6])
 def test_rows_of_nobody_may_hold_anything(capacity_factor: float | None) -> None:
-    """The grouped product leaves rows undefined that no expert takes; they reach no output and no gradient."""
+    """Fills rows that no expert takes, which the grouped product leaves undefined: nothing comes of them."""
     torch.manual_seed(1)
     x_TH, weights_TK = torch.randn(12, 5, requires_grad=True), torch.rand(12, 3, requires_grad=True)
     experts_TK = torch.rand(12, 6).topk(3).indices
@@ -213,7 +213,7 @@ def test_no_token_is_dropped_outside_of_training() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hidden", [HIDDEN, 9, 20])
 def test_grouped_products_are_a_loop_over_experts(way: str, dtype: torch.dtype, hidden: int) -> None:
-    """Products of any size are right, although torch's grouped product needs multiples of 4 in fp32 and 8 in bf16."""
+    """Multiplies sizes of any kind, although torch's grouped product needs multiples of 4 in fp32 and 8 in bf16."""
     for ffn in (EXPERT, *range(1, 21)):
         experts = Experts(layer_config(5, hidden, ffn), LayerContext(dtype=dtype))
         for parameter in experts.parameters():

@@ -130,7 +130,7 @@ def test_targets_do_not_cross_documents_or_the_end_of_a_row() -> None:
 
 
 def test_modules_change_nothing_where_they_are_not_trained() -> None:
-    """Logits, and the loss of an evaluation, which has no tokens ahead, are the model's own."""
+    """Compares logits, and an evaluation's loss, which has no tokens ahead, with those of a model without modules."""
     decoder, batch = model_of(), batch_of()
     bare = Decoder(decoder.model_config.without_mtp())
     bare.load_state_dict({name: tensor for name, tensor in decoder.state_dict().items() if name in bare.state_dict()})
@@ -153,7 +153,7 @@ def test_parameters_and_operations_of_modules_are_counted() -> None:
 
 
 def test_a_run_that_left_modules_out_reads_the_rest_of_its_base() -> None:
-    """Adapters and frozen weights are read on top of a base, which may have modules that the run does not have."""
+    """Reads adapters and frozen weights on top of a base that has modules which the run does not have."""
     config = model_of().model_config
     shapes = {name: (1,) for name in parameters(config)}
     for depth in (0, 1, 2):

@@ -54,7 +54,7 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> None:
 
 
 def test_norm_rounds_to_bf16_as_seldom_as_can_be() -> None:
-    """Outputs are rounded twice, before and after the weight, and gradients once: by at most 2^-8 of an element."""
+    """Counts roundings: outputs are rounded twice, before and after the weight, and gradients once, by 2^-8 at most."""
     norm, eps = RMSNorm(16, 1e-5, LayerContext(dtype=torch.bfloat16)), 1e-5
     x, grad = torch.randn(2, 64, 3, 16).bfloat16().unbind()
     weight = torch.rand(16).bfloat16() + 1

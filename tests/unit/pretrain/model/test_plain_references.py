@@ -51,7 +51,7 @@ def rotated(x: torch.Tensor) -> torch.Tensor:
 
 
 def gpt_3(layer: int, part: Tensors, x: torch.Tensor) -> torch.Tensor:
-    """Brown et al. 2020, section 2.1: GPT-2, with dense layers in turn with layers whose attention is a band."""
+    """Computes a layer of GPT-3 (Brown et al. 2020, section 2.1): GPT-2's, dense in turn with attention in a band."""
     distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)
     seen = (distance >= 0) & ((distance < BAND) | (layer % 2 == 0))
     x = x + attention(part, norm(part, "attention_norm", x), seen, turned=False)
@@ -61,7 +61,7 @@ def gpt_3(layer: int, part: Tensors, x: torch.Tensor) -> torch.Tensor:
 
 
 def glm_130b(layer: int, part: Tensors, x: torch.Tensor) -> torch.Tensor:
-    """Zeng et al. 2022, section 2.1 and appendix: DeepNorm, GEGLU, and a context whose tokens see one another."""
+    """Computes a layer of GLM-130B (Zeng et al. 2022, section 2.1, appendix): DeepNorm, GEGLU, two-way contexts."""
     alpha = (2 * SIZES["num_layers"]) ** 0.5
     index = torch.arange(LENGTH)
     seen = (index <= index[:, None]) | (index < CONTEXT)

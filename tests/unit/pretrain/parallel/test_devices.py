@@ -59,7 +59,7 @@ def test_deepspeed_is_given_the_number_of_the_gpu(monkeypatch: pytest.MonkeyPatc
 def test_a_record_is_made_anew_or_elsewhere_as_the_message_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No rank is started, as there are no models to record."""
+    """Follows each remedy; no rank is started, as there are no models to record."""
     monkeypatch.setattr(devices, "CASES", {})
     folder = tmp_path / "record"
     devices.record(folder, ["fp32"])

@@ -128,7 +128,7 @@ def _dots(drawing: str, css: str | None = None) -> list[ElementTree.Element]:
 
 
 def test_every_copy_of_a_slice_is_looked_at(tmp_path: Path) -> None:
-    """All copies of a slice are compared; under cp without sp two tensor-parallel ranks hold each half of a row."""
+    """Compares all copies of a slice; under cp without sp two tensor-parallel ranks hold each half of a row."""
     (tmp_path / "step.json").write_text("{}")
     halves = [torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3), torch.ones(2, 3)]
     halves[2][1, 1] = 7.0  # one copy is wrong, and not the last one
@@ -142,7 +142,7 @@ def test_every_copy_of_a_slice_is_looked_at(tmp_path: Path) -> None:
 
 
 def test_a_weight_that_stays_zero_has_a_bound(tmp_path: Path) -> None:
-    """The gradient of a bias of keys may round to zero in bf16, so that the bias stays what it was drawn as: zero."""
+    """Bounds a bias of keys whose gradient rounds to zero in bf16, so that it stays what it was drawn as: zero."""
     (tmp_path / "step.json").write_text(json.dumps({"grad_norm": 1.0, "clip_grad": 1.0, "norm_terms": {}}))
     name = "layers.0.attention.bias"
     names = [f"grad/{name}", f"state/{name}"]
@@ -153,7 +153,7 @@ def test_a_weight_that_stays_zero_has_a_bound(tmp_path: Path) -> None:
 
 
 def test_a_second_moment_may_differ_by_the_square_of_what_its_gradient_may(tmp_path: Path) -> None:
-    """A gradient that is zero in exact arithmetic is rounding alone, and its errors are larger than itself."""
+    """Bounds the second moment of a gradient that is zero in exact arithmetic, whose errors are larger than itself."""
     name = "layers.0.attention.bias"
     steps = []
     for folder, gradient in (("bf16", 1.0), ("fp64", -9.0)):
@@ -172,7 +172,7 @@ def test_a_second_moment_may_differ_by_the_square_of_what_its_gradient_may(tmp_p
 
 
 def test_a_layout_that_is_refused_is_mended_as_the_message_says() -> None:
-    """Degrees are in the layout's name: `parallel.tp` is its `tp`, and the number of ranks follows from its `dp`."""
+    """Follows each remedy in the layout's name: `parallel.tp` is its `tp`, and the ranks follow from its `dp`."""
     draw, followed = random.Random(4), 0
 
     def said(degrees: dict[str, int], precision: str = "fp32", *overrides: str) -> str:

@@ -214,7 +214,7 @@ def test_a_difference_and_a_failure_end_with_status_1(capsys: pytest.CaptureFixt
 
 
 def test_a_part_of_the_micro_batches_tells_the_bytes_of_all(forks: Forks, tmp_path: Path) -> None:
-    """Each rehearsal begins in a process that has computed nothing: after a backward pass, forks cannot take one."""
+    """Rehearses in a process that has computed nothing each time: after a backward pass, forks cannot take one."""
 
     def printed(*options: str) -> list[str]:
         log = tmp_path / str(len(options))

@@ -37,7 +37,7 @@ def _world(*collectives: tuple[Collective, ...]) -> dict[int, RankReport]:
 
 
 def test_a_chain_of_waits_ends_at_the_rank_that_waits_for_nobody() -> None:
-    """Rank 2 waits for 0 in a data-parallel sum, rank 0 for 1 in a tensor-parallel one, and rank 3 waits for 1 too."""
+    """Reports that rank 2 waits for 0 in a data-parallel sum, 0 for 1 in a tensor-parallel one, and 3 for 1 too."""
     said = verdict(
         _world(
             (_reduce("1", 5, pending=True), _reduce("3", 2)),
@@ -55,7 +55,7 @@ def test_a_chain_of_waits_ends_at_the_rank_that_waits_for_nobody() -> None:
 
 
 def test_the_first_difference_counts() -> None:
-    """Ranks 2 and 3 differ in size at number 5, and in operation at 6, which follows from it."""
+    """Reports that ranks 2 and 3 differ in size at number 5, and in operation at 6, which follows from it."""
     said = verdict(
         _world(
             (_reduce("1", 9),),
@@ -96,7 +96,7 @@ def test_ranks_that_wait_for_each_other_are_all_named() -> None:
 
 
 def test_a_message_that_was_sent_is_not_waited_for() -> None:
-    """Rank 0 waits for its send to 1, which has begun to receive it; rank 1 computes."""
+    """Reports that rank 0 waits for its send to 1, which has begun to receive it; rank 1 computes."""
     reports = {
         0: replace(_report(0), waiting={"kind": "send", "peer": 1, "number": 4}),
         1: replace(_report(1), messages={"recv 0": 4}),

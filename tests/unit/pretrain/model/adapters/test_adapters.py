@@ -57,7 +57,7 @@ def test_a_written_config_reads_as_itself(keys: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", ["pre", "sandwich", "parallel"])
 def test_bottlenecks_begin_as_the_base_and_then_add_what_the_paper_says(kind: str) -> None:
-    """The first logits are the base's bit by bit; a trained adapter is the formula of the paper's figure 2."""
+    """Compares the first logits with the base's bit by bit, and a trained adapter with the paper's figure 2."""
     base = decoder(residual={"kind": kind})(TOKENS, POSITIONS)
     tuned = decoder({"kind": "bottleneck", "bottleneck_size": 4}, residual={"kind": kind})
     assert torch.equal(tuned(TOKENS, POSITIONS), base)
@@ -86,7 +86,7 @@ VIRTUAL = [{"kind": kind, "virtual_tokens": 3} for kind in ("prompt", "p_tuning"
 def test_virtual_tokens_stand_before_every_document_and_in_the_cache(
     adapter: dict[str, Any], model: dict[str, Any]
 ) -> None:
-    """A packed row gives the logits of its documents alone, and a cache those of the whole text."""
+    """Compares a packed row with its documents alone, and a cache with the whole text."""
     tuned = decoder(adapter, **model)
     segments, positions = torch.tensor([[0] * 4 + [1] * 6]), torch.tensor([[*range(4), *range(6)]])
     alone = [tuned(TOKENS[:, part], positions[:, part]) for part in (slice(4), slice(4, 10))]

@@ -144,7 +144,7 @@ def test_virtual_tokens_before_packed_documents_are_pefts_before_single_ones(
     keys: dict[str, Any],
     fill: Callable[[Decoder, Any], None],
 ) -> None:
-    """They are PEFT's with the same modules and with the folder that it loads; what is read again computes the same."""
+    """Compares with PEFT, by the same modules and by the folder that it loads, also after reading it again."""
     decoder = tuned(base, {"virtual_tokens": VIRTUAL, **adapter})
     model = LlamaForCausalLM.from_pretrained(base)
     plain = model(torch.tensor([SECOND])).logits[0]
@@ -178,7 +178,7 @@ def test_virtual_tokens_before_packed_documents_are_pefts_before_single_ones(
 
 @torch.no_grad()
 def test_adalora_computes_and_prunes_as_peft(base: Path, tmp_path: Path) -> None:
-    """Two steps of gradients; PEFT divides by r + 1e-5 where Trivium divides by r."""
+    """Compares two steps of gradients; PEFT divides by r + 1e-5 where Trivium divides by r."""
     rank, beta = 4, 0.7
     keys = {
         "kind": "adalora",

@@ -23,7 +23,7 @@ TOKENS, POSITIONS = torch.arange(10)[None], torch.arange(10)[None]
 
 
 def test_levels_are_those_that_were_published() -> None:
-    """The table is that of QLoRA's appendix E; the dynamic type reaches from 5.5e-7 to 1 in 7 powers of ten."""
+    """Compares with the table of QLoRA's appendix E; the dynamic type reaches from 5.5e-7 to 1 in 7 powers of ten."""
     assert nf4.LEVELS[3:6] == (-0.39491748809814453, -0.28444138169288635, -0.18477343022823334)
     levels = nf4.dynamic_levels()
     assert len(levels) == len(set(levels.tolist())) == 256
@@ -33,7 +33,7 @@ def test_levels_are_those_that_were_published() -> None:
 
 
 def test_a_block_of_levels_keeps_its_values() -> None:
-    """Two blocks whose scales, 2 and 4, lie a whole scale's deviation from their mean, which 8 bits hold exactly."""
+    """Quantises two blocks whose scales, 2 and 4, lie one deviation from their mean, which 8 bits hold exactly."""
     levels = torch.tensor(nf4.LEVELS)
     whole = torch.cat((2 * levels.repeat(4), 4 * levels.flip(0).repeat(4))).view(8, 16)
     found = nf4.quantized(whole)
@@ -68,7 +68,7 @@ def test_slices_of_whole_blocks_have_the_values_of_the_whole(dim: int) -> None:
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_slices_have_the_values_of_the_whole(dim: int) -> None:
-    """Blocks of 64 begin and end within the rows of a rank's slice, and the last slice is padded with zeros."""
+    """Quantises slices in whose rows blocks of 64 begin and end, the last padded with zeros."""
     whole = torch.randn(22, 30)
     expected = nn.functional.pad(nf4.rounded(whole), (0, 2, 0, 2))
     parts = []
@@ -107,7 +107,7 @@ def test_a_base_in_four_bits_computes_as_its_rounded_weights_and_merges_into_the
 
 
 def test_no_weight_is_kept_between_forward_and_backward() -> None:
-    """All weights that were made in the forward pass are gone after it, and the backward pass makes them again."""
+    """Looks for weights after the forward pass, where all that it made are gone; the backward pass makes them again."""
     tuned = qlora()
     alive: list[weakref.ref[torch.Tensor]] = []
     right = QuantizedWeight.weight
@@ -143,7 +143,7 @@ def test_what_four_bits_do_not_serve_is_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(64, 48), (300, 129), (512, 512)])
 def test_codes_are_those_of_bitsandbytes(shape: tuple[int, ...]) -> None:
-    """Scales may differ where bitsandbytes' search ends beside the nearest of the 256 levels."""
+    """Compares codes; scales may differ where bitsandbytes' search ends beside the nearest of the 256 levels."""
     functional = pytest.importorskip("bitsandbytes").functional
     whole = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     ours = nf4.quantized(whole)
