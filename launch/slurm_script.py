@@ -108,7 +108,7 @@ class SlurmJob:
         return [*counts, self.command.module, *self.command.arguments] if self.min_nodes < self.nodes else []
 
     def check(self) -> list[str]:
-        """The command that checks each node before ranks start, such as `trivium doctor`; empty for none."""
+        """The command by which `trivium doctor` checks each node before ranks start; empty without that."""
         ranks = self.config.nproc_per_node if self.command.trains else 1
         words = [*self._python(), "launch.bootstrap", "pretrain.doctor.doctor", "--ranks", str(ranks)]
         return words if self.config.slurm.check_nodes else []

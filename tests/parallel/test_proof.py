@@ -262,7 +262,8 @@ def test_help_knows_every_bug_that_can_be_planted(capsys: pytest.CaptureFixture[
         prove_main(["--help"])
     shown = capsys.readouterr().out
     for name, bug in INJECTIONS.items():
-        assert re.search(rf"^  {name}\n    {re.escape((bug.__doc__ or '').splitlines()[0])}$", shown, re.MULTILINE)
+        description = (bug.__doc__ or "").splitlines()[0].removeprefix("Plants a bug: ")
+        assert re.search(rf"^  {name}\n    {re.escape(description)}$", shown, re.MULTILINE)
 
 
 @pytest.mark.full
