@@ -85,7 +85,7 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _keys_of_the_kind(self) -> "AdapterConfig":
-        """Refuses keys that have no meaning for the kind; one with its default is as if it were left out."""
+        """Refuses keys that have no meaning for the adapter's kind, unless they have their default values."""
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             if value != field.default and name not in ("kind", *KEYS[self.kind]):

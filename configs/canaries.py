@@ -22,7 +22,7 @@ _OF_PAGES = ("no_main_text", "too_complex")
 
 
 class CanaryConfig(Section):
-    """One text, or several that belong together, such as duplicates.
+    """Canary of one text, or of several that belong together, such as duplicates.
 
     They are compared with each other, never with the source's own documents, and do not reach the published documents,
     tokens and plan.

@@ -74,7 +74,7 @@ class LayerConfig:
 
 
 class ModelConfig(Section):
-    """A decoder. The sizes are here, and what its parts are in their sections; the defaults make a LLaMA."""
+    """Config of a decoder: its sizes here, its parts in their sections; the defaults make a LLaMA."""
 
     vocab_size: int = Field(ge=8)
     """The number of tokens of the tokenizer, and of rows of the embedding."""
@@ -336,7 +336,7 @@ class ModelConfig(Section):
         return self.vocab_size if self.has_logits else self.head.outputs
 
     def with_values(self, outputs: int = 1) -> "ModelConfig":
-        """Returns the same model with a scalar head, of so many values a token, in place of its own head."""
+        """Returns the same model with an output head that gives `outputs` values a token in place of logits."""
         head = HeadConfig(kind="scalar", outputs=outputs)
         return self.model_copy(update={"head": head, "tie_embeddings": False})
 

@@ -170,7 +170,7 @@ class HeadConfig(Section):
 
 
 class LayerKind(Section):
-    """Changes that layers of a kind make; a key that is left out is the model's own."""
+    """Values that layers of one kind have in place of the model's; a key that is left out keeps the model's value."""
 
     pattern: AttentionPattern | None = None
     """The attention pattern, in place of attention.pattern."""

@@ -42,7 +42,7 @@ def mlp_parameters(layer: LayerConfig, ffn_hidden_size: int) -> int:
 
 
 def is_gated(kind: str) -> bool:
-    """Returns the same model with an output head that gives `outputs` values a token in place of logits."""
+    """Whether an MLP of this kind has a gate beside its up projection."""
     return "glu" in kind
 
 

@@ -90,7 +90,7 @@ def _other_degrees(request: LayoutRequest) -> NearestLayout | None:
 
 
 def _degrees(request: LayoutRequest) -> Iterator[ParallelConfig]:
-    """Values that layers of one kind have in place of the model's; a key that is left out keeps the model's value."""
+    """Yields sections [parallel] with other degrees, of which some fit and some do not."""
     given, ranks = request.parallel, request.world_size
     experts = request.model.moe.num_experts if request.model.moe else 1
     for tp, cp in itertools.product(divisors(given.tp), divisors(given.cp)):

@@ -40,7 +40,9 @@ class HFFolder:
     fit: Fit
 
     def converted(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (Trivium's name, tensor), layer by layer, and then what is kept, under names after "kept."."""
+        """Yields (Trivium's name, tensor), layer by layer, then the tensors that are only kept, named "kept." and so
+        on.
+        """
         yield from convert(self.fit.walked, self._read, self.model, to="ours")
         for name in self.fit.kept:
             yield KEPT + name, self.tensors.read(name)

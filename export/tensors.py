@@ -162,7 +162,9 @@ def _shapes(path: Path, found: TensorFolder) -> dict[str, tuple[int, ...]] | Non
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes one file. Raises OSError where the system refuses, of which the library makes an error of its own."""
+    """Writes tensors to one safetensors file. Raises OSError where the system fails, in place of the library's
+    error.
+    """
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:

@@ -77,7 +77,7 @@ class Records(Generic[T]):
 
 
 class TooManySetAside(ValueError):
-    """Records of which too many were set aside, or none is left to train on; `found` are the others."""
+    """Error for data of which too many records were set aside, or none is left; `found` are the others."""
 
     def __init__(self, text: str, found: Records[Any]) -> None:
         super().__init__(text)

@@ -33,7 +33,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the flop/s that large matrix products reach here now, the best of several; takes less than a second."""
+    """Returns the flop/s that large matrix products reach on this device, the best of several, in under a second."""
     size, deadline, best = 8192 if device.type == "cuda" else 1024, time.perf_counter() + 0.5, 0.0
     a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     for attempt in range(100):

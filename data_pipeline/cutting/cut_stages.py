@@ -187,7 +187,7 @@ def _lines(context: RunContext, kept: str, settings: LinesConfig, folder: Path, 
 
 
 def _substrings(context: RunContext, kept: str, settings: SubstringsConfig, folder: Path, logs: Path) -> Tally:
-    """Counts minimizers, then the windows whose minimizers occur again, then cuts; see `substrings`."""
+    """Runs the three passes that cut repeated substrings: counts minimizers, counts windows, and cuts."""
     select, scratch = context.run_dir / kept, folder / "scratch"
     shards, minimizers = shards_of(select), Minimizers(settings)
     often = 2 * _kept_bytes(select) // minimizers.width

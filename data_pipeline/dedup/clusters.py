@@ -71,7 +71,7 @@ class Population:
         return self.own.documents + len(self.matched)
 
     def numbers(self, pairs: np.ndarray) -> np.ndarray:
-        """Translates documents from their codes in pairs to their numbers here, int64."""
+        """Translates documents from their codes in pairs to their numbers in this population, int64."""
         matched = np.searchsorted(self.matched, earlier_code(pairs))
         return np.where(pairs >= 0, pairs, matched + self.own.documents)
 
@@ -85,7 +85,7 @@ class Population:
         return run, kept.shards[kept.shard_of(there - self.earlier[run].first)]
 
     def matched_in(self, run: int, shard: str) -> list[tuple[int, int]]:
-        """Lists (number here, row in the shard) of an earlier run's documents of one shard that are compared."""
+        """Lists (number, row in the shard) of the compared documents in one shard of an earlier run."""
         earlier = self.earlier[run]
         index = earlier.kept.shards.index(shard)
         start, end = (earlier.first + int(edge) for edge in earlier.kept.starts[index : index + 2])

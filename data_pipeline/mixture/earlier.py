@@ -76,7 +76,7 @@ def find(location: str | Path, fingerprint: str) -> Plan | None:
 
 
 def where(location: str | Path, fingerprint: str) -> Path | None:
-    """Returns the first folder with a plan of that fingerprint, searched as `find` does; None if there is none."""
+    """Returns the first folder, at `location` or kept beside it, whose plan has this fingerprint; None without one."""
     location = Path(location)
     folders = _candidates(location.parent if location.name == PLAN_FILE else location)
     return next((folder for folder in folders if _fingerprint(folder / PLAN_FILE) == fingerprint), None)

@@ -76,7 +76,7 @@ def find(text: str, kinds: Collection[Kind] = KINDS, private_ips: bool = False) 
 
 
 def mask(text: str) -> str:
-    """Replaces all that is found by placeholders, and a beginning of it that was cut off at the text's end by "…"."""
+    """Replaces personal data by placeholders; data that the text's end cuts off becomes "…"."""
     parts, position = [], 0
     for start, end, kind in find(text, private_ips=True):
         parts += [text[position:start], PLACEHOLDERS[kind]]

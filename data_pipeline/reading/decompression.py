@@ -116,7 +116,8 @@ class Member:
             yield block
 
     def skip_to(self, mark: bytes, start: int) -> bool:
-        """Moves to the first `mark` from byte `start` on behind a line end or a zero; returns whether there is one.
+        """Moves to the first `mark` at or after byte `start` that follows a line end or a zero; returns whether there
+        is one.
 
         Always False for a compressed member.
         """

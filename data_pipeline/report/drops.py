@@ -22,7 +22,7 @@ _BLANK_LINES = re.compile(r"\n\s*\n")
 
 
 def drops(run_dir: Path, stages: Sequence[dict[str, Any]], rules: Mapping[str, RuleSet]) -> str:
-    """Returns the section as HTML, "" if nothing was dropped; `rules` are the run's rule sets by name."""
+    """Returns the page's section on drops as HTML, "" if nothing was dropped; `rules` are the rule sets by name."""
     parts = [
         "<h2>Why documents were dropped</h2><p>For each reason: documents, their share of what came into the stage, "
         "and bytes. For parts cut out of documents: bytes; in the samples, cut text is struck through and its "

@@ -23,7 +23,7 @@ _NOT_BY_ITSELF = ("\u0130", "\u03a3")
 
 @functools.cache
 def folded() -> np.ndarray:
-    """Returns the table, uint32 [SIZE]: each character's lower case, with its class in the bits above."""
+    """Returns the table of case folding, uint32 [SIZE]: a character's lower case, with its class in the bits above."""
     lowered = lower_case()
     kinds = classes()[lowered]
     words = np.where(kinds & WORD == 0, 0, np.where(kinds & CJK == 0, LETTER, ALONE))

@@ -56,7 +56,9 @@ class Roles:
 
 @dataclass(frozen=True)
 class Named:
-    """Roles that a config names by their tokens, in place of those that the files name; None for what they say."""
+    """Tokens that a config names for roles, in place of those that the tokenizer's files name; None keeps the
+    files'.
+    """
 
     end: str | None = None
     begin: str | None = None  # "" for none

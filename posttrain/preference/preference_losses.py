@@ -150,7 +150,7 @@ WITHOUT_REFERENCE = ("orpo", "simpo")
 
 
 def pair_loss(name: str, beta: float, smoothing: float = 0.1, margin: float = 1.0, sft_weight: float = 0.0) -> PairLoss:
-    """Returns the loss of pairs of this name with its numbers."""
+    """Returns the loss of pairs that is called `name`, with these numbers."""
     numbers = {"beta": beta}
     if name in SMOOTHED:
         numbers["smoothing"] = smoothing

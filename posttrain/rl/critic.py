@@ -107,7 +107,7 @@ class Critic:
         self._max_length, self._loss = max_length, ValueLoss(section.value_clip)
 
     def beside(self, trainer: Trainer) -> "Critic":
-        """Builds the engine, beside that of the policy, with adapters of its own if that has some."""
+        """Builds the critic's engine beside the policy's, with adapters of its own if the policy has some."""
         config, mesh = trainer.config, trainer.mesh
         dtype = choose_dtype(config.train.precision, mesh.device)
         self._config = config

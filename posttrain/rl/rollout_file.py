@@ -129,7 +129,7 @@ def check_owner(folder: str | None, run_dir: str | Path, continues: bool = False
 
 
 def note_owner(folder: Path, run_dir: Path) -> None:
-    """Notes in a folder which run records there, before the first rollout, so that none is there without it.
+    """Writes into a folder which run records rollouts there, before the first, so that no rollout lacks an owner.
 
     The run's folder is noted relative to one inside it, since both are then moved and copied together.
     """

@@ -126,7 +126,7 @@ def _files(path: Path | None) -> list[Path]:
 
 
 def _manifests(path: Path | None) -> dict[str, str]:
-    """Returns the content of a checkpoint's manifests here that are not damaged, by name."""
+    """Returns the content of a checkpoint's manifests on this node that are not damaged, by name."""
     found = {}
     for file in _files(path):
         if file.name == MANIFEST:

@@ -249,5 +249,5 @@ def local_files(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def is_same(mirror: Mirror, run_dir: Path, step: int) -> bool:
-    """Whether the mirror has the run's checkpoint of `step` as it is, whole."""
+    """Whether the mirror has a whole copy of the run's checkpoint of `step`, equal to the run's own."""
     return mirror.manifest(step) == (storage.directory(run_dir, step) / MANIFEST).read_bytes()

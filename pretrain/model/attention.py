@@ -78,7 +78,7 @@ class Attention(nn.Module):
     def over_documents(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: ForwardContext
     ) -> torch.Tensor:
-        """Computes attention within documents and to virtual tokens; under context parallel there are none of these."""
+        """Computes attention within documents and to virtual tokens, which context parallel does not allow."""
         if context.virtual.count:
             return self.attend_here(q, k, v, context.documents, context.virtual.count)
         return self.attend(q, k, v, context.documents)

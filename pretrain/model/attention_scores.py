@@ -52,7 +52,7 @@ class ScoreRule:
         return (self.window or 0) >= length and self.is_masked_only
 
     def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Returns whether a token at position `query` of its document sees that at `key`; any shapes that match."""
+        """Returns whether a token at position `query` of its document sees the one at `key`; shapes must broadcast."""
         return PATTERNS[self.pattern](query, key, self)
 
     def first_key(self, query: int) -> int:
@@ -116,7 +116,7 @@ def attend(
 
 @torch.compiler.disable  # it would be compiled anew for every length of a document
 def _one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: ScoreRule, context: int = 0) -> torch.Tensor:
-    """Computes attention of a document's tokens; the last of its keys are theirs, and others come before them.
+    """Computes attention of a document's tokens to keys, the last of which are their own; others come before.
 
     The first `context` tokens are its context.
     """

@@ -67,7 +67,7 @@ class ForwardContext:
 
     @classmethod
     def of_batch(cls, config: ModelConfig, batch: Batch, virtual: VirtualTokens = NO_TOKENS) -> "ForwardContext":
-        """Makes the context of a training batch; its documents are those of whole rows, also of a part of them."""
+        """Makes the context of a training batch; documents are those of whole rows, even if it has a part of each."""
         samples = None if batch.samples is None else torch.tensor(batch.samples)
         positions = virtual.positions(batch.positions, begins=True)
         valid, prepended = batch.segments >= 0, virtual.count if virtual.in_rows else 0

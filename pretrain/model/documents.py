@@ -72,7 +72,7 @@ class Documents:
         return sizes.repeat_interleave(sizes)
 
     def with_contexts(self, loss_mask_BT: torch.Tensor) -> "Documents":
-        """Returns the same with contexts: a document's tokens up to the first one whose next token is trained on."""
+        """Returns these documents with contexts: the tokens up to the first one whose next token is trained on."""
         trained, contexts = loss_mask_BT.detach().cpu() != 0, torch.zeros(loss_mask_BT.shape, dtype=torch.int64)
         for first, last, start, end in self.blocks.tolist():
             own = trained[first:last, start:end]
@@ -99,7 +99,7 @@ def attend_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document
 
 
 def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Computes attention of whole rows, causal where there is no mask; one is [queries, keys] or has [B, 1] before."""
+    """Computes attention of whole rows: causal without a mask, which is [queries, keys] or [B, 1, queries, keys]."""
     if mask is None and _has_native_backward(q, k):
         return _on_cpu(q, k, v, torch.tensor([[0, q.shape[1], 0, q.shape[0]]]))[0]
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))

@@ -47,5 +47,5 @@ class Ahead:
         return Ahead(cut(self.tokens), cut(self.labels), mask, cut(self.valid), trained)
 
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Ahead":
-        """Returns the same with `change` applied to each tensor."""
+        """Returns this object with `change` applied to each of its tensors."""
         return Ahead(**{name: change(tensor) for name, tensor in vars(self).items()})

@@ -121,7 +121,7 @@ def _attention(model: ModelConfig, seq_length: int) -> list[int]:
 
 
 def _feed_forward(model: ModelConfig) -> list[int]:
-    """Lists the roundings of an MLP or mixture of experts in the same way."""
+    """Lists the roundings of an MLP or mixture of experts, a number of terms for each."""
     hidden, moe = model.hidden_size, model.moe
     ffn = max(
         max(layer.expert_size, layer.shared_size) if layer.moe else layer.ffn_hidden_size for layer in model.layers

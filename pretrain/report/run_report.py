@@ -123,7 +123,7 @@ def marks(
 
 
 def _legend(marked: Sequence[Mark]) -> str:
-    """Returns a sentence on the marks that there are."""
+    """Returns a sentence that explains the kinds of marks in the charts."""
     counts = {kind: sum(mark.kind == kind for mark in marked) for kind in ("spike", "restart")}
     words = {
         "spike": "red where there was a spike or a rewind",

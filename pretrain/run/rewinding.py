@@ -1,4 +1,4 @@
-"""The way back of a run to its last good checkpoint, in the same processes."""
+"""Takes a run back to its last good checkpoint, in the same processes."""
 
 from typing import TYPE_CHECKING
 

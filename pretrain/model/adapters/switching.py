@@ -11,7 +11,7 @@ from pretrain.model.decoder import Decoder
 
 @contextmanager
 def adapters_off(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Context manager in which no module within these has its adapter, which is the submodule `adapter` of its layer.
+    """Context manager that switches off the adapters of all layers within `modules` (submodules named `adapter`).
 
     A layer whose `adapter` is None or empty computes what it does without one. Parameters stay where they are, and must
     not be trained meanwhile. A base in 4 bits stays so.

@@ -12,7 +12,7 @@ COMPILERS = ("g++", "c++", "clang++")
 
 
 def built(source: Path, flags: Sequence[str], libraries: Sequence[str], folder: Path, made_for: str) -> Path:
-    """Returns the library of a source in `folder`, which is compiled if it is not there.
+    """Compiles the C++ source of a kernel to a library in `folder`, unless it is there, and returns its path.
 
     `made_for` says for what it is compiled beside the flags: the version of a library, or a processor. Of several
     processes one compiles and the others wait. Raises OSError if there is no compiler, or it fails.

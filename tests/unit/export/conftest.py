@@ -29,7 +29,7 @@ def decoder() -> Decoder:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> Path:
-    """Hugging Face folder of the same model, without a chat template."""
+    """Hugging Face folder of the tiny dense model, exported without a chat template."""
     out = tmp_path_factory.mktemp("exported") / "model"
     config = ExportConfig(run="unused", out=str(out), prompts=["It was"], chat_prompts=["a"], sample_tokens=1)
     source, console = make_source(tiny(), random_weights(tiny()), tokenizer_path), Console(file=io.StringIO())

@@ -1,4 +1,4 @@
-"""Checks of one family: a tiny random model that transformers makes, into Trivium and out again.
+"""Checks of one family: a tiny random model that transformers makes is imported and exported again.
 
 `check_both_ways` compares logits at all positions, every gradient, every tensor and the config; families call it with
 sizes of which no two are equal, so that a tensor in a wrong form does not fit by chance.

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3 and Kimi-K2: models that transformers makes, in and out, with everything equal."""
+"""Models of DeepSeek-V2 and V3 and Kimi-K2 that transformers makes are imported and exported with everything equal."""
 
 import json
 from pathlib import Path

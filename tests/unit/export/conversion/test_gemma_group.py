@@ -1,4 +1,4 @@
-"""Gemma 2 and 3, OLMo 2 and 3, Phi-3 and gpt-oss: models that transformers makes, in and out, with everything equal.
+"""Models of Gemma 2 and 3, OLMo 2 and 3, Phi-3 and gpt-oss are imported and exported with everything equal.
 
 Rows are five windows long, and longer than the context that scalings start from.
 """

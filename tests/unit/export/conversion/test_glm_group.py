@@ -1,4 +1,4 @@
-"""GLM, GLM-4-0414 and GLM-4.5: models that transformers makes, in and out, with everything equal."""
+"""Models of GLM, GLM-4-0414 and GLM-4.5 that transformers makes are imported and exported with everything equal."""
 
 from typing import Any
 

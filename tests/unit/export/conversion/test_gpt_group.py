@@ -1,4 +1,4 @@
-"""GPT-1, GPT-2 and 3, OPT, GPT-NeoX and BLOOM: models that transformers makes, in and out, with everything equal."""
+"""Models of GPT-1 to 3, OPT, GPT-NeoX and BLOOM that transformers makes are imported and exported, all being equal."""
 
 import json
 from pathlib import Path

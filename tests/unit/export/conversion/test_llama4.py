@@ -1,4 +1,4 @@
-"""Llama 4's text model: models that transformers makes, in and out, with everything equal."""
+"""Text models of Llama 4 that transformers makes are imported and exported with everything equal."""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""LLaMA, Mistral, Mixtral and Qwen: models that transformers makes, in and out, with everything equal."""
+"""Models of LLaMA, Mistral, Mixtral and Qwen that transformers makes are imported and exported with everything
+equal.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Blocks are compiled as one graph each, once for all batches; with the layouts is tested what they then compute."""
+"""Blocks are compiled as one graph each, once for all batches; test_layouts.py tests what they compute."""
 
 from typing import Any
 
