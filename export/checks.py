@@ -291,7 +291,7 @@ def _allowed_at_end(decoder: Decoder, tokens: torch.Tensor, tolerance: float) ->
 
 
 def _far_text(reference: Reference, length: int) -> list[list[int]]:
-    """Returns one text of up to `length` tokens, all passages one after another and again; none if it is no longer."""
+    """Returns one text of up to `length` tokens that repeats all passages; [] if a passage is as long as it."""
     length = min(length, reference.context)
     if length <= max(map(len, reference.passages)):
         return []

@@ -162,9 +162,7 @@ def _shapes(path: Path, found: TensorFolder) -> dict[str, tuple[int, ...]] | Non
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes tensors to one safetensors file. Raises OSError where the system fails, in place of the library's
-    error.
-    """
+    """Writes tensors to one safetensors file. Raises OSError, not the library's error, where the system fails."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:

@@ -56,9 +56,7 @@ class Roles:
 
 @dataclass(frozen=True)
 class Named:
-    """Tokens that a config names for roles, in place of those that the tokenizer's files name; None keeps the
-    files'.
-    """
+    """Tokens that a config names for roles; None keeps the one that the tokenizer's files name."""
 
     end: str | None = None
     begin: str | None = None  # "" for none

@@ -1,6 +1,4 @@
-"""Models of LLaMA, Mistral, Mixtral and Qwen that transformers makes are imported and exported with everything
-equal.
-"""
+"""Models of LLaMA, Mistral, Mixtral and Qwen that transformers makes are imported and exported, all being equal."""
 
 import pytest
 import torch

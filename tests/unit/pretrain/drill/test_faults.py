@@ -57,7 +57,7 @@ while step < STEPS:
 
 
 def drilled(folder: Path, name: str, late: int = 0) -> DrillOutcome:
-    """Does one drill with ranks that count; those that go on are `late` if they are not right."""
+    """Does one drill with ranks that only count; with `late` they go on from a wrong number after a fault."""
     config = load(PretrainConfig, ROOT / "configs/pretrain/demo.toml")
     layout = Layout.of(2, config.parallel, config.model, config.train)
     numbers = f"STEPS, EVERY, LATE = {STEPS}, {EVERY}, {late}\n"
