@@ -37,7 +37,7 @@ class KeyRange:
 
     @property
     def file(self) -> str:
-        """Name of the file of pairs."""
+        """Name of the file with the pairs of this range."""
         return f"{self.kind:03d}-{self.low:016x}.npy"
 
 

@@ -30,7 +30,7 @@ class _Part:
     needle: str
 
     def marked(self, number: int) -> Any:
-        """Returns the value with a mark; a number becomes another one."""
+        """Returns the part's value with a mark in it; a value that is a number becomes another number."""
         return self.value + self.mark(number) if isinstance(self.value, str) else _NUMBERS + number
 
     def mark(self, number: int) -> str:

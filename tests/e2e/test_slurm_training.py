@@ -166,9 +166,9 @@ def test_a_job_that_is_warned_while_it_starts_is_requeued(config: Path, tmp_path
 
 @pytest.mark.full
 def test_the_time_limit_is_what_warns_and_requeues_are_counted(config: Path, tmp_path: Path) -> None:
-    """Slurm's own warning before the time limit makes the run save; the limit is never reached.
+    """Lets Slurm warn before the time limit, so that the run saves; the limit is never reached.
 
-    Slurm counts in minutes and warns up to one minute early, so here after half a minute or later, when there is
+    Slurm counts in minutes and warns up to one minute early: here after half a minute or later, when a save has
     something to save.
     """
     run = tmp_path / "run"

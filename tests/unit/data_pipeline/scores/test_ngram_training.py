@@ -13,7 +13,7 @@ BOS, EOS, SIZE = 1, 2, 12
 
 
 def documents(seed: int, count: int) -> list[np.ndarray]:
-    """Returns <s> tokens </s> with tokens of very different frequencies; 3 never occurs."""
+    """Returns documents of ids <s> tokens </s>, whose frequencies are very different; token 3 never occurs."""
     draw = np.random.default_rng(seed)
     share = np.array([2.0 ** -(id - 4) for id in range(4, SIZE)])
     lengths = draw.integers(1, 30, count)
