@@ -71,9 +71,7 @@ class Sizes(NamedTuple):
 
 
 def _start_xz(run_dir: Path, source: str, pool: ThreadPoolExecutor) -> list[Future[Sizes]]:
-    """Starts to compress a source's held-out text, its training text, and the training text followed by the
-    held-out.
-    """
+    """Starts to compress a source's held-out text, its training text, and both, the held-out text last."""
     held_out, training = (_text(run_dir / "documents", split, source) for split in (HELDOUT, TRAIN))
     return [pool.submit(_xz, text) for text in (held_out, training, training + held_out)]
 
