@@ -90,11 +90,11 @@ class RopeScalingConfig(Section):
     beta_slow: float | None = Field(default=None, gt=0)
     """yarn: dimensions with fewer rotations than this are scaled by the whole factor; 1 if left out."""
     truncate: bool = True
-    """yarn: whether the bounds between those dimensions are rounded to whole dimensions."""
+    """yarn: whether the dimensions that beta_fast and beta_slow stand for are rounded to whole ones."""
     mscale: float | None = Field(default=None, ge=0)
     """yarn: the factor of the logarithm by which rotated vectors grow (DeepSeek)."""
     mscale_all_dim: float | None = Field(default=None, ge=0)
-    """yarn: the same for the scores of latent attention, which grow by its square, and the rotated vectors less."""
+    """yarn: the same factor for latent attention: scores grow by its square, and rotated vectors are divided by it."""
     attention_factor: float | None = Field(default=None, gt=0)
     """yarn, longrope: the factor on cosines and sines; left out, it follows from factor."""
     short_factor: tuple[float, ...] | None = None

@@ -136,7 +136,7 @@ class MpiExecutor(Executor):
 def _load() -> Any:
     """Loads and initialises mpi4py's MPI. Raises ConfigError if there is no MPI library."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # a launcher of another MPI, an error below
+        with warnings.catch_warnings(action="ignore"):  # MPI warns of what is an error below
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigError(

@@ -188,7 +188,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="another tokenizer: tokenizer.json, a sentencepiece model, GPT-2's two files or ranks of tiktoken",
     )
     parser.add_argument("--tokenizer", metavar="PATH", help="measure this one in place of the run's own")
-    parser.add_argument("--split", choices=(HELDOUT, TRAIN), default=HELDOUT, help="the documents (default heldout)")
+    parser.add_argument(
+        "--split", choices=(HELDOUT, TRAIN), default=HELDOUT, help="split to measure on (default heldout)"
+    )
     parser.add_argument(
         "--max-bytes", type=int, default=50_000_000, help="most bytes of text of each source (default 50000000)"
     )

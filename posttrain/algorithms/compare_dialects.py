@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "trivium rl compare runs/demo/grpo/rollouts/rollout_000000.safetensors --drift 0.2",
     )
     parser.add_argument("batch", metavar="BATCH", help="a safetensors file: a recorded rollout, or TokenBatch.save's")
-    parser.add_argument("--drift", type=float, default=0.0, metavar="NATS", help="move the policy by so much first")
+    words = "first move each log-probability of the policy at random, by about so much"
+    parser.add_argument("--drift", type=float, default=0.0, metavar="NATS", help=words)
     parser.add_argument("--max-length", type=int, metavar="TOKENS", help="the longest completion allowed")
     args = parser.parse_args(argv)
     if not (math.isfinite(args.drift) and args.drift >= 0):

@@ -109,10 +109,14 @@ def _parser(bugs: dict[str, str]) -> argparse.ArgumentParser:
         "--fuzz", metavar="N", type=int, help="draw N small models and layouts at random, and prove them"
     )
     parser.add_argument(
-        "--against", metavar="REFERENCE", help="compare one rank on --device with this CPU (cpu), or with a --record"
+        "--against",
+        metavar="REFERENCE",
+        help="compare one rank on --device with this CPU: cpu; or with what --record wrote: its FOLDER",
     )
     parser.add_argument("--record", metavar="FOLDER", type=Path, help="write what --against compares with: CPU's steps")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of --against; cuda if left out")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="device to compare, for --against; cuda if left out"
+    )
     parser.add_argument("--seed", metavar="S", type=int, default=0, help="the seed of --fuzz; 0 if left out")
     parser.add_argument("--out", type=Path, default=Path("runs/prove"), help="where to work; runs/prove if left out")
     listed = (f"  {name}\n    {what}" for name, what in bugs.items())

@@ -18,7 +18,7 @@ from tests.parallel.runs import assert_same_state, metrics, train
 
 WORKER = "tests.parallel.workers.mirrors:train"
 MIRROR = "s3://models/runs/one"
-SCHEDULE: dict[str, Any] = {"schedule": {"steps": 6}}  # of runs that end before, to be gone on with
+SCHEDULE: dict[str, Any] = {"schedule": {"steps": 6}}  # longer than the runs, which are resumed later
 NO_STORE = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1", "AWS_DEFAULT_REGION": "us-east-1"}
 
 

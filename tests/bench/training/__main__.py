@@ -72,7 +72,7 @@ def precisions() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small batches, one core, processor time")
-    parser.add_argument("--only", default="", help="run the contests whose name has this in it, such as bf16")
+    parser.add_argument("--only", default="", help="run the contests whose names contain this text, such as bf16")
     parser.add_argument("--rounds", type=int, help="timed steps of each contender (2; quick: 5)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/train.json"))
     args = parser.parse_args()

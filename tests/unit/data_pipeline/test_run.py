@@ -26,7 +26,7 @@ from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import explain
 from tests.data_runs import ROOT, ledger, prose_and_pages, published, run_folder
 
-BROKEN = {"bad_json": 1, "invalid_utf8": 1, "missing_text": 1}  # of the lines in `inputs`
+BROKEN = {"bad_json": 1, "invalid_utf8": 1, "missing_text": 1}  # counts of the broken lines that `inputs` writes
 
 
 @pytest.fixture(scope="module")
