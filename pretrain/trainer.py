@@ -41,7 +41,7 @@ from pretrain.heldout_loss import Evaluator
 from pretrain.logs.activities import CHECKING, END, EVALUATION, PREPARATION, SAVING, TRAINING, Activities
 from pretrain.logs.display import Display
 from pretrain.logs.metrics import MetricsLog
-from pretrain.logs.time_ledger import TimeLedger
+from pretrain.logs.start_recorder import StartRecorder
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction
 from pretrain.parallel.engine import Engine
@@ -115,7 +115,7 @@ class Trainer:
         self.agreement = Agreement()
         self._profiler: Profiler  # made by `fit`
         self.activities, self.spikes = Activities(), SpikeGuard(config.spikes)
-        self.ledger = TimeLedger(self.run.path, self.activities, mesh.is_main)
+        self.start_recorder = StartRecorder(self.run.path, self.activities, mesh.is_main)
         self.rewinds = Rewinds(config.spikes, self.run.path, mesh, source.fingerprint)
         self.rows = StepRows(source, train, mesh, self.rewinds)
         check_source(source, config.spikes)
@@ -138,7 +138,9 @@ class Trainer:
         with ExitStack() as stack:
             watch = stack.enter_context(signals.saving())
             stack.enter_context(self.run.hold(watch))
-            watchdog = Watchdog(self.config.watchdog, self.engine, self.run.path, self.activities, self.ledger.hang)
+            watchdog = Watchdog(
+                self.config.watchdog, self.engine, self.run.path, self.activities, self.start_recorder.hang
+            )
             stack.enter_context(watchdog)
             saved = load_weights(self)
             if self.step >= self.config.train.steps:
@@ -150,7 +152,7 @@ class Trainer:
                 return 0
             self.run.begin_data_span(self.step, self.samples, self.print)
             self.agreement.first_step = self.step
-            stack.enter_context(self.ledger.of_start(self.step))
+            stack.enter_context(self.start_recorder.of_start(self.step))
             log = display = None
             if self.mesh.is_main:
                 self.run.write_facts(self.identity)
@@ -246,7 +248,7 @@ class Trainer:
                     done = self._train_step()
                 self._profiler.end_step(self.step)
                 steps.add(done)
-                self.ledger.update(self.step)
+                self.start_recorder.update(self.step)
                 last = self.step == config.train.steps
                 saving, stopped_by = last or config.checkpoint.is_due(self.step), 0
                 if saving or self.agreement.is_due(self.step):

@@ -1,4 +1,4 @@
-"""Activities of a rank of a training run, one after another: the clock of the watchdog and of the time ledger."""
+"""Activities of a rank of a training run, one after another: the clock of the watchdog and of goodput."""
 
 import threading
 import time

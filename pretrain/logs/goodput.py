@@ -1,6 +1,6 @@
 """Goodput of a run: which share of its time, over all of its starts, went into steps that count.
 
-The main rank writes a record of each start into time.json (`pretrain.logs.time_ledger`). `goodput` adds them up: every
+The main rank writes a record of each start into time.json (`pretrain.logs.start_recorder`). `goodput` adds them up: every
 second from the first start to the last sign of life belongs to one of `KINDS`. The module imports no torch.
 """
 

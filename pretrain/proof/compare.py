@@ -55,9 +55,9 @@ def _inexact(facts: dict[str, Any]) -> Iterator[str]:
             )
         if len(set(norms)) > 1:
             yield f"grad_norm of step {step + 1}: ranks report {len(set(norms))} values, {sorted(set(norms))[:4]}"
-    replicas = facts["differing_replicas"]
-    if replicas:
-        yield f"replicas: after {len(facts['norms'][0])} steps ranks differ in {len(replicas)} tensors: {replicas[:3]}"
+    copies = facts["differing_copies"]
+    if copies:
+        yield f"copies: after {len(facts['norms'][0])} steps ranks differ in {len(copies)} tensors: {copies[:3]}"
 
 
 def margin(error: float, precision: str) -> float:

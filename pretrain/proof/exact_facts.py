@@ -44,7 +44,7 @@ def moment(engine: Engine, parameter: nn.Parameter, kind: str) -> torch.Tensor:
     return flat.view(outline.shape)
 
 
-def differing_replicas(engine: Engine) -> list[str]:
+def differing_copies(engine: Engine) -> list[str]:
     """Returns the names of weights of which two ranks hold the same slice with different bits; collective.
 
     Both the model's weights and the optimizer's master weights are looked at.

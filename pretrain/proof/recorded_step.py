@@ -44,13 +44,13 @@ from pretrain.parallel import expert_balance, groups, zero
 from pretrain.parallel.engine import Engine
 from pretrain.proof.activation_hooks import ExpertChoices, NormTerms, Recorder, Slice, Trace
 from pretrain.proof.bounds import COMPANION, companion_of
-from pretrain.proof.exact_facts import differing_replicas, gathered_norm, moment
+from pretrain.proof.exact_facts import differing_copies, gathered_norm, moment
 from pretrain.proof.injections import INJECTIONS
 from pretrain.proof.step_reader import RecordedStep
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 SOURCES = 2
-STEPS = 3  # the first is compared with one rank's; after all three, replicas are compared with each other
+STEPS = 3  # the first is compared with one rank's; after all three, copies of weights are compared
 CLIP = 0.05  # a norm that initial gradients exceed, so that clipping takes part in every step
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ADAPTER_STD = 0.02  # of what adapters add: at zero, where training begins, most of their gradients would be zero
@@ -146,7 +146,7 @@ def run_steps(
     facts |= {"gathered_norms": gathered, "losses": losses, "clip_grad": config.optimizer.clip_grad}
     facts["norm_terms"] = {name: math.sqrt(total) for name, total in terms.squares.items()} if terms else {}
     facts["norms"] = mesh.gather_json(norms)
-    facts["differing_replicas"] = differing_replicas(engine)
+    facts["differing_copies"] = differing_copies(engine)
     out = Path(config.run.dir)
     out.mkdir(parents=True, exist_ok=True)
     metadata = {key: json.dumps(own) for key, own in recorder.slices.items()}

@@ -38,7 +38,7 @@ def go_back(trainer: "Trainer", bad: BadStep, steps: StepLog, saver: Saver) -> N
     trainer.rewinds.add(bad, manifest["step"])
     take_up(trainer, path, manifest)
     trainer.run.write_history()
-    trainer.ledger.rewind(reached - trainer.step)
+    trainer.start_recorder.rewind(reached - trainer.step)
     trainer.agreement.go_back(trainer.step)
     steps.go_back(trainer.step)
     trainer.rows.go_back(trainer.samples, trainer.config.train.steps - trainer.step)

@@ -107,7 +107,7 @@ class StepLog:
     """Writes steps to metrics.jsonl and the display, each when the one after it is added.
 
     All ranks add their steps, though only the main one has a `log` and a `display`, which shows every `every`-th step
-    and the last one of `steps`: all count the trained tokens of each of the `sources` in `ledger`, and all find a
+    and the last one of `steps`: all count the trained tokens of each of the `sources` in `tokens`, and all find a
     gradient that is not finite in the same step.
     """
 
@@ -119,14 +119,14 @@ class StepLog:
         steps: int,
         model: ModelConfig,
         sources: list[str],
-        ledger: dict[str, float],
+        tokens: dict[str, float],
         mfu_per_rate: float | None,
         spikes: SpikeGuard,
         stragglers: Stragglers,
     ):
         self.log, self.display, self._spikes, self._stragglers = log, display, spikes, stragglers
         self._every, self._steps, self._model = every, steps, model
-        self._sources, self._ledger, self._mfu_per_rate = sources, ledger, mfu_per_rate
+        self._sources, self._tokens, self._mfu_per_rate = sources, tokens, mfu_per_rate
         self._newest: Step | None = None
 
     def add(self, step: Step) -> None:
@@ -174,7 +174,7 @@ class StepLog:
             self._newest = None
             raise BadStep(step.number, step.samples, record | found, step.batches)
         for name, weight in zip(self._sources, sums.weights if sums.applied else [], strict=False):
-            self._ledger[name] += weight
+            self._tokens[name] += weight
         if self.log:
             self.log.write(record | found)
         for sentence in self._stragglers.note(sums.busy) if self.display else ():
@@ -182,7 +182,7 @@ class StepLog:
         if found and self.display:
             self.display.say(f"step {step.number} is a spike: {spike(record | found)}")
         if self.display and (step.number % self._every == 0 or step.number == self._steps):
-            self.display.update(record, self._ledger)
+            self.display.update(record, self._tokens)
 
 
 def _finite(value: float) -> float | None:

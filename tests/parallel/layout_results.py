@@ -8,7 +8,7 @@ import torch
 Results = tuple[list[dict[str, Any]], dict[str, torch.Tensor]]  # each rank's result, and whole tensors by name
 
 
-def check_replicas(found: Results) -> None:
+def check_copies(found: Results) -> None:
     """Holds ranks to one grad norm and, bit by bit, to the same master weights wherever they hold the same slice.
 
     The norm is also held against the norm of the gathered gradients. Ranks that clip by different norms drift apart.
@@ -35,7 +35,7 @@ def check_slices(results: list[dict[str, Any]]) -> None:
 
 
 def check_same(found: Results, reference: Results) -> None:
-    check_replicas(found)
+    check_copies(found)
     results, tensors = found[0], dict(found[1])
     expected = reference[0][0]
     for result in results:  # every rank returns the same numbers

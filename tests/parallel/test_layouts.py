@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.parallel.harness import RanksOf
-from tests.parallel.layout_results import Results, check_replicas, check_same
+from tests.parallel.layout_results import Results, check_copies, check_same
 from tests.parallel.matrix import ALLOWED, MODELS, MORE_PAIRS, PAIRS, model_of, world_of
 from tests.parallel.workers.layouts import MICRO_BATCH
 
@@ -116,7 +116,7 @@ def test_bf16_layouts_stay_close_to_fp32(run: RunLayout, layout: str) -> None:
     """Allows relative errors of a few times 0.4 %, the rounding of bf16 (2^-8); gradients are added up in fp32."""
     (expected, *_), reference = run("moe_tied", "one", like=layout)
     (result, *_), tensors = found = run("moe_tied", layout, dtype="bfloat16")
-    check_replicas(found)
+    check_copies(found)
     assert result["losses"] == pytest.approx(expected["losses"], rel=0.01)
     assert result["norms"] == pytest.approx(expected["norms"], rel=0.05)
     for name in ("grad/layers.0.attention.q_proj.weight", "grad/layers.0.attention_norm.weight"):
@@ -139,7 +139,7 @@ def test_bf16_ranks_clip_by_one_norm_and_stay_together(run: RunLayout, layout: s
     """
     (expected, *_), _ = run("deepseek", "one", like=layout, dtype="bfloat16")
     found = run("deepseek", layout, dtype="bfloat16")
-    check_replicas(found)
+    check_copies(found)
     assert found[0][0]["losses"] == pytest.approx(expected["losses"], rel=0.01)
 
 

@@ -151,7 +151,7 @@ CAUGHT = [
         "state.exp_avg/embedding.weight",
         "grad_norm of step 1: the",
     ),
-    ("norm_gradients_not_summed", "tp2sp", "dense", "fp32", "grad/final_norm.weight", "replicas: "),
+    ("norm_gradients_not_summed", "tp2sp", "dense", "fp32", "grad/final_norm.weight", "copies: "),
     ("partial_gradients_summed_twice", "pp2", "dense_tied", "fp32", "grad/embedding.weight", ""),
     (
         "replicated_weights_counted_tp_times",
@@ -164,16 +164,16 @@ CAUGHT = [
     ("mean_of_means", "dp2", "dense", "fp32", "backward/final_norm/0", ""),
     ("auxiliary_loss_times_micro_batches", "pp2", "moe", "fp32", "backward/layers.1.attention/0", ""),
     ("chunks_initialised_alike", "pp2", "dense", "fp32", "forward/layers.1.attention/0", ""),
-    ("qk_norm_gradients_not_summed", "tp2", "deepseek", "fp32", "grad/layers.1.attention.k_norm.weight", "replicas: "),
+    ("qk_norm_gradients_not_summed", "tp2", "deepseek", "fp32", "grad/layers.1.attention.k_norm.weight", "copies: "),
     (
         "key_value_gradients_not_summed",
         "tp2",
         "one_kv_head",
         "fp32",
         "grad/layers.1.attention.k_proj.weight",
-        "replicas: ",
+        "copies: ",
     ),
-    ("router_gradients_not_summed", "tp2", "moe", "fp32", "backward/layers.1.attention/0", "replicas: "),
+    ("router_gradients_not_summed", "tp2", "moe", "fp32", "backward/layers.1.attention/0", "copies: "),
     ("expert_gradients_doubled", "ep2", "moe", "fp32", "grad/layers.1.moe.experts.down_proj", ""),
     ("document_mask_off_by_one", "cp2", "dense", "fp32", "forward/layers.0.attention/0", ""),
     ("router_counts_not_summed_over_tp", "tp2", "deepseek", "fp32", STATE, ""),
@@ -268,7 +268,7 @@ def test_help_knows_every_bug_that_can_be_planted(capsys: pytest.CaptureFixture[
 
 @pytest.mark.full
 @pytest.mark.parametrize(("layout", "model"), [("tp2_ep2", "moe"), ("tp2_ep2", "deepseek"), ("cp2ep2", "moe")])
-def test_replicas_are_the_same_to_the_last_bit_after_twenty_steps_in_bf16(
+def test_copies_are_the_same_to_the_last_bit_after_twenty_steps_in_bf16(
     ranks: RanksOf, tmp_path: Path, layout: str, model: str
 ) -> None:
     candidate = Candidate.parse(layout)

@@ -22,7 +22,7 @@ from pretrain.parallel import groups
 from pretrain.parallel.engine import Engine, StepSums
 from pretrain.proof import recorded_step
 from pretrain.proof.device_rank import prove_device
-from pretrain.proof.exact_facts import differing_replicas
+from pretrain.proof.exact_facts import differing_copies
 from pretrain.proof.injections import INJECTIONS
 from pretrain.proof.recorded_step import SOURCES, packed_rows, prove_step
 from tests.parallel.forks import REPOSITORY
@@ -62,7 +62,7 @@ def _doubled_later() -> Iterator[None]:
 
 
 def train(config: dict[str, Any], steps: int, inject: str | None = None) -> dict[str, Any]:
-    """Trains in bf16; returns the gradient norm of each step, and the weights in which replicas differ at the end."""
+    """Trains in bf16; returns the gradient norm of each step, and the weights of which copies differ at the end."""
     checked = validate(PretrainConfig, config)
     env = ClusterEnvironment.read()
     mesh = groups.start(env, Layout.of(env.world_size, checked.parallel, checked.model, checked.train))
@@ -74,7 +74,7 @@ def train(config: dict[str, Any], steps: int, inject: str | None = None) -> dict
             rows = packed_rows(share.start, len(share), checked.model.vocab_size, checked.train.seq_length)
             sums = engine.train_step(micro_batches(rows, micro, share.start), NextToken(), checked.optimizer.lr)
             norms.append(sums.grad_norm)
-    differing = differing_replicas(engine)
+    differing = differing_copies(engine)
     groups.stop()
     return {"norms": norms, "differing": differing}
 

@@ -9,7 +9,7 @@ import pytest
 
 from pretrain.logs.activities import EVALUATION, PREPARATION, TRAINING, Activities
 from pretrain.logs.goodput import FILE, StartRecord, goodput, read, table
-from pretrain.logs.time_ledger import TimeLedger
+from pretrain.logs.start_recorder import StartRecorder
 
 
 def test_the_kinds_of_time_sum_to_the_whole() -> None:
@@ -46,17 +46,17 @@ def test_steps_that_a_later_start_repeats_again_are_lost_too() -> None:
     assert goodput(starts)["lost"] == 5.0
 
 
-def test_the_ledger_keeps_all_starts(tmp_path: Path) -> None:
+def test_the_recorder_keeps_all_starts(tmp_path: Path) -> None:
     """Stops the clock by hand: activities are told when they began."""
     before = StartRecord(1.0, 2.0, 0, 3, {"training": 1.0})
     (tmp_path / FILE).write_text(json.dumps({"starts": [asdict(before)]}))
     activities = Activities(time.monotonic() - 7.0)
-    with TimeLedger(tmp_path, activities, writes=True).of_start(3) as ledger:
+    with StartRecorder(tmp_path, activities, writes=True).of_start(3) as recorder:
         for step, seconds in enumerate((4.0, 1.0, 1.0), 4):
             for name, ago in ((PREPARATION, 0.0), (TRAINING, seconds), (EVALUATION, 0.5)):
                 activities.begin(name, step)
                 activities.began -= ago
-            ledger.update(step)
+            recorder.update(step)
     first, second = read(tmp_path)
     assert first == before and (second.first_step, second.last_step) == (3, 6)
     assert second.seconds[TRAINING] == pytest.approx(3.0, abs=0.1), "the first step's extra time is apart"
@@ -67,6 +67,6 @@ def test_the_ledger_keeps_all_starts(tmp_path: Path) -> None:
 def test_only_one_rank_writes_and_a_broken_file_is_no_error(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("{")
     assert read(tmp_path) == [] and goodput([])["training"] == 0
-    with TimeLedger(tmp_path, Activities(), writes=False).of_start(0) as ledger:
-        ledger.update(1)
+    with StartRecorder(tmp_path, Activities(), writes=False).of_start(0) as recorder:
+        recorder.update(1)
     assert (tmp_path / FILE).read_text() == "{"

@@ -1,4 +1,4 @@
-"""The ledger of a run's time, which its main rank keeps in time.json while it trains; `pretrain.logs.goodput` reads it.
+"""Records the time of each start of a run in time.json, on its main rank; `pretrain.logs.goodput` adds them up.
 
 The file is written at most every `EVERY` seconds, by rename, and at the end. A start that is killed loses the time
 since it was last written, which then counts as time in which nothing ran.
@@ -20,11 +20,11 @@ from pretrain.logs.goodput import FILE, StartRecord, read
 EVERY = 5.0  # seconds
 
 
-class TimeLedger:
-    """Record of one start of a run, kept up to date from the `activities` of this rank. Only one rank of a run writes.
+class StartRecorder:
+    """Recorder of one start of a run, which takes times from the `activities` of this rank. One rank of a run writes.
 
-    with ledger.of_start(first_step):
-        ledger.update(step)
+    with recorder.of_start(first_step):
+        recorder.update(step)
     """
 
     def __init__(self, run_dir: Path, activities: Activities, writes: bool) -> None:
@@ -35,7 +35,7 @@ class TimeLedger:
         self._undone = 0  # steps of this start that a rewind undid
 
     @contextmanager
-    def of_start(self, first_step: int) -> Iterator["TimeLedger"]:
+    def of_start(self, first_step: int) -> Iterator["StartRecorder"]:
         """Context of the training of a start that goes on after `first_step` steps; writes the record at the end."""
         now = time.time()
         self._earlier = read(self._path.parent)
@@ -87,7 +87,7 @@ class TimeLedger:
         try:
             write_atomic(self._path, json.dumps({"starts": records}, indent=1).encode())
         except OSError:
-            return  # a full disk is told by the checkpoints and the metrics; time goes on without its ledger
+            return  # a full disk is told by the checkpoints and the metrics; time goes on without being recorded
 
 
 def _age() -> float:
