@@ -1,7 +1,7 @@
 """Goodput of a run: which share of its time, over all of its starts, went into steps that count.
 
-The main rank writes a record of each start into time.json (`pretrain.logs.start_recorder`). `goodput` adds them up: every
-second from the first start to the last sign of life belongs to one of `KINDS`. The module imports no torch.
+The main rank writes a record of each start into time.json (`pretrain.logs.start_recorder`). `goodput` adds them up:
+every second from the first start to the last sign of life belongs to one of `KINDS`. The module imports no torch.
 """
 
 import json
