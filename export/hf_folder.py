@@ -144,9 +144,9 @@ def _vocabulary_problems(directory: Path, model: ModelConfig) -> list[str]:
 
 
 def _dtype_problems(tensors: TensorFolder, fitted: Fit) -> list[str]:
-    """Returns a problem if the model's tensors are of no type that checkpoints have, or differ where they become one.
+    """Returns a problem if a tensor is not of floating point, or if tensors that are joined have different dtypes.
 
-    The types are floating-point numbers, and single experts of a layer become one tensor.
+    The experts of a layer, which some folders store one by one, are joined in one tensor.
     """
     entries = [[fitted.names[name] for name in entry.theirs if name in fitted.names] for entry in fitted.walked]
     types = {name: tensors.dtypes.get(name, FLOATS[0]) for names in entries for name in names}

@@ -144,7 +144,7 @@ def _same(codes: np.ndarray, start: int, end: int, known: np.ndarray, first: int
 
 @numba.njit(cache=True, nogil=True)
 def _first_of_each(codes: np.ndarray, starts: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Returns the parts among `chosen` that equal no earlier one, in their order."""
+    """Returns those of the `chosen` parts of a text (by index) whose characters no earlier chosen part has."""
     size = 1024
     while size < 2 * len(chosen):
         size *= 2

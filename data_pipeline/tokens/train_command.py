@@ -67,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(config: TokenizerTrainConfig, files: FileTexts, shards: Sequence[Path], console: Console) -> None:
-    """Prints what is trained on what. Raises ConfigError if the control symbols leave no room in the vocabulary."""
+    """Prints which tokenizer is trained on how much text.
+
+    Raises ConfigError if the control symbols leave no room in the vocabulary.
+    """
     settings = config.tokenizer
     try:
         own = len(symbols(settings, ()))

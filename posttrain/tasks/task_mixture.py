@@ -31,7 +31,7 @@ class MixtureTask:
 
     @property
     def reward_names(self) -> tuple[str, ...]:
-        """The tasks' names, whose part of a score is the score itself, and the names of their rewards."""
+        """The names of the tasks, under each of which its score is written, and of their rewards, as `task/reward`."""
         rewards = (f"{part}/{name}" for part, task in self.parts.items() for name in task.reward_names)
         return (*self.parts, *rewards)
 

@@ -1,4 +1,4 @@
-"""A run as its command would find it: config, layout and data by the command's own dry run, then disk and clock."""
+"""Checks a run before it starts: config, layout and data by the command's own dry run, then disk and clock."""
 
 import math
 import os

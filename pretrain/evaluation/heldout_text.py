@@ -105,7 +105,7 @@ def token_logprobs(decoder: Decoder, rows: list[Row]) -> np.ndarray:
 
 
 def _text_loss(row: Row, logprobs_S: np.ndarray, segment: int, begins: bool, token_bytes: np.ndarray) -> TextLoss:
-    """Returns the loss of one segment of a row; a document that is divided counts where it begins."""
+    """Returns the loss of one segment of a row; a document in several segments is counted in the first (`begins`)."""
     chosen = row.loss_mask & (row.segments == segment)
     return TextLoss(
         loss=-float(logprobs_S[chosen].sum()),

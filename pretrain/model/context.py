@@ -94,8 +94,8 @@ class ForwardContext:
     ) -> "ForwardContext":
         """Makes the context of whole rows; -1 in `segments_BS` is padding, and None means one document a row.
 
-        `contexts_B` are numbers of first tokens of the rows that layers with the pattern `prefix` see both ways: of all
-        tokens where rows of a cache are started, else of none by default.
+        `contexts_B` says how many of the first tokens of each row attend to one another in both directions, in layers
+        with the pattern `prefix`. By default none do, but where rows of a cache are started, all do.
         """
         begins = cache is None or positions_BS.shape[1] > 1
         positions_BS, prepended = virtual.positions(positions_BS, begins), virtual.count * (virtual.in_rows and begins)

@@ -28,7 +28,7 @@ class RecordedStep:
         return {key for key in self._slices if not key.startswith("choice/")}
 
     def copies(self, key: str) -> list[torch.Tensor]:
-        """Returns the whole tensor, once for each rank that holds the same slices of it."""
+        """Returns every copy of a tensor that the ranks hold, each put together from its slices."""
         wholes: list[torch.Tensor] = []
         seen = Counter[tuple[int, ...]]()
         for file, offset, shape in self._slices[key]:

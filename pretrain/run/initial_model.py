@@ -154,7 +154,7 @@ def with_model(tree: dict[str, Any], resume: str) -> tuple[dict[str, Any], list[
 
 
 class _Init(Section):
-    """A config's [init] alone."""
+    """A config of which only the section [init] is read."""
 
     init: InitConfig
     """The model to start from."""

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from export.dcp_folder import DcpFolder
 
 
-class Command:
+class PickledCommand:
     """An object whose pickle runs a command when it is loaded."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
@@ -53,7 +53,7 @@ def test_metadata_that_names_anything_else_is_refused_unrun(
     folder, _ = saved
     metadata = pickle.loads((folder / ".metadata").read_bytes())
     trace = tmp_path / "ran"
-    metadata.planner_data = Command(function, f"touch {trace}")
+    metadata.planner_data = PickledCommand(function, f"touch {trace}")
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(ValueError, match=rf"is not read: it names \w+(\.\w+)*\.{named}, which no checkpoint"):
         DcpFolder(folder)
@@ -65,7 +65,7 @@ def test_a_part_that_is_more_than_a_tensor_is_refused_unrun(
 ) -> None:
     folder, _ = saved
     metadata, trace, file = pickle.loads((folder / ".metadata").read_bytes()), tmp_path / "ran", io.BytesIO()
-    torch.save(Command(os.system, f"touch {trace}"), file)
+    torch.save(PickledCommand(os.system, f"touch {trace}"), file)
     assert zipfile.is_zipfile(file)
     (folder / "evil.distcp").write_bytes(file.getvalue())
     for info in metadata.storage_data.values():

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[4]
 SECRET = "someone@example.org"
 
 
-class Mark(PipelineStep):
+class MarkStep(PipelineStep):
     """Step that writes a file per rank; `trouble` maps a rank to the failure that happens there instead."""
 
     name, type = "Mark", "TEST"
@@ -66,7 +66,7 @@ def perform(executor: LocalExecutor, folder: Path, tasks: int, trouble: dict[int
     logs, out = folder / "logs", folder / "out"
     logs.mkdir()
     out.mkdir()
-    executor.perform("marking", [Mark(str(out), trouble)], tasks, logs, 1, Console(quiet=True))
+    executor.perform("marking", [MarkStep(str(out), trouble)], tasks, logs, 1, Console(quiet=True))
     return out
 
 
@@ -164,7 +164,7 @@ def test_a_task_is_never_started_twice(tmp_path: Path) -> None:
     prepare(tmp_path)
     assert claim(tmp_path, 4)
     assert not claim(tmp_path, 4)
-    tasks = SlurmTasks(PipelineJob("s", [Mark(str(tmp_path))], 5, tmp_path), "name", SlurmConfig(), 2, [])
+    tasks = SlurmTasks(PipelineJob("s", [MarkStep(str(tmp_path))], 5, tmp_path), "name", SlurmConfig(), 2, [])
     with pytest.raises(TaskError, match=rf"started a second time, so process {os.getpid()} on .* was lost"):
         tasks.run_once(4)
     assert not (tmp_path / "4").exists()
@@ -225,7 +225,7 @@ def test_slurm_is_used_where_its_commands_are_and_paths_have_no_spaces(
     for folder, said in (("my run", "set run.dir to a path without spaces"), ("run", "sbatch refused a stage")):
         prepare(tmp_path / folder)
         with pytest.raises(ConfigError, match=re.escape(said)):
-            executor.run(PipelineJob("s", [Mark(str(tmp_path))], 2, tmp_path / folder), print)
+            executor.run(PipelineJob("s", [MarkStep(str(tmp_path))], 2, tmp_path / folder), print)
 
 
 def test_the_flag_and_the_key_say_who_does_the_tasks(tmp_path: Path) -> None:

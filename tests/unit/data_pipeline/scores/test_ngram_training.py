@@ -20,7 +20,7 @@ def documents(seed: int, count: int) -> list[np.ndarray]:
     return [np.array([BOS, *draw.choice(np.arange(4, SIZE), n, p=share / share.sum()), EOS]) for n in lengths]
 
 
-class Reference:
+class KneserNey:
     """Interpolated modified Kneser-Ney (Chen and Goodman 1999), with counts in dictionaries of tuples."""
 
     def __init__(self, texts: Sequence[Sequence[int]], order: int) -> None:
@@ -59,7 +59,7 @@ class Reference:
 @pytest.mark.parametrize("order", [2, 3, 5])
 def test_bits_are_those_of_the_formula(order: int) -> None:
     training, held_out = documents(0, 60), [*documents(1, 10), np.array([BOS, 3, 4, 3, 3, EOS])]
-    reference = Reference([document.tolist() for document in training], order)
+    reference = KneserNey([document.tolist() for document in training], order)
     ids = [0, *range(2, SIZE)]  # every id but <s>, which is never predicted
     for context in ((), (BOS,), (4,), (3,), (4, 5)[: order - 1]):
         assert sum(reference.probability(id, context) for id in ids) == pytest.approx(1)

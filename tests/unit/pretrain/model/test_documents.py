@@ -77,7 +77,7 @@ def test_no_mask_of_tokens_by_tokens_is_made() -> None:
     q, k, v = (torch.zeros(40_000, 1, 1, 2, requires_grad=True) for _ in range(3))
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class LargestResult(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal largest
             result = function(*args, **(kwargs or {}))
@@ -86,7 +86,7 @@ def test_no_mask_of_tokens_by_tokens_is_made() -> None:
                     largest = max(largest, tensor.numel())
             return result
 
-    with Watch():
+    with LargestResult():
         attend_documents(q, k, v, Documents.of(segments_BT)).sum().backward()
     assert largest <= 4 * 40_000
 

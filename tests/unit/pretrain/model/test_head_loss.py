@@ -113,7 +113,7 @@ def test_the_values_of_a_scalar_head_get_the_loss_function_s_gradient_where_the_
 def test_nothing_as_large_as_all_logits_is_made() -> None:
     micro_batch, largest = batch(trained=1.0), 0
 
-    class Watch(TorchDispatchMode):
+    class LargestTensor(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
             nonlocal largest
             result = function(*args, **(kwargs or {}))
@@ -123,7 +123,7 @@ def test_nothing_as_large_as_all_logits_is_made() -> None:
 
     x = torch.randn(len(micro_batch.trained), HIDDEN, requires_grad=True)
     weight = torch.randn(VOCAB, HIDDEN, requires_grad=True)
-    with mock.patch.multiple(head_loss, CHUNK_CPU=1, LEAST_TOKENS=4), Watch():
+    with mock.patch.multiple(head_loss, CHUNK_CPU=1, LEAST_TOKENS=4), LargestTensor():
         for loss_fn in (NextToken(), Squared()):
             HeadLoss(micro_batch, loss_fn, 1.0, 2)(x, weight, VOCAB, None).backward()
     assert largest == max(x.numel(), weight.numel()) < len(x) * VOCAB
