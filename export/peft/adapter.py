@@ -43,7 +43,7 @@ class PeftAdapter:
 
 
 class Form(Protocol):
-    """A method of tuning that both formats have: `kinds` of `[adapter]`, and `peft_type` of adapter_config.json."""
+    """A method of tuning that both PEFT and Trivium have: `peft_type` there, one of `kinds` in `[adapter]` here."""
 
     @property
     def kinds(self) -> tuple[str, ...]: ...

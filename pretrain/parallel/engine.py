@@ -59,10 +59,12 @@ class Engine:
         adapter: AdapterConfig | None = None,
         adapter_std: float = 0.0,
     ):
-        """Builds and draws the model; `adapter_std` is the deviation of what adapters add, which training begins at 0.
+        """Builds the model and draws its weights.
 
-        A proof begins elsewhere, since gradients behind a factor of zero would be zero. Without an optimizer the model
-        is frozen and only evaluates; its layout has ZeRO stage 1, and no memory is taken for training it.
+        `adapter_std` is the standard deviation of those weights of adapters that begin at 0 in training, so that an
+        adapter adds nothing at first. A proof draws them, since with zeros the gradients of others would be zero.
+        Without an optimizer the model is frozen and only evaluates; its layout has ZeRO stage 1, and no memory is taken
+        for training it.
         """
         self.mesh, self.model_config, self.train_config, self.adapter = mesh, model_config, train, adapter
         self._mtp_depth = model_config.head.mtp_depth
