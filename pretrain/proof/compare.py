@@ -30,6 +30,8 @@ def compare(one: Path, other: Path, name: str, ranks: int, config: PretrainConfi
         verdict.add("loss" if number == "heldout" else number, error)
     for sentence in _inexact(found.facts):
         verdict.fail(sentence)
+    if (steps := found.facts["optimizer_steps"]) != (expected := reference.facts["optimizer_steps"]):
+        verdict.fail(f"the optimizer has taken {steps} steps, and on one rank {expected}")
     missing = _without_copies(reference.keys) ^ _without_copies(found.keys)
     if missing:
         verdict.fail(f"only one of the two has {sorted(missing)[:3]}")

@@ -24,6 +24,7 @@ from pretrain.model.losses import NextToken
 from pretrain.model.moe import MoE
 from pretrain.model.moe.balance import Balance
 from pretrain.model.slices import Slices, is_expert, marks_of, tp_split
+from pretrain.model.tensor_parallel import RowLinear
 from pretrain.parallel import distributed_optimizer, expert_balance
 from pretrain.parallel.context_parallel import own_parts
 from pretrain.parallel.distributed_optimizer import DistributedOptimizer
@@ -264,15 +265,16 @@ def router_bias_multiplied_by_tp() -> AbstractContextManager[Any]:
     return mock.patch.object(expert_balance, "finish_step", planted)
 
 
-def replicated_weight_multiplied_by_tp() -> AbstractContextManager[Any]:
-    """Plants a bug: the weight of the MLP's norm takes effect tp times, as a replicated bias did in torchtitan 4245."""
+def replicated_bias_multiplied_by_tp() -> AbstractContextManager[Any]:
+    """Plants a bug: each rank adds a row layer's bias before outputs are summed over tp, as in torchtitan 4245."""
+    right = RowLinear.forward
 
-    def planted(stage: PipelineStage, mesh: Mesh) -> None:
-        spread_experts(stage, mesh)
-        for block in stage.blocks.values():
-            block.mlp_norm.register_forward_hook(lambda _, __, output: output * mesh.layout.tp)
+    def planted(self: RowLinear, x: torch.Tensor) -> torch.Tensor:
+        y = right(self, x)
+        copies = self.input_size // self.input_size_per_partition
+        return y if self.bias is None else y + (copies - 1) * self.bias.detach()  # the gradient is right
 
-    return mock.patch(f"{ENGINE}.spread_experts", planted)
+    return mock.patch.object(RowLinear, "forward", planted)
 
 
 def uneven_vocabulary_cut_without_padding() -> AbstractContextManager[Any]:
@@ -373,7 +375,7 @@ INJECTIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         router_counts_not_summed_over_tp,
         router_counts_not_summed_over_replicas,
         router_bias_multiplied_by_tp,
-        replicated_weight_multiplied_by_tp,
+        replicated_bias_multiplied_by_tp,
         uneven_vocabulary_cut_without_padding,
         evaluation_moves_router_bias,
         products_in_tf32,

@@ -37,9 +37,11 @@ from configs.train import PretrainConfig
 from data_pipeline.mixture.rows import Row
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 from pretrain.data.batch_source import micro_batches, share_of_rank
-from pretrain.model import Decoder, init_weights
+from pretrain.model import Decoder, Slices, init_weights, initial_weights
+from pretrain.model.adapters import is_state
 from pretrain.model.batch import Batch
 from pretrain.model.losses import NextToken, SquaredValues
+from pretrain.model.slices import marks_of
 from pretrain.parallel import expert_balance, groups, zero
 from pretrain.parallel.engine import Engine
 from pretrain.proof.activation_hooks import ExpertChoices, NormTerms, Recorder, Slice, Trace
@@ -54,6 +56,7 @@ STEPS = 3  # the first is compared with one rank's; after all three, copies of w
 CLIP = 0.05  # a norm that initial gradients exceed, so that clipping takes part in every step
 MOMENTS = ("exp_avg", "exp_avg_sq")
 ADAPTER_STD = 0.02  # of what adapters add: at zero, where training begins, most of their gradients would be zero
+SPREAD = 0.1  # standard deviation of weights around the constant at which training begins them
 ROWS_PERIOD = 8
 WHOLE_ROWS = (4, 5)  # of each period; attention of micro-batches of such rows takes another way
 
@@ -146,6 +149,7 @@ def run_steps(
     facts |= {"gathered_norms": gathered, "losses": losses, "clip_grad": config.optimizer.clip_grad}
     facts["norm_terms"] = {name: math.sqrt(total) for name, total in terms.squares.items()} if terms else {}
     facts["norms"] = mesh.gather_json(norms)
+    facts["optimizer_steps"] = max(mesh.gather_json(zero.steps_done(engine.zero)))
     facts["differing_copies"] = differing_copies(engine)
     out = Path(config.run.dir)
     out.mkdir(parents=True, exist_ok=True)
@@ -218,14 +222,34 @@ def with_clipping(config: PretrainConfig) -> PretrainConfig:
 def _run(config: PretrainConfig, mesh: groups.Mesh, precision: str, recorded: RecordedStep | None, steps: int) -> None:
     dtype = DTYPES[precision]
     run = config.run
-    engine = Engine(
-        config.model, config.train, config.optimizer, mesh, run.seed, dtype, SOURCES, config.adapter, ADAPTER_STD
-    )
+    with constants_spread():
+        engine = Engine(
+            config.model, config.train, config.optimizer, mesh, run.seed, dtype, SOURCES, config.adapter, ADAPTER_STD
+        )
     run_steps(engine, config, precision, recorded, steps)
     if hasattr(engine.zero, "destroy"):  # DeepSpeed's engines hook into autograd, where no garbage collector looks
         engine.zero.destroy()
     del engine
     gc.collect()
+
+
+def constants_spread() -> AbstractContextManager[Any]:
+    """Context manager in which engines draw biases and weights of norms around the constant that they begin at.
+
+    A bias of zero adds nothing, however wrongly a layout adds it, and it has the right gradient meanwhile.
+    """
+    right = initial_weights._fill
+
+    def spread(chunk: Decoder, name: str, parameter: nn.Parameter, seed: int, slices: Slices) -> None:
+        marks = marks_of(parameter)
+        if marks.constant is None or is_state(name):
+            right(chunk, name, parameter, seed, slices)
+            return
+        with mock.patch.dict(vars(parameter), marks=replace(marks, constant=None, std=SPREAD)):
+            right(chunk, name, parameter, seed, slices)
+        slices.without_padding(parameter, parameter).add_(marks.constant)
+
+    return mock.patch.object(initial_weights, "_fill", spread)
 
 
 def init_rounded_to_bf16() -> AbstractContextManager[Any]:

@@ -35,6 +35,8 @@ def test_nothing_is_left_of_the_gradients_of_the_step_before(ranks: RanksOf, dty
         ("moe", 2, {"ep": 2}, "bfloat16"),
         ("dense", 4, {}, "bfloat16"),
         ("moe", 4, {"ep": 2}, "float32"),
+        ("dense_tied", 4, {"tp": 2, "sp": True}, "bfloat16"),
+        ("dense", 4, {"pp": 2, "vpp": 2}, "float32"),
     ],
 )
 def test_a_step_sends_no_more_than_it_must(
@@ -49,7 +51,7 @@ def test_a_step_sends_no_more_than_it_must(
     ):
         # Of every bucket that P ranks hold, each sends P - 1 parts of gradients and P - 1 of weights, whatever the
         # number of micro-batches: (P - 1) / P of the bucket twice, as a reduce-scatter and an all-gather must.
-        assert (result["micro_batches"] > 1) == (world == 2)
+        assert (result["micro_batches"] > 1) == (world == 2 or {"tp", "pp"} & parallel.keys() != set())
         messages = result["messages"]
         assert sorted(messages["gradients"]) == sorted(messages["weights"]) == sorted(result["expected"])
         assert result["shared"] > 2 and (result["alone"] > 0) == (model == "moe" and world == 2)
@@ -59,7 +61,7 @@ def test_a_step_sends_no_more_than_it_must(
         events, first_of_last = result["events"], result["gradients"] * (result["micro_batches"] - 1)
         reductions = [i for i, event in enumerate(events) if event == "reduce"]
         last_gradient = max(i for i, event in enumerate(events) if event == "gradient")
-        assert min(reductions) > first_of_last
+        assert min(reductions) > first_of_last or "vpp" in parallel  # where chunks have their last passes in turn
         assert sum(i < last_gradient for i in reductions) >= len(reductions) / 2
         # Each bucket is gathered before the next is updated.
         after = [event for event in events[last_gradient:] if event in ("update", "gather")]

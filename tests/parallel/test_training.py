@@ -163,6 +163,13 @@ def test_profiled_and_deterministic_steps_have_the_same_numbers(ranks: RanksOf, 
     assert lines[0].split()[-5:] == list(KINDS) and [line.split()[0] for line in lines[1:3]] == ["0", "1"]
 
 
+@pytest.mark.parametrize("compiles", [True, False])
+def test_compiled_code_is_kept_in_the_run_s_folder(ranks: RanksOf, tmp_path: Path, compiles: bool) -> None:
+    options = {"run_dir": str(tmp_path), "model": MODELS["dense"], "compiles": compiles}
+    (found,) = ranks(1).run("tests.parallel.workers.training:compiled_code", process_group=False, **options)
+    assert found == (str(tmp_path / "compiled") if compiles else None)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -47,6 +47,7 @@ def sums(elements: int, dtype: str, buckets: int) -> dict[str, bool]:
 def sent(model: dict[str, Any], parallel: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Elements of all that a step sends over data parallel, and the order of backward passes, reductions and updates.
 
+    What goes to other ranks, as activations do under tensor parallel, does not count.
     `events` has "gradient" for each gradient that a backward pass brings, "reduce" and "gather" for each collective
     that begins, and "update" for each bucket that AdamW has updated.
     """
@@ -74,7 +75,8 @@ def sent(model: dict[str, Any], parallel: dict[str, Any], dtype: str) -> dict[st
         right = getattr(dist, name)
 
         def count(*args: Any, **options: Any) -> Any:
-            others[name] = others.get(name, 0) + sum(arg.numel() for arg in args if torch.is_tensor(arg))
+            if options.get("group") in [None, *own_groups]:
+                others[name] = others.get(name, 0) + sum(arg.numel() for arg in args if torch.is_tensor(arg))
             return right(*args, **options)
 
         return count

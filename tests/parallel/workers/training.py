@@ -206,6 +206,15 @@ def make_trainer(
     return Trainer(config, model_config, source, loss, mesh, [heldout], lineage, resume=resume, profiled=steps_profiled)
 
 
+def compiled_code(run_dir: str, model: dict[str, Any], compiles: bool) -> str | None:
+    """Returns where torch keeps compiled code once a trainer is made, in an environment that does not say so before."""
+    with mock.patch.dict(os.environ):
+        os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+        make_trainer(run_dir, model, {}, 2, {}, train={"compile": compiles})
+        groups.stop()
+        return os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+
+
 def train_on_slow_disk(
     run_dir: str, model: dict[str, Any], steps: int, seconds: float, fail_on_rank: int | None = None, every: int = 2
 ) -> dict[str, Any]:
