@@ -99,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[1:2] in (["-h"], ["--help"]):
             _print(usage(group))
             return 0
-        return _refuse(f"`trivium {argv[0]}` needs one of: {', '.join(name.split()[1] for name in group)}")
+        listed = ", ".join(name.split()[1] for name in group)
+        hint = _nearest(" ".join(argv[:2]), group) if len(argv) > 1 else ""
+        return _refuse(f"`trivium {argv[0]}` needs one of: {listed}{hint}")
     return _refuse(f"there is no command {argv[0]!r}; `trivium --help` lists them{_nearest(argv[0])}")
 
 
@@ -146,11 +148,13 @@ def _refuse(sentence: str) -> int:
     return 2
 
 
-def _nearest(word: str) -> str:
+def _nearest(said: str, names: Sequence[str] = tuple(COMMANDS)) -> str:
+    """Returns the command that a misspelt one may have meant, by all of its words or the last, as a sentence's end."""
     import difflib
 
-    close = difflib.get_close_matches(word, {name.split()[0] for name in COMMANDS}, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    spellings = {name.split()[-1]: name for name in names} | {name: name for name in names}
+    close = difflib.get_close_matches(said.lower().replace("-", " "), spellings, n=1)
+    return f"; did you mean {spellings[close[0]]!r}?" if close else ""
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel
 
 from configs import signals
+from configs.checkpoint_folders import check_start
 from configs.loader import ConfigError, Failure, load
 
 T = TypeVar("T", bound=BaseModel)
@@ -105,7 +106,9 @@ def parse_args(
         parser.add_argument(name, dest=key, metavar="WHICH", help=f"{text} (the same as {key}=WHICH)")
     args = parser.parse_intermixed_args(argv)
     chosen = [f"{key}={getattr(args, key)}" for _, key, _ in keys if getattr(args, key) is not None]
-    return load(schema, args.config, [*args.overrides, *chosen], lambda tree: complete(tree, args)), args
+    config = load(schema, args.config, [*args.overrides, *chosen], lambda tree: complete(tree, args))
+    check_start(config.model_dump(include={"run", "init"}), getattr(args, "resume", "auto"))
+    return config, args
 
 
 def profiled_steps(chosen: str, steps: int) -> range:

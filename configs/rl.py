@@ -95,6 +95,15 @@ class RLSection(Section):
         return self.kl_estimator or ("k3" if self.kl == "loss" else "k1")
 
 
+def check_overlong(settings: RLSection, task: TaskConfig) -> None:
+    """Raises ValueError if the penalty of long completions would begin before their first token."""
+    if settings.overlong_buffer > task.max_new_tokens:
+        raise ValueError(
+            f"rl.overlong_buffer = {settings.overlong_buffer} is more than task.max_new_tokens = {task.max_new_tokens},"
+            f" before whose last tokens the penalty begins; set rl.overlong_buffer={task.max_new_tokens} or less"
+        )
+
+
 def checked_rollouts(chosen: str, settings: RLSection) -> int:
     """Returns the number of rollouts that `--rollouts-only` asks for, 0 for "".
 
@@ -173,6 +182,7 @@ class GRPOConfig(TrainerConfig):
                 "grpo.dialect = 'gdpo' normalises each reward by itself, and rl.kl = 'reward' would charge the "
                 "divergence in none of them; set rl.kl=loss"
             )
+        check_overlong(self.rl, self.task)
         return self
 
 
@@ -236,3 +246,8 @@ class PPOConfig(TrainerConfig):
     """Sampling, the policy's loss, the critic, and the text of pretraining that is trained on beside them."""
     rl: PPORollouts = PPORollouts()
     """Rollouts and what is done with them, with the defaults of PPO."""
+
+    @model_validator(mode="after")
+    def _penalty_begins_within_completions(self) -> "PPOConfig":
+        check_overlong(self.rl, self.task)
+        return self

@@ -64,7 +64,8 @@ class Reference:
     `read` returns a tensor by Trivium's name in the dtype in which it is written. The decoder is made of these, and
     computes in fp32; it has the first layers of the model alone if no more are compared. `passages` are token ids on
     which logits are compared: held-out text, or the prompts if there is none. `context` is the context length, in
-    tokens, that the folder must state; nothing longer is compared.
+    tokens, that the folder must state; nothing longer is compared. A model that is written `as_it_came`, not trained
+    since it was imported, may have a tokenizer that adds to a rendered dialogue the beginning that the template wrote.
     """
 
     config: ModelConfig
@@ -76,6 +77,7 @@ class Reference:
     passages: list[list[int]]
     held_out: bool
     prompts: list[list[int]]
+    as_it_came: bool = False
 
     @property
     def compared(self) -> ModelConfig:
@@ -352,13 +354,16 @@ def check_tokenizer(hf: Reloaded, reference: Reference) -> Check:
     if difference is None and codec.chat_template is None and tokenizer("a").input_ids != codec.encode_prompt("a"):
         difference = f"'a' becomes {tokenizer('a').input_ids}, in training {codec.encode_prompt('a')}"
     if difference is None and codec.chat_template is not None:
-        difference = _chat_difference(tokenizer, codec)
+        difference = _chat_difference(tokenizer, codec, reference.as_it_came)
     chat = ", chat template" if codec.chat_template is not None else ""
     return Check("tokenizer", difference is None, difference or f"identical on {len(texts)} texts{chat}", wanted)
 
 
-def _chat_difference(tokenizer: Any, codec: TextCodec) -> str | None:
-    """Describes how a dialogue's ids differ from training's, by the first of three ways to get them that differs."""
+def _chat_difference(tokenizer: Any, codec: TextCodec, as_it_came: bool) -> str | None:
+    """Describes how a dialogue's ids differ from training's, by the first of three ways to get them that differs.
+
+    With `as_it_came` the tokenizer may add its own beginning to the rendered dialogue, as published ones do.
+    """
     messages = [{"role": "user", "content": "1 + 1 = <|end|> 你好"}]
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ways = {
@@ -367,4 +372,6 @@ def _chat_difference(tokenizer: Any, codec: TextCodec) -> str | None:
         "the same with add_special_tokens=False": tokenizer(rendered, add_special_tokens=False).input_ids,
     }
     ours = codec.encode_chat(messages)
+    if as_it_came and codec.bos_id >= 0 and ways["the rendered template, tokenized"] == [codec.bos_id, *ours]:
+        del ways["the rendered template, tokenized"]
     return next((f"{way}: {ids}, ours {ours}" for way, ids in ways.items() if ids != ours), None)

@@ -121,8 +121,8 @@ def _open(args: argparse.Namespace) -> "tuple[ModelSource, Plan | None, TextCode
 
 def _plan(args: argparse.Namespace, opened: "ModelSource") -> "Plan | None":
     """Opens the plan; returns None if no held-out text is asked for, or the model has none and there are tasks."""
-    from configs.files import file_sha256
     from data_pipeline.mixture.rows import Plan
+    from data_pipeline.tokens.tokenizer import difference_of_files
 
     if args.rows == 0:
         return None
@@ -133,8 +133,10 @@ def _plan(args: argparse.Namespace, opened: "ModelSource") -> "Plan | None":
         lost = f"its data plan is no longer at {opened.lost_plan}" if opened.lost_plan else "it knows no data plan"
         raise ConfigError(f"{args.source} has no held-out text: {lost}; name a plan by --plan, or give --tasks")
     plan = Plan.open(path)
-    if plan.description["tokenizer"]["sha256"] != file_sha256(opened.need_tokenizer()):
-        raise ConfigError(f"--plan {path} was made with another tokenizer than the model's; name the model's own plan")
+    if said := difference_of_files(plan.tokenizer_path, opened.need_tokenizer()):
+        raise ConfigError(
+            f"--plan {path} was made with another tokenizer than the model's: {said}; name the model's own plan"
+        )
     if plan.seq_length > opened.context:
         raise ConfigError(
             f"the rows of {path} have {plan.seq_length} tokens, and the model's context has {opened.context}; name a "

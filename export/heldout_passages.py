@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from configs.files import file_sha256
+from data_pipeline.tokens.tokenizer import difference_of_files
 
 
 def heldout_passages(plan: str | Path, per_source: int, max_tokens: int, tokenizer: Path) -> list[list[int]]:
@@ -14,9 +14,10 @@ def heldout_passages(plan: str | Path, per_source: int, max_tokens: int, tokeniz
     from data_pipeline.mixture.rows import Plan
 
     opened = Plan.open(plan)
-    if opened.description["tokenizer"]["sha256"] != file_sha256(tokenizer):
+    if said := difference_of_files(opened.tokenizer_path, tokenizer):
         raise ValueError(
-            f"plan {plan} was made with another tokenizer than the model's, {tokenizer}; name the model's own plan"
+            f"plan {plan} was made with another tokenizer than the model's, {tokenizer}: {said}; name the model's own "
+            "plan"
         )
     passages: list[list[int]] = []
     for source in opened.sources:

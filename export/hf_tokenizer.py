@@ -148,18 +148,20 @@ def write_tokenizer(
     max_length: int,
     chat_template: str | None = None,
     model_type: str | None = None,
+    as_it_came: bool = False,
 ) -> None:
     """Writes the tokenizer's files into `folder`; `max_length` is the model's context length in tokens.
 
-    With a chat template of Trivium's, only the template has <s> and the tokenizer adds none, so that there is exactly
-    one whether a rendered dialogue is tokenized with `add_special_tokens` or without. A tokenizer that was trained
-    elsewhere keeps its file and its template. For some values of `model_type`, which config.json says, AutoTokenizer
-    needs a file more.
+    `chat_template` is the model's. With one, only the template writes the symbol that begins a text and the tokenizer
+    adds none, so that the ids of a rendered dialogue are those of training whether it is tokenized with
+    `add_special_tokens` or without. A tokenizer that was trained elsewhere keeps its file otherwise, and its template
+    if the model has none; with `as_it_came`, for a model that was not trained since, it also keeps what it adds. For
+    some values of `model_type`, which config.json says, AutoTokenizer needs a file more.
     """
     folder, model_path = Path(folder), Path(model_path)
     own = Tokenizer.load(model_path, complete=False)
+    adds_bos = own.bos_id >= 0 and (chat_template is None or (as_it_came and own.foreign))
     chat_template = own.chat_template if chat_template is None else chat_template
-    adds_bos = own.bos_id >= 0 and (own.foreign or chat_template is None)
     names = own.symbols
     others = [name for name in own.special_ids if name not in names.values()]
     config: dict[str, Any] = {

@@ -50,7 +50,8 @@ def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: E
         for file in source.tokenizer_files():
             shutil.copyfile(file, folder / file.name)
     else:
-        write_tokenizer(folder, source.need_tokenizer(), source.context, source.chat_template, family.model_type)
+        template, as_it_came = source.chat_template, is_untrained(source)
+        write_tokenizer(folder, source.need_tokenizer(), source.context, template, family.model_type, as_it_came)
     ids, generation = special_ids(source, codec)
     bos, eos, pad = (ids.get(name) for name in TOKEN_IDS)
     hf_config = to_hf_config(model, source.context, dtype, bos, eos, pad, family.architecture)
@@ -71,7 +72,13 @@ def write_model(source: ModelSource, weights: Weights, texts: "Texts", config: E
         passages=texts.passages,
         held_out=texts.held_out,
         prompts=texts.prompts,
+        as_it_came=is_untrained(source),
     )
+
+
+def is_untrained(source: ModelSource) -> bool:
+    """Whether a model is as it was imported."""
+    return source.architecture is not None and "train" not in source.run_config
 
 
 def special_ids(source: ModelSource, codec: "TextCodec | None") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -80,7 +87,7 @@ def special_ids(source: ModelSource, codec: "TextCodec | None") -> tuple[dict[st
     Those of an imported model are as they came; one that was trained since may end its answers with other tokens.
     """
     told = source.token_ids
-    if codec is None or (source.architecture is not None and "train" not in source.run_config):
+    if codec is None or is_untrained(source):
         return dict(told), source.generation | {name: value for name, value in told.items() if value is not None}
     bos, eos = (number if number >= 0 else None for number in (codec.bos_id, codec.eos_id))
     ids: dict[str, Any] = dict(zip(TOKEN_IDS, (bos, eos, codec.pad_id), strict=True)) | told

@@ -252,7 +252,7 @@ def _write_model(
 
 def fingerprint(source: "ModelSource", texts: Texts, config: ExportConfig) -> dict[str, Any]:
     """Returns everything that decides the folder's content and its checks, as hashes of contents and not as paths."""
-    code = sorted(Path(__file__).parent.rglob("*.py"))
+    code, codec = sorted(Path(__file__).parent.rglob("*.py")), texts.codec
     return {
         "trivium": importlib.metadata.version("trivium") if _installed() else "source tree",
         "code_sha256": _digest([[file.name, file_sha256(file)] for file in code]),
@@ -261,6 +261,8 @@ def fingerprint(source: "ModelSource", texts: Texts, config: ExportConfig) -> di
         "weights_sha256": source.identify(),
         "model": plain(source.model),
         "context": source.context,
+        "told": [source.architecture, source.token_ids, source.generation],
+        "roles": codec and [codec.tokenizer.symbols, codec.tokenizer.special_ids, codec.bos_id, codec.stop_ids],
         "tokenizer_sha256": {file.name: file_sha256(file) for file in source.tokenizer_files()},
         "chat_template_sha256": _digest(source.chat_template),
         "texts_sha256": _digest([texts.passages, texts.held_out, texts.prompts]),

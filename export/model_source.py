@@ -134,7 +134,7 @@ def open_source(path: str | Path, step: int | str = "latest") -> ModelSource:
     if (path / "config.json").is_file():
         return _hugging_face(path)
     if (path / "manifest.json").is_file():
-        return _checkpoint(path)
+        return _checkpoint(path, verified=False)
     if (path / "adapter_config.json").is_file():
         raise ConfigError(
             f"{path} is an adapter in PEFT's format; make a run of it with its base: trivium import {path} OUT --base "
@@ -151,7 +151,7 @@ def open_source(path: str | Path, step: int | str = "latest") -> ModelSource:
     if not checkpoint.is_dir():
         saved = sorted(int(p.name[5:]) for p in (path / "checkpoints").glob("step_*") if p.name[5:].isdigit())
         raise ConfigError(f"step = {step} has no checkpoint in {path}; saved steps are {saved or 'none'}")
-    return _checkpoint(checkpoint)
+    return _checkpoint(checkpoint, verified=False)
 
 
 def _warn(said: str) -> None:
@@ -159,7 +159,7 @@ def _warn(said: str) -> None:
         print(f"warning: {said}", file=sys.stderr, flush=True)
 
 
-def _checkpoint(checkpoint: Path) -> ModelSource:
+def _checkpoint(checkpoint: Path, verified: bool = True) -> ModelSource:
     from pretrain.checkpoint import read_manifest
     from pretrain.checkpoint.lineage import Lineage
     from pretrain.checkpoint.storage import run_of
@@ -175,7 +175,7 @@ def _checkpoint(checkpoint: Path) -> ModelSource:
         step=int(manifest["step"]),
         model=model,
         weights=lambda: _checkpoint_weights(checkpoint),
-        identify=lambda: file_sha256(checkpoint / "manifest.json"),  # the manifest has the checksums of all files
+        identify=lambda: _identity(checkpoint, verified),
         context=lineage.context if adapter is None else adapter.longest_row(model, lineage.context),
         tokenizer=lineage.tokenizer,
         plan=plan,
@@ -188,6 +188,18 @@ def _checkpoint(checkpoint: Path) -> ModelSource:
         run_config=manifest["config"],
         adapter=adapter,
     )
+
+
+def _identity(checkpoint: Path, verified: bool) -> str:
+    """Returns the checksum of a manifest, which has those of all files; these are compared unless they are `verified`.
+
+    Raises CheckpointError for a file that is missing or changed.
+    """
+    from pretrain.checkpoint.whole_model import verify
+
+    if not verified:
+        verify(checkpoint)
+    return file_sha256(checkpoint / "manifest.json")
 
 
 @contextmanager

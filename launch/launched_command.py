@@ -56,12 +56,41 @@ def module_of(name: str) -> str:
         found = None
     if found is not None and found.submodule_search_locations is None:
         return name
-    inside = [command for command, module in ON_RANKS.items() if module.startswith(f"{name}.")]
-    close = inside or difflib.get_close_matches(name, [*ON_RANKS, *ON_RANKS.values()], n=1)
-    hint = f"; did you mean {' or '.join(close)}?" if close else ""
     raise ConfigError(
-        f"{name!r} cannot be started as ranks: give {', '.join(ON_RANKS)}, or a module as for `python -m`{hint}"
+        f"{name!r} cannot be started as ranks: give {', '.join(ON_RANKS)}, or a module as for `python -m`{_meant(name)}"
     )
+
+
+def _meant(name: str) -> str:
+    """Returns what a word that is no command that can be launched may have meant, as the end of a sentence."""
+    if name == "trivium":
+        return "; leave out the word 'trivium'"
+    inside = [command for command, module in ON_RANKS.items() if module.startswith(f"{name}.")]
+    rooms = ("pretrain", "posttrain", "export") if name.isidentifier() else ()
+    modules = [f"{room}.{name}" for room in rooms if _is_module(f"{room}.{name}")]
+    spelled = name.lower().removesuffix(".py").replace("/", ".")
+    known = [*ON_RANKS, *ON_RANKS.values(), *SINGLE, *SINGLE.values()]
+    close = inside or modules or difflib.get_close_matches(spelled, known, n=1)
+    alone = next((command for command, module in SINGLE.items() if close in ([command], [module])), None)
+    if alone:
+        return f"; `trivium {alone} CONFIG` is one process on one machine, and is started without `launch`"
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _is_module(name: str) -> bool:
+    found = importlib.util.find_spec(name)
+    return found is not None and found.submodule_search_locations is None
+
+
+def check_is_ranks(words: Sequence[str]) -> None:
+    """Raises ConfigError for the words of a command that is one process, and not ranks, or of one that is misspelt."""
+    alone = [name for name in SINGLE if name.split()[0] == words[0]]
+    if not alone:
+        return
+    said = " ".join(words[: len(alone[0].split())])
+    if said not in alone:
+        raise ConfigError(f"`{said}` is no command that can be launched; did you mean `{alone[0]}`?")
+    raise ConfigError(f"`{said}` is one process on one machine; start it as `trivium {' '.join(words)}`")
 
 
 def check_input(module: str, arguments: Sequence[str], nproc_per_node: int) -> None:

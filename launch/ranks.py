@@ -30,9 +30,9 @@ from launch import on_mpi, on_torchrun, slurm_submit
 from launch.elastic import elastic_start
 from launch.environment import DEFAULT_PORT, ClusterEnvironment
 from launch.launched_command import (
-    SINGLE,
     LaunchedCommand,
     check_input,
+    check_is_ranks,
     command_of,
     is_command,
     module_of,
@@ -151,9 +151,7 @@ def _on_this_machine(args: argparse.Namespace, config: LaunchConfig) -> int:
     """Runs the ranks of this machine and returns their exit status."""
     if config.hosts:
         raise ConfigError("hosts names other machines, and --on local starts ranks here alone; use --on torchrun")
-    if next((one for one in SINGLE if one.split()[0] == args.module), None):
-        words = " ".join([args.module, *args.args])
-        raise ConfigError(f"`{args.module}` is one process on one machine; start it as `trivium {words}`")
+    check_is_ranks([args.module, *args.args])
     module = module_of(args.module)
     check_input(module, args.args, config.nproc_per_node)
     args.nproc_per_node, args.nnodes = config.nproc_per_node, config.nnodes

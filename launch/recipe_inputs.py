@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from configs.checkpoint_folders import model_of, newest_manifest
 from configs.cli import SCHEMAS
 from configs.files import file_sha256
 from configs.layout import Layout
-from configs.loader import ConfigError, load, read_overridden, validate
+from configs.loader import ConfigError, load, read_overridden
 from configs.model import ModelConfig
 from configs.reference import schema_of
 from configs.section import Section
 
-MANIFESTS = "checkpoints/step_*/manifest.json"
-MARKS = ("plan.json", "trivium_import.json", "config.json", "manifest.json")  # what identifies a folder of other kinds
+MARKS = ("plan.json", "trivium_import.json", "manifest.json")  # what identifies a folder of other kinds
+OF_MODELS = ("*.safetensors", "*.json", "*.jinja", "*.model")  # what identifies a Hugging Face folder
 DATA_KEYS = ("files", "heldout_files", "dialogues", "pairs")  # keys of configs that name files of examples
 SCHEMA_NAMES = {"train": "pretrain", "data run": "data", "data baselines": "data"}  # other commands have their own name
 
@@ -45,7 +46,7 @@ def check_layout(config: Section, ranks: int, made: Mapping[str, ModelConfig], k
     """
     init = getattr(config, "init", None)
     run = init.run if init and init.run else ""
-    model = getattr(config, "model", None) or made.get(run) or _model_of_run(run)
+    model = getattr(config, "model", None) or made.get(run) or (model_of(newest_manifest(run)) if run else None)
     parallel, train = getattr(config, "parallel", None), getattr(config, "train", None)
     if not (isinstance(model, ModelConfig) and parallel and train):
         return None
@@ -55,14 +56,6 @@ def check_layout(config: Section, ranks: int, made: Mapping[str, ModelConfig], k
     except ConfigError as error:
         raise ConfigError(f"{key} on {ranks} ranks: {error}") from None
     return model
-
-
-def _model_of_run(folder: str) -> ModelConfig | None:
-    manifest = _newest_manifest(Path(folder)) if folder else None
-    try:
-        return validate(ModelConfig, json.loads(manifest.read_bytes())["config"]["model"]) if manifest else None
-    except (OSError, ValueError, KeyError):  # the stage itself says what is wrong with it
-        return None
 
 
 def data_files(tree: Mapping[str, Any], made: Path) -> list[str]:
@@ -82,15 +75,16 @@ def _patterns(tree: Mapping[str, Any]) -> Iterator[str]:
 
 
 def result_of(folder: Path, mark: str = "") -> str | None:
-    """Hash of a result that stages start from: of the newest checkpoint's manifest, else of `mark` or of `MARKS`."""
-    newest = _newest_manifest(folder)
+    """Hash of a result that stages start from: of the newest checkpoint's manifest, else of `mark` or of `MARKS`.
+
+    Of a Hugging Face folder it is that of all its files, since nothing in it has their checksums.
+    """
+    newest = newest_manifest(folder)
+    if not newest and not mark and (folder / "config.json").is_file():
+        found = sorted(file for pattern in OF_MODELS for file in folder.glob(pattern))
+        return hashlib.sha256("".join(f"{file.name} {file_sha256(file)}\n" for file in found).encode()).hexdigest()
     files = [newest] if newest else [folder / name for name in ([mark] if mark else MARKS)]
     return next((file_sha256(path) for path in files if path.is_file()), None)
-
-
-def _newest_manifest(run: Path) -> Path | None:
-    steps = {path: path.parent.name.removeprefix("step_") for path in run.glob(MANIFESTS)}
-    return max((path for path, step in steps.items() if step.isdecimal()), key=lambda p: int(steps[p]), default=None)
 
 
 def tree_hash(tree: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs.checkpoint_folders import check_start
 from configs.cli import TRAINING_OPTIONS, TURN_SECONDS, entrypoint, parse_args, profiled_steps
 from configs.folders import check_run_dir
 from configs.layout import SEQ_LENGTH, Layout
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         """Gives a config with [init] the keys of that model."""
         if not tree.get("init"):
             return tree
-        from pretrain.run.initial_model import with_model
+        check_start(tree, args.resume)
+        from pretrain.run.initial_model import with_model  # imports torch
 
         tree, found = with_model(tree, args.resume)
         begun.extend(found)

@@ -99,8 +99,8 @@ class Trainer:
         self.step, self.samples, self.tokens = 0, 0, 0
         self.tokens_by_source = dict.fromkeys(source.sources, 0.0)  # trained on, weighted by the loss mask
         self.origin: str | None = None
-        # Context length of the model, in tokens; never shrinks.
-        self.context = max(self.lineage.context, train.seq_length)
+        # Context length of the model, in tokens; it never shrinks, and grows with the longest text that is trained on.
+        self.context = max(self.lineage.context, source.longest_text or train.seq_length)
         self.identity = {
             "model": loader.plain(model_config),
             "seed": config.run.seed,

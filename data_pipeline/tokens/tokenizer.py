@@ -10,6 +10,7 @@ its own, whose roles tokenizer_config.json or another file beside it says (`fore
 
 import hashlib
 import json
+import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ FIM_CONTROLS = (
     "<|fim_middle|>",
 )  # ids 8..10 if the mixture uses fill-in-the-middle
 SPACE = "\u2581"  # spells a space in sentencepiece's pieces; it would decode a real one in a text as a space
+_DRAWN_TEXTS, _DRAWN_TOKENS = 300, 24  # on which two tokenizers of the same tokens are compared
 PROBE = "  a\tb\r\n\n 中文\u3000 é e\u0301 ﬁ \0"  # a lossless tokenizer keeps it
 
 
@@ -210,23 +212,36 @@ def check_unicode(text: str) -> None:
 
 
 def difference(first: Tokenizer, second: Tokenizer) -> str:
-    """Returns the first token in which two tokenizers differ, in words; "" if their ids mean the same.
+    """Returns in words how two tokenizers differ; "" if they give every text the same ids.
 
-    Two tokenizers of the same tokens may still divide a text otherwise.
+    They may be of two formats. Files are compared in full; else some hundred texts are encoded by both.
     """
+    if first.sha256 == second.sha256:
+        return _difference_of_ends(first, second)
     other = first.special_ids.keys() ^ second.special_ids.keys()
-    control = f"{min(other)!r} is a control symbol in one of them alone" if other else ""
-    return _difference_of_pieces(first, second) or control
+    return (
+        _difference_of_pieces(first, second)
+        or _difference_of_ends(first, second)
+        or (f"{min(other)!r} is a control symbol in one of them alone" if other else "")
+        or _difference_of_ids(first, second)
+    )
 
 
 def difference_of_files(first: str | Path, second: str | Path) -> str:
-    """Returns in words how the tokenizers of two files that are not equal differ."""
+    """Returns in words how the tokenizers of two files differ; "" if they have the same content and roles."""
+    files = tokenizer_file(first), tokenizer_file(second)
+    contents = [file.read_bytes() for file in files]
+    same = contents[0] == contents[1]
+    if same and files[0].suffix != ".json":  # else their roles are in other files
+        return ""
     try:
-        one, other = (Tokenizer.load(path, complete=False) for path in (first, second))
+        same = same or (
+            files[0].suffix == files[1].suffix == ".json" and json.loads(contents[0]) == json.loads(contents[1])
+        )
+        found = difference(*(Tokenizer.load(path, complete=False) for path in files))
     except ValueError as error:
-        return str(error)
-    found = _difference_of_pieces(one, other) or _difference_of_roles(one, other) or difference(one, other)
-    return found or "their tokens are the same, and their rules for dividing a text into them differ"
+        return "" if same else str(error)
+    return found if same or found else "their tokens are the same, and their rules for dividing a text into them differ"
 
 
 def _difference_of_pieces(first: Tokenizer, second: Tokenizer) -> str:
@@ -238,9 +253,27 @@ def _difference_of_pieces(first: Tokenizer, second: Tokenizer) -> str:
     return ""
 
 
-def _difference_of_roles(first: Tokenizer, second: Tokenizer) -> str:
-    for role in (*first.symbols, *second.symbols):
+def _difference_of_ends(first: Tokenizer, second: Tokenizer) -> str:
+    """Returns in words what begins or ends a document in one alone; files that name nothing contradict no others."""
+    for verb, ids in (("ends", (first.eos_id, second.eos_id)), ("begins", (first.bos_id, second.bos_id))):
+        if ids[0] != ids[1] and min(ids) >= 0:
+            one, other = (repr(first.pieces[number]) for number in ids)
+            return f"a document {verb} with {one} in the first and with {other} in the second"
+    for role in ("eos_token", "bos_token"):  # which a chat template may write
         tokens = first.symbols.get(role), second.symbols.get(role)
-        if tokens[0] != tokens[1]:
+        if None not in tokens and tokens[0] != tokens[1]:
             return f"{role} is {tokens[0]!r} in the first and {tokens[1]!r} in the second"
+    return ""
+
+
+def _difference_of_ids(first: Tokenizer, second: Tokenizer) -> str:
+    """Returns in words the first of some random texts that is divided into other tokens; "" if there is none."""
+    draw = random.Random(0)
+    drawn = (draw.choices(range(first.vocab_size), k=_DRAWN_TOKENS) for _ in range(_DRAWN_TEXTS))
+    texts = [PROBE, *map(first.decode, drawn)]
+    for ones, others in zip(first.encode_batch(texts), second.encode_batch(texts), strict=True):
+        if ones != others:
+            at = next((i for i, pair in enumerate(zip(ones, others, strict=False)) if pair[0] != pair[1]), 0)
+            tokens = (", ".join(repr(first.pieces[number]) for number in ids[at : at + 3]) for ids in (ones, others))
+            return "the same text becomes {} in the first and {} in the second".format(*tokens)
     return ""

@@ -109,11 +109,14 @@ class Family:
 def longest_row(config: ModelConfig, context: int) -> int:
     """Returns the longest row to state in config.json for a model that was trained on rows of `context` tokens.
 
-    Learned positions have a vector for each, and a dynamic scaling starts from its original length.
+    Learned positions have a vector for each, and a dynamic scaling starts from its original length. That of longrope is
+    what it was made for: several readers compute from it how attention is scaled.
     """
     scaling = config.position.scaling
     if config.position.max_positions:
         return config.position.max_positions
     if scaling and scaling.kind == "dynamic" and scaling.original_length:
         return scaling.original_length
+    if scaling and scaling.kind == "longrope" and scaling.original_length and scaling.attention_factor is None:
+        return round(scaling.factor * scaling.original_length)
     return context

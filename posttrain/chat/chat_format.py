@@ -69,11 +69,12 @@ class ChatFormat(Chat):
         check_order(messages)
         tokens, answer = [self.ids[BOS]], [False]
         for i, message in enumerate(messages):
-            if message["role"] not in ROLES or not isinstance(message["content"], str):
-                raise BrokenDialogue(
-                    "a role that the format lacks",
-                    f"message {i} has the role {message['role']!r} or calls tools; Trivium's own format has neither",
-                )
+            if message["role"] not in ROLES:
+                said = f"message {i} has the role {message['role']!r}, and Trivium's own format has {', '.join(ROLES)}"
+                raise BrokenDialogue("a role that the format lacks", f"{said}; name a template that has it")
+            if message.get("tool_calls") or not isinstance(message["content"], str):
+                said = f"message {i} calls tools, which Trivium's own chat format has not; name a template that has"
+                raise BrokenDialogue("tools", said)
             text = self.encode_text(_written(message))
             tokens += [self.ids[f"<|{message['role']}|>"], *text, self.end_id]
             learnt = is_trained(message) and message["role"] == "assistant"

@@ -69,12 +69,17 @@ def check_order(messages: Sequence[Any]) -> None:
     if len(messages) == first:
         raise BrokenDialogue("no user message", "a dialogue needs at least one user message")
     for i, message in enumerate(messages):
+        if not isinstance(message.get("role"), str):
+            given = f"{message['role']!r} as its role" if message.get("role") is not None else "no role"
+            raise BrokenDialogue("no role", f"message {i} has {given}; roles are {', '.join(FOLLOWS)}")
+        if message["role"] not in FOLLOWS:
+            said = f"message {i} has role {message['role']!r}, which is none of {', '.join(FOLLOWS)}"
+            raise BrokenDialogue("an unknown role", said)
         before = messages[i - 1].get("role") if i else None
         allowed = FOLLOWS[before] if before else (*OPENING, "user") if i == 0 and first else ("user",)
-        if message.get("role") not in allowed:
-            role = f"role {message.get('role')!r}" if "role" in message else "no role"
-            expected = " or ".join(map(repr, allowed))
-            raise BrokenDialogue("roles out of turn", f"message {i} has {role} where {expected} was expected")
+        if message["role"] not in allowed:
+            said = f"message {i} has role {message['role']!r} where {' or '.join(map(repr, allowed))} was expected"
+            raise BrokenDialogue("roles out of turn", said)
         calls = message["role"] == "assistant" and isinstance(message.get("tool_calls"), list)
         if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
             found = type(message["content"]).__name__ if "content" in message else "missing"

@@ -25,7 +25,7 @@ from data_pipeline.mixture.rows import Row
 from posttrain.chat.dialogues import Example
 from posttrain.pretraining_text import PretrainingText
 from posttrain.records import Records
-from pretrain.data.batch_source import BatchSource, in_random_order
+from pretrain.data.batch_source import BatchSource, in_random_order, longest_in
 from pretrain.report.mask_page import FILE
 
 
@@ -99,6 +99,7 @@ class SFTSource(BatchSource):
         self._heldout = {
             name: pack(found.heldout, seq_length, pad_id, i) for i, (name, found) in enumerate(examples.items())
         }
+        self.longest_text = None if text else longest_in(self._rows)
         self.fingerprint = _fingerprint(self._rows, seed, text)
         self._facts: dict[str, Any] = {
             name: f"{len(found.train)} examples ({_fingerprint(rows, seed)[:8]})"

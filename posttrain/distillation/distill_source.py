@@ -32,13 +32,17 @@ OWN = "own samples"  # the source of what the student wrote
 
 @dataclass(frozen=True)
 class StudentSampling:
-    """The prompts that the student answers in steps on its own samples, which are `share` of all steps."""
+    """The prompts that the student answers in steps on its own samples, which are `share` of all steps.
+
+    `longest` is the number of tokens that a prompt and its completion may have.
+    """
 
     task: Task
     chat: Chat
     share: float
     temperature: float
     seed: int
+    longest: int
 
     def is_due(self, step: int) -> bool:
         """Whether a step, counted from 0, learns from samples."""
@@ -64,6 +68,9 @@ class DistillSource(BatchSource):
         self.sources = [*(data.sources if data else []), *([OWN] if sampling else [])]
         self.num_samples = data.num_samples if data else None
         self.location = data.location if data else None
+        lengths = ([data.longest_text] if data else []) + ([sampling.longest] if sampling else [])
+        known = [length for length in lengths if length is not None]
+        self.longest_text = max(known) if len(known) == len(lengths) else None
         self._teacher_sha256 = teacher_sha256
         self.fingerprint = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
         self._teacher = teacher

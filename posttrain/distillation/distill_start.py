@@ -51,9 +51,10 @@ def opened(config: DistillConfig, resume: str, env: ClusterEnvironment) -> Opene
     layout = Layout.of(env.world_size, config.parallel, student.model, config.train, given=student.given)
     teacher = open_teacher(config, student, env.world_size)
     said = [f"note: {note}" for note in (student.note, teacher.initial.note) if note]
-    task = open_task(config.task) if config.task else None
+    task, longest = open_task(config.task) if config.task else None, 0
     if task is not None:
-        said += _check_task(config, student, teacher, task)
+        lines, longest = _check_task(config, student, teacher, task)
+        said += lines
     data: BatchSource | None = None
     heldout: Mapping[str, Sequence[Any]] = {}
     if config.data.plan is not None:
@@ -68,7 +69,7 @@ def opened(config: DistillConfig, resume: str, env: ClusterEnvironment) -> Opene
         check_way(config.distill.sampler, layout)
         settings = config.distill
         sampling = StudentSampling(
-            task, student.chat, settings.on_policy, settings.sampling_temperature, config.run.seed
+            task, student.chat, settings.on_policy, settings.sampling_temperature, config.run.seed, longest
         )
     said.append(
         f"{config.train.steps} steps, {config.distill.loss} from the teacher {teacher.pin.checkpoint}, "
@@ -129,8 +130,10 @@ def _dialogues(
     return source, source.heldout(config.eval.rows), lines
 
 
-def _check_task(config: DistillConfig, student: InitialChatModel, teacher: OpenedTeacher, task: Task) -> list[str]:
-    """Checks the prompts that the student answers, and returns lines about them."""
+def _check_task(
+    config: DistillConfig, student: InitialChatModel, teacher: OpenedTeacher, task: Task
+) -> tuple[list[str], int]:
+    """Checks the prompts that the student answers; returns lines about them, and the longest with its completion."""
     chat, length = student.chat, config.train.seq_length
     context = student.lineage.context or None
     samples = config.distill.on_policy > 0
@@ -141,7 +144,8 @@ def _check_task(config: DistillConfig, student: InitialChatModel, teacher: Opene
         drawn = max(drawn, config.train.steps * config.train.global_batch_size)
     heldout = config.task.eval_prompts if config.task and config.task.is_scored else 0
     longest = check_answers(task, chat, config.run.seed, drawn, heldout, context)
+    most = longest + task.max_new_tokens - 1  # the last token is a label
     if samples:
         check_rows(task, longest, length, config.parallel)
-        check_length(config, teacher, longest + task.max_new_tokens - 1, f"prompts of {task.name!r} with completions")
-    return lines
+        check_length(config, teacher, most, f"prompts of {task.name!r} with completions")
+    return lines, most

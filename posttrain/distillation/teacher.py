@@ -65,8 +65,7 @@ def open_teacher(config: DistillConfig, student: InitialModel, world_size: int) 
         raise ConfigError(re.sub(r"\binit\.(run|checkpoint|hf|tokenizer)\b", r"teacher.\1", str(error))) from None
     found = replace(found, model=found.model.without_mtp())  # of which nothing is compared
     assert student.tokenizer is not None and found.tokenizer is not None
-    # Two files may be of one tokenizer in two formats.
-    if found.tokenizer.sha256 != student.tokenizer.sha256 and (what := difference(found.tokenizer, student.tokenizer)):
+    if what := difference(found.tokenizer, student.tokenizer):
         raise ConfigError(
             f"{said} has the tokenizer {found.tokenizer.origin}, and the student of {student.said} has "
             f"{student.tokenizer.origin}: {what}, so their tokens cannot be compared; {BY_SEQUENCES}"

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipeline.mixture.packing import best_fit
 from data_pipeline.mixture.rows import Row
-from pretrain.data.batch_source import BatchSource, in_random_order
+from pretrain.data.batch_source import BatchSource, in_random_order, longest_in
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class PackedSource(BatchSource):
 
     def __init__(self, name: str, rows: Sequence[PackedRow], seed: int) -> None:
         self.sources, self.seed, self._rows = [name], seed, list(rows)
+        self.longest_text = longest_in(self._rows)
         self.fingerprint = fingerprint(self._rows, seed)
 
     @property

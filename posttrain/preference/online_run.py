@@ -49,6 +49,7 @@ def opened_online(config: PreferenceConfig, initial: InitialChatModel, layout: L
             f"prompt of {task}"
         )
     policy = PolicyCopy(online.sampler)
-    sampling = SamplingPlan(task, initial.chat, online.completions, online.temperature, seed)
+    most = longest + task.max_new_tokens - 1
+    sampling = SamplingPlan(task, initial.chat, online.completions, online.temperature, seed, longest=most)
     source = OnlinePreferenceSource(sampling, online, config.preference, train, policy, initial.pin)
     return OnlineRun(source, TaskAccuracy(task, initial.chat, seed, config.task.eval_prompts, policy))

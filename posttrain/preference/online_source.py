@@ -49,6 +49,7 @@ class OnlinePreferenceSource(BatchSource):
         initial: Pin,
     ) -> None:
         self.sampling, self.online, self.sources = sampling, online, [NAME]
+        self.longest_text = sampling.longest
         self.loss = PairPreference(section)
         self._section, self._train, self._policy, self._initial = section, train, policy, initial
         self.fingerprint = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()

@@ -16,6 +16,7 @@ from configs.differences import words
 from configs.loader import ConfigError, plain
 from configs.model import ModelConfig
 from configs.rl import PPOSection, RLSection
+from data_pipeline.tokens.tokenizer import difference
 from posttrain.algorithms.normalisation import whiten
 from posttrain.algorithms.token_batch import TokenBatch, sequences_of
 from posttrain.algorithms.value_loss import gae, value_loss
@@ -53,10 +54,10 @@ def critic_start(named: str | None, policy: InitialModel) -> Pin:
         return policy.pin
     critic = InitialModel.open(NamedModel.at(Path(named), "ppo.critic"), run_dir=f"{named}/none", resume="no")
     shape, own = policy.model.with_values(), critic.model
-    if critic.tokenizer and policy.tokenizer and critic.tokenizer.sha256 != policy.tokenizer.sha256:
+    if critic.tokenizer and policy.tokenizer and (said := difference(critic.tokenizer, policy.tokenizer)):
         raise ConfigError(
-            f"ppo.critic = {named!r} has another tokenizer than the policy, so token ids stand for other text; name a "
-            "reward model that was trained from the policy's model, or leave ppo.critic out"
+            f"ppo.critic = {named!r} has another tokenizer than the policy: {said}; name a reward model "
+            "that was trained from the policy's model, or leave ppo.critic out"
         )
     if own.has_logits:
         own = own.with_values()

@@ -78,7 +78,9 @@ def opened(
             f"rl.replay = {config.rl.replay!r} has no recorded rollouts; name the folder that a run had as rl.record, "
             "or leave it out"
         )
-    sampling = SamplingPlan(task, initial.chat, group, section.temperature, config.run.seed, config.rl.environment)
+    environment = config.rl.environment
+    most = None if environment else longest + task.max_new_tokens - 1  # the last token is a label
+    sampling = SamplingPlan(task, initial.chat, group, section.temperature, config.run.seed, environment, most)
     return OpenedRun(initial, sampling, dialect, layout, said)
 
 

@@ -64,7 +64,10 @@ class Credit(Protocol):
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """The task whose prompts are sampled, and how; `seed` and the number of a sample fix its prompt and its draws."""
+    """The task whose prompts are sampled, and how; `seed` and the number of a sample fix its prompt and its draws.
+
+    `longest` is the number of tokens that a prompt and its completion may have, None if that is a whole row.
+    """
 
     task: Task
     chat: Chat
@@ -72,6 +75,7 @@ class SamplingPlan:
     temperature: float
     seed: int
     environment: EnvironmentConfig | None = None
+    longest: int | None = None
 
     @property
     def make(self) -> Callable[[], Environment] | None:
@@ -105,6 +109,7 @@ class RolloutSource(BatchSource):
         self.policy, self.seq_length, self.folder = policy, train.seq_length, Path(run_dir, ROLLOUTS)
         self.phases = Phases(settings.rollout_batch, settings.epochs, train.global_batch_size, sampling.seed)
         self._text, self.sources = text, [sampling.task.name, *(["text"] if text else [])]
+        self.longest_text = None if text else sampling.longest
         # Covers what decides the prompts; other settings may change when a run continues, as the optimizer's may.
         self.fingerprint = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
         self._check, self._initial = check, reference

@@ -25,8 +25,8 @@ def check_answers(task: Task, chat: Chat, seed: int, train: int, heldout: int, c
     if most is not None and most < answer:
         raise ConfigError(
             f"prompts of the task {task.name!r} have up to {longest} tokens and right answers up to {answer}, and the "
-            f"model was trained on {context} tokens at a time (the largest train.seq_length of the runs it comes "
-            f"from); {_smaller(task, chat, seed, train, heldout, context)}"
+            f"model was trained on {context} tokens at a time (the longest text of the runs it comes from); "
+            f"{_smaller(task, chat, seed, train, heldout, context)}"
         )
     limit = task.max_new_tokens
     if limit < answer:
@@ -38,8 +38,8 @@ def check_answers(task: Task, chat: Chat, seed: int, train: int, heldout: int, c
     if most is not None and limit > most:
         raise ConfigError(
             f"prompts of the task {task.name!r} have up to {longest} tokens, and task.max_new_tokens = {limit} more go "
-            f"beyond the {context} tokens that the model was trained on (the largest train.seq_length of the runs it "
-            f"comes from); set task.max_new_tokens={most} or less, but not below {answer}"
+            f"beyond the {context} tokens that the model was trained on (the longest text of the runs it comes from); "
+            f"set task.max_new_tokens={most} or less, but not below {answer}"
         )
     return longest
 

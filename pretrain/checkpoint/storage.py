@@ -28,11 +28,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from configs.checkpoint_folders import MANIFEST as MANIFEST
+from configs.checkpoint_folders import directory as directory
+from configs.checkpoint_folders import steps as steps
 from configs.files import file_sha256, sync
 from configs.loader import ConfigError, Failure
 from configs.sealed import CHECKPOINT, VersionError
 
-MANIFEST = "manifest.json"
 # An empty file, made when training data that was still unchecked at the save (`unchecked_from` in the manifest) has
 # been checked and found whole. The manifest itself is never changed, since other files hold its checksum.
 CHECKED = "data_checked"
@@ -76,11 +78,6 @@ class Piece:
     shape: tuple[int, ...]
     start: int
     length: int
-
-
-def directory(run_dir: str | Path, step: int) -> Path:
-    """Path of a run's checkpoint of `step`."""
-    return Path(run_dir) / "checkpoints" / f"step_{step}"
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -241,12 +238,6 @@ def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
             if hashlib.file_digest(stream, "sha256").hexdigest() != facts["sha256"]:
                 raise CheckpointError(f"{file} does not match its SHA-256; it is damaged, use an earlier checkpoint")
     return manifest
-
-
-def steps(run_dir: str | Path) -> list[int]:
-    """Lists the steps of all checkpoints of a run, ascending."""
-    found = (Path(run_dir) / "checkpoints").glob("step_*")
-    return sorted(int(p.name[5:]) for p in found if p.name[5:].isdecimal())
 
 
 def find_newest(

@@ -86,6 +86,11 @@ def in_random_order(rows: Sequence[T], samples: range, seed: int) -> list[T]:
     return picked
 
 
+def longest_in(rows: Sequence[Row]) -> int:
+    """Returns the number of tokens of the longest text in packed rows, whose positions begin anew with each text."""
+    return max((int(row.positions.max()) + 1 for row in rows), default=0)
+
+
 def with_contexts(row: Row, seed: int, sample: int) -> Row:
     """Takes the loss from the first tokens of each segment, a number drawn evenly from all that leave one to train on.
 
@@ -117,6 +122,7 @@ class BatchSource(abc.ABC):
     first_sample: int = 0  # number in the run of this source's first sample; earlier samples came from `after`
     after: str | None = None  # fingerprint of the source that this one continues
     location: str | None = None  # folder of the plan, for tools that look up what a step was trained on
+    longest_text: int | None = None  # tokens of the longest text in a row; None if texts may be as long as rows
     # Whether `rows` depends on its samples alone, and calls no collectives, so that a thread may call it ahead of time.
     reads_ahead: bool = False
     # Fingerprints of other sources, with how many of the run's first samples are the same in them as in this one.

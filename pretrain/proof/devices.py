@@ -30,6 +30,7 @@ from pretrain.proof.verdict import RelativeError, Verdict
 
 FORMAT = 1  # of the folder's files
 REFERENCE, START, FINAL = "reference.json", "start.safetensors", "final.safetensors"
+GPU_FILES = ("nvidia*", "nvhost*", "nvmap", "kfd", "dxg")  # in /dev, at least one on a Linux machine with a GPU
 
 # Sizes are multiples of 8, as GPU kernels want them.
 _DENSE: dict[str, Any] = {
@@ -136,12 +137,18 @@ def read_reference(folder: Path, precisions: Sequence[str]) -> dict[str, Any]:
 
 
 def check_device(device: str) -> None:
-    """Raises ConfigError if torch finds no such device; imports torch."""
-    import torch
+    """Raises ConfigError if torch finds no such device. Imports torch only if the machine may have one."""
+    if device != "cuda":
+        return
+    found = platform.system() != "Linux" or any(next(Path("/dev").glob(name), None) for name in GPU_FILES)
+    if found and not version("torch").endswith("+cpu"):
+        import torch
 
-    if device == "cuda" and not torch.cuda.is_available():
+        found = torch.cuda.is_available()
+    if not found:
         raise ConfigError(
-            f"--device cuda: torch {torch.__version__} finds no GPU; install a CUDA build of torch, or set --device cpu"
+            f"--device cuda: torch {version('torch')} finds no GPU; install a CUDA build of torch on a machine with "
+            "one, or set --device cpu"
         )
 
 

@@ -24,6 +24,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from configs import presets
+from configs.checkpoint_folders import MANIFEST, check_start, model_of, newest_manifest
 from configs.cli import command_parser, entrypoint
 from configs.files import write_atomic
 from configs.folders import check_writable
@@ -66,12 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(args.out, "--out")
         with ProofRanks() as pool:
             return fuzz(args.fuzz, args.seed, args.out, pool.run, args.inject)
+    named = [Candidate.parse(name) for name in args.layouts.split(",")]  # before torch is imported for [init]
     config = load(PretrainConfig, args.config, args.overrides, _with_model_of_init)
     layers_per_stage = config.parallel.layers_per_stage
     # Names of layouts say all the rest.
     parallel = ParallelConfig(offload_optimizer=config.parallel.offload_optimizer, backend=config.parallel.backend)
     config = config.model_copy(update={"parallel": parallel})
-    candidates = [Candidate.parse(name).with_layers(layers_per_stage) for name in args.layouts.split(",")]
+    candidates = [candidate.with_layers(layers_per_stage) for candidate in named]
     for candidate in candidates:
         _check(candidate, config, precisions)
     check_writable(args.out, "--out")
@@ -82,7 +85,13 @@ def _with_model_of_init(tree: dict[str, Any]) -> dict[str, Any]:
     """Gives a config with [init] the keys of that model; its weights are drawn at random, as those of others are."""
     if not tree.get("init"):
         return tree
-    from pretrain.run.initial_model import with_model
+    check_start(tree)
+    init = tree["init"]
+    if isinstance(init, dict) and (folder := init.get("checkpoint") or init.get("run")):
+        manifest = Path(folder, MANIFEST) if init.get("checkpoint") else newest_manifest(folder)
+        if model := model_of(manifest):
+            return {**tree, "model": presets.merged(plain(model), tree.get("model") or {})}
+    from pretrain.run.initial_model import with_model  # imports torch
 
     return with_model(tree, "auto")[0]
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from configs import presets
+from configs.checkpoint_folders import OnlyInit, check_named
 from configs.differences import words
 from configs.files import file_sha256
 from configs.initial import InitConfig
@@ -19,7 +20,6 @@ from configs.layout import CAPACITY_FACTOR, SEQ_LENGTH
 from configs.loader import ConfigError, plain, validate
 from configs.model import ModelConfig
 from configs.reference import toml_value
-from configs.section import Section
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens.foreign import locate, roles_file, template_in
 from data_pipeline.tokens.tokenizer import Tokenizer, difference_of_files, tokenizer_file
@@ -100,12 +100,12 @@ class InitialModel:
                 f"{self.said}: nothing says which tokenizer the model was trained with; if it is the plan's, set "
                 f"init.tokenizer={theirs.parent}"
             )
-        if file_sha256(theirs) != self.tokenizer.sha256:
+        if said := difference_of_files(theirs, self.tokenizer.origin):
             raise ConfigError(
                 f"{key} = {location!r} was made with the tokenizer {theirs}, and the model of {self.said} has "
-                f"{self.tokenizer.origin}: {difference_of_files(theirs, self.tokenizer.origin)}; set "
-                f"tokenizer.file={Path(self.tokenizer.origin).parent} in the data config and run `trivium data run` "
-                "again, or start from a model with that tokenizer"
+                f"{self.tokenizer.origin}: {said}; set tokenizer.file={Path(self.tokenizer.origin).parent} in the data "
+                "config, without other roles of its tokens, and run `trivium data run` again, or start from a model "
+                "with that tokenizer"
             )
 
     @classmethod
@@ -116,6 +116,8 @@ class InitialModel:
         tokens than the model, or if the run started from another model than `init` names.
         """
         own = _own_checkpoint(Path(run_dir), resume)
+        if own is None:
+            check_named(init)
         try:
             if own is None and init.hf is not None:
                 found = _of_folder(cls, init, Path(init.hf))
@@ -149,32 +151,21 @@ def with_model(tree: dict[str, Any], resume: str) -> tuple[dict[str, Any], list[
     run, own = tree.get("run"), tree.get("model") or {}
     if not (isinstance(run, dict) and isinstance(run.get("dir"), str) and isinstance(own, dict)):
         return tree, []
-    initial = InitialModel.open(validate(_Init, {"init": tree["init"]}).init, run["dir"], resume)
+    initial = InitialModel.open(validate(OnlyInit, {"init": tree["init"]}).init, run["dir"], resume)
     return {**tree, "model": presets.merged(plain(initial.model), own)}, [initial]
-
-
-class _Init(Section):
-    """A config of which only the section [init] is read."""
-
-    init: InitConfig
-    """The model to start from."""
 
 
 def _of_folder(cls: type[Opened], init: InitConfig, folder: Path) -> Opened:
     """Opens a Hugging Face folder as the initial model of a new run."""
     from export.hf_folder import content_sha256, facts_of, open_hf_folder, tokenizer_of_folder
 
-    if not (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
-        raise ConfigError(
-            f"init.hf = {init.hf!r} is a run or an imported model, not a Hugging Face folder; set init.run={init.hf} "
-            "and leave init.hf out (as an override: init.hf=)"
-        )
     opened, tokenizer = open_hf_folder(folder), tokenizer_of_folder(folder)
     if init.tokenizer is not None:
         named = Tokenizer.load(_located(init.tokenizer), complete=False)
-        if tokenizer is not None and tokenizer.sha256 != named.sha256:
-            raise _other_tokenizer(init, str(folder), difference_of_files(named.origin, tokenizer.origin))
-        tokenizer = named
+        if tokenizer is not None and (said := difference_of_files(named.origin, tokenizer.origin)):
+            raise _other_tokenizer(init, str(folder), said)
+        if tokenizer is None or tokenizer.eos_id < 0:
+            tokenizer = named  # else it has the same tokens, and the model's own files say their roles
     pin = Pin(str(folder.resolve()), 0, content_sha256(folder))
     context = opened.family.longest_row(opened.raw)
     lineage = Lineage(None, template_in(folder), context, init=pin, imported=facts_of(folder, opened))
@@ -221,13 +212,15 @@ def _named_tokenizer(init: InitConfig, checkpoint: Path, manifest: dict[str, Any
     if init.tokenizer is None or (not new and not tokenizer_file(init.tokenizer).is_file()):
         return None  # a run that continues has a copy
     file = _located(init.tokenizer)
-    if identity.get("tokenizer") not in (None, file_sha256(file)):
-        said = "the file is another one"
-        with suppress(CheckpointError):
-            if (trained := tokenizer_of(checkpoint, manifest)) is not None:
-                said = difference_of_files(file, trained)
+    if identity.get("tokenizer") is None:
+        return file
+    said, kept = "" if identity["tokenizer"] == file_sha256(file) else "the file is another one", None
+    with suppress(CheckpointError):
+        if (kept := tokenizer_of(checkpoint, manifest)) is not None:
+            said = difference_of_files(file, kept)
+    if said:
         raise _other_tokenizer(init, str(checkpoint), said)
-    return None if identity.get("roles") else file
+    return None if kept is not None or identity.get("roles") else file
 
 
 def _located(folder: str) -> Path:
@@ -261,34 +254,14 @@ def _own_checkpoint(run_dir: Path, resume: str) -> Path | None:
 def _chosen(init: InitConfig) -> tuple[Path, str | None]:
     """Returns the checkpoint that `init` names, and a note for the user if a newer one is damaged.
 
-    Raises ConfigError if it does not exist, or it or what it was trained on top of is damaged.
+    Raises ConfigError if it or what it was trained on top of is damaged.
     """
     path = Path(init.checkpoint or init.run or "")
     try:
         if init.checkpoint is None:
-            if (path / storage.MANIFEST).is_file():
-                raise ConfigError(
-                    f"init.run = {init.run!r} is a checkpoint, not a run; set init.checkpoint={init.run} and leave "
-                    "init.run out (as an override: init.run=)"
-                )
-            if not (path / "checkpoints").is_dir() and (path / "config.json").is_file():
-                raise ConfigError(
-                    f"init.run = {init.run!r} is a Hugging Face folder, not a run; set init.hf={init.run} and leave "
-                    "init.run out (as an override: init.run=)"
-                )
             warnings: list[str] = []
             newest = storage.latest(path, verify, warnings.append)
             return newest, "; ".join(warnings) or None
-        if (path / "checkpoints").is_dir():
-            own = [str(storage.directory(path, step)) for step in storage.steps(path)[-1:]]
-            remedy = f"set init.checkpoint={own[0]}" if own else "it has none yet, so train first"
-            raise ConfigError(f"init.checkpoint = {init.checkpoint!r} is a run, not a checkpoint; {remedy}")
-        if not path.is_dir():
-            saved = ", ".join(f"step_{step}" for step in storage.steps(path.parent.parent))
-            raise ConfigError(
-                f"init.checkpoint = {init.checkpoint!r} does not exist; checkpoints in {path.parent} are "
-                f"{saved or 'none'}"
-            )
         verify(path)
     except CheckpointError as error:
         raise ConfigError(f"{init.said}: {error}") from None

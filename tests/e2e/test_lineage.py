@@ -23,7 +23,7 @@ from data_pipeline.tokens.tokenizer import Tokenizer
 from data_pipeline.tokens.tokenizer_training import train
 from export import chat, generate, huggingface, import_hf
 from export.model_source import open_source
-from posttrain.chat.chat_format import jinja_template
+from posttrain.chat.chat_format import ChatFormat, jinja_template
 from pretrain import inspection
 from pretrain.checkpoint import storage
 from tests.e2e.small_lineage import LONGER, SEQ_LENGTH, SHORTER, pretraining, rewarding, tuning
@@ -271,30 +271,28 @@ def test_init_names_a_run_or_a_checkpoint(call: Call, trained: Path, tmp_path: P
         assert call("posttrain.sft", from_two, "--dry-run", f"run.dir={tmp_path / 'new'}", *remedy)["status"] == 0
 
 
-def test_the_context_is_the_models_and_only_grows(
-    call: Call, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call("posttrain.grpo", rewarding(tuned / "sft", tmp_path / "grpo"))["status"] == 0
-    short = tuning(tuned, tmp_path / "short")
-    assert call("posttrain.sft", short, f"train.seq_length={SHORTER}")["status"] == 0
-    for run, context in (
-        (tuned / "pretrain", SEQ_LENGTH),
-        (tuned / "sft", LONGER),
-        (tmp_path / "grpo", LONGER),
-        (tmp_path / "short", SEQ_LENGTH),
-    ):
-        assert open_source(run).context == context
+def test_the_context_is_the_models_and_only_grows_with_longer_texts(call: Call, tuned: Path, tmp_path: Path) -> None:
+    chat = ChatFormat(Tokenizer.load(tuned / "data/tokenizer"))
+    found = [{"role": "user", "content": "9" * 46}, {"role": "assistant", "content": "x"}]
+    longest = len(chat.render(found)[0])  # more than SEQ_LENGTH
+    (tmp_path / "long.jsonl").write_text(json.dumps({"messages": found}))
+    grown = tuning(tuned, tmp_path / "grown") | {"data": {"dialogues": [str(tmp_path / "long.jsonl")]}}
+    assert call("posttrain.sft", grown)["status"] == 0
+    rows = f"train.seq_length={4 * LONGER}"
+    assert call("posttrain.grpo", rewarding(tmp_path / "grown", tmp_path / "grpo"), rows)["status"] == 0
+    assert call("posttrain.sft", tuning(tuned, tmp_path / "short"), f"train.seq_length={SHORTER}")["status"] == 0
+    assert {open_source(run).context for run in (tuned / "pretrain", tuned / "sft", tmp_path / "short")} == {SEQ_LENGTH}
+    assert open_source(tmp_path / "grown").context == open_source(tmp_path / "grpo").context == longest
     assert export(tmp_path / "grpo", tmp_path / "hf") == 0
-    assert claims(tmp_path / "hf") == (LONGER, LONGER)
+    assert claims(tmp_path / "hf") == (longest, longest)
     import_hf.main([str(tmp_path / "hf"), str(tmp_path / "back")])
     assert export(tmp_path / "back", tmp_path / "again") == 0
-    assert claims(tmp_path / "again") == (LONGER, LONGER)
-    with pytest.raises(ConfigError, match=rf"would go past the {LONGER} tokens") as refused:
+    assert claims(tmp_path / "again") == (longest, longest)
+    with pytest.raises(ConfigError, match=rf"would go past the {longest} tokens") as refused:
         export(tmp_path / "grpo", tmp_path / "hf", f"verify.greedy_tokens={LONGER}", "sample_tokens=60")
     remedy = str(refused.value).partition("; set ")[2].partition(", or")[0].split()
     assert [word.partition("=")[0] for word in remedy] == ["verify.greedy_tokens", "sample_tokens"]
     assert export(tmp_path / "grpo", tmp_path / "hf", *remedy) == 0
-    capsys.readouterr()
 
 
 def test_an_export_is_known_by_content(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -350,7 +348,7 @@ def test_a_moved_run_is_used_from_anywhere(
     assert export(copied / "sft", tmp_path / "hf") == 0
     printed = capsys.readouterr().out.replace("\n", " ")
     assert "is gone or has changed" in printed and "not on held-out text" in printed
-    assert claims(tmp_path / "hf") == (LONGER, LONGER)
+    assert claims(tmp_path / "hf") == (SEQ_LENGTH, SEQ_LENGTH)
     answer = call("posttrain.sft", tuning(copied, copied / "sft"), "train.steps=4")
     assert answer["status"] == 0 and "going on from" in answer["said"], answer
 

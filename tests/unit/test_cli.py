@@ -44,6 +44,9 @@ def test_every_command_leads_to_a_function(target: str) -> None:
         (["trian"], 2, "did you mean 'train'?"),
         (["data"], 2, "needs one of: run, report"),
         (["data", "frobnicate"], 2, "needs one of: run, report"),
+        (["data", "veryfy"], 2, "did you mean 'data verify'?"),
+        (["verify"], 2, "did you mean 'data verify'?"),
+        (["SFT"], 2, "did you mean 'sft'?"),
         (["qqq"], 2, "there is no command 'qqq'"),
     ],
 )

@@ -13,7 +13,7 @@ from configs.preference import PreferenceConfig
 from configs.recipe import RecipeConfig
 from configs.reward_model import RewardModelConfig
 from configs.rewards import RewardConfig
-from configs.rl import PPOConfig, RLSection
+from configs.rl import GRPOConfig, PPOConfig, RLSection
 from configs.tasks import TaskConfig
 from configs.tokenizer import TokenizerConfig, TokenizerTrainConfig
 
@@ -75,6 +75,11 @@ def recipe(**stage: Any) -> dict[str, Any]:
         (RLSection, {"record": "a", "replay": "a"}, "leave out rl.record to replay it", {"replay": "a"}),
         (PPOConfig, PPO | {"ppo": {"text_rows": 2}}, "set both, or", PPO | {"ppo": {"text_rows": 2, "text_plan": "a"}}),
         (PPOConfig, PPO | {"ppo": {"text_rows": 2}}, "or leave out both", PPO),
+        *(
+            (schema, PPO | {"rl": {"overlong_buffer": 17}}, r"set rl\.overlong_buffer=16 or less", PPO | {"rl": most})
+            for schema in (GRPOConfig, PPOConfig)
+            for most in [{"overlong_buffer": 16}]
+        ),
         (
             PPOConfig,
             PPO | {"ppo": {"text_rows": 2, "text_plan": "a", "temperature": 0.5}},

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, dynamic_module_utils
 
 from configs.export import ExportConfig
 from configs.tokenizer import TokenizerConfig, TokenizerKind
+from data_pipeline.tokens.chat_encoder import ChatEncoder
 from data_pipeline.tokens.foreign import adopt, roles_file
 from data_pipeline.tokens.tokenizer import Tokenizer
 from data_pipeline.tokens.tokenizer_training import train_on_texts
@@ -96,6 +97,27 @@ def test_a_tokenizer_trained_elsewhere_keeps_ids_roles_and_template(maker, model
     assert fast.chat_template == (TEMPLATE if maker is qwen else None)
     same = (tmp_path / "out/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert same == (maker is not bert), "a file stays as it is unless it cuts, fills up or frames texts"
+
+
+@pytest.mark.parametrize("begin", ["{{ bos_token }}", ""], ids=["the template begins", "nothing begins"])
+def test_a_rendered_dialogue_has_the_ids_of_training_both_ways(begin: str, tmp_path: Path) -> None:
+    """The tokenizer itself puts a token before a text, as Llama 3's does; a model as it was imported keeps that."""
+    made, files = llama3()
+    roles = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    ours = Tokenizer.load(write(tmp_path / "hub", made, files | {"tokenizer_config.json": roles}))
+    turn = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end_of_text|>{% endfor %}"
+    messages = [{"role": "user", "content": "of wisdom"}]
+    for as_it_came in (False, True):
+        (out := tmp_path / str(as_it_came)).mkdir()
+        write_tokenizer(out, ours.origin, 4096, begin + turn, "llama", as_it_came)
+        fast, expected = load(out), ChatEncoder(ours, begin + turn).prompt(messages)
+        assert expected.count(ours.bos_id) == bool(begin)
+        rendered = fast.apply_chat_template(messages, tokenize=False)
+        ways = [fast(rendered, add_special_tokens=add).input_ids for add in (True, False)]
+        assert [fast.apply_chat_template(messages, return_dict=False), ways[1]] == [expected] * 2
+        assert ways[0] == [ours.bos_id] * as_it_came + expected
+        keys = json.loads((out / "tokenizer_config.json").read_text())
+        assert (keys["add_bos_token"], keys["add_prefix_space"]) == (as_it_came, False)
 
 
 @pytest.mark.parametrize("role", ["unk_token", "bos_token", "mask_token"])

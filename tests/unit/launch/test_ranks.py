@@ -199,7 +199,10 @@ COMMANDS = list(ON_RANKS)
         ("posttrain", f"did you mean {' or '.join(list(TRAINING)[1:])}?"),
         ("pretrain/train.py", "did you mean pretrain.train?"),
         ("posttrain.grop", "did you mean posttrain.grpo?"),
-        ("generate", f"give {', '.join(COMMANDS)}, or a module"),
+        ("SFT", "did you mean sft?"),
+        ("generate", "did you mean export.generate?"),
+        ("trivium", "leave out the word 'trivium'"),
+        ("datarun", "`trivium data run CONFIG` is one process on one machine"),
         ("no.such.module", f"give {', '.join(COMMANDS)}, or a module"),
         ("", f"give {', '.join(COMMANDS)}, or a module"),
     ],
@@ -208,7 +211,17 @@ def test_what_cannot_be_launched_is_refused(name: str, hint: str) -> None:
     with pytest.raises(ValueError, match=r"cannot be started as ranks.*" + re.escape(hint)) as raised:
         ranks.main([name, "configs/pretrain/demo.toml"])
     for told in re.findall(r"(?:give|mean|or) ([a-z.]+)(?=[,? ]|$)", str(raised.value)):
-        assert told == "a" or module_of(told) in ON_RANKS.values()  # "or a module"
+        assert told == "a" or module_of(told) in (*ON_RANKS.values(), "export.generate")  # "or a module"
+
+
+def test_only_a_command_that_there_is_is_said_to_be_one_process() -> None:
+    for words, said in (
+        (["data", "rnu", "x.toml"], "`data rnu` is no command that can be launched; did you mean `data run`?"),
+        (["recipe", "x.toml"], "did you mean `recipe run`?"),
+        (["recipe", "run", "x.toml"], "start it as `trivium recipe run x.toml`"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            ranks.main(words)
 
 
 STEP = {

@@ -212,7 +212,7 @@ def test_two_tokenizers_are_told_apart_in_words(tmp_path: Path) -> None:
     def told(config: dict[str, Any] = roles, vocab: dict[str, int] = vocab, **more: Any) -> str:
         model = described["model"] | {"vocab": vocab, "merges": merges[:-1] if piece not in vocab else merges}
         (tmp_path / "b").mkdir(exist_ok=True)
-        (tmp_path / "b/tokenizer.json").write_text(json.dumps(described | more | {"model": model}))
+        (tmp_path / "b/tokenizer.json").write_text(json.dumps(described | {"model": model} | more))
         (tmp_path / "b/tokenizer_config.json").write_text(json.dumps(config))
         return difference_of_files(first, tmp_path / "b")
 
@@ -221,6 +221,12 @@ def test_two_tokenizers_are_told_apart_in_words(tmp_path: Path) -> None:
     renamed = {"new" if name == piece else name: one for name, one in vocab.items()}
     assert told(vocab=renamed) == f"token {number} is {piece!r} in the first and 'new' in the second"
     assert told(roles | {"bos_token": "a"}) == "bos_token is '<|endoftext|>' in the first and 'a' in the second"
-    assert told(normalizer={"type": "NFC"}).startswith("their tokens are the same, and their rules")
+    assert told(normalizer={"type": "NFC"}).startswith("the same text becomes ")
+    swapped = [*merges[1:], merges[0]]
+    assert told(model=described["model"] | {"merges": swapped}).startswith("the same text becomes ")
+    (tmp_path / "b/tokenizer.json").write_bytes((first / "tokenizer.json").read_bytes())
+    for config, said in ((roles, ""), ({}, ""), (roles | {"eos_token": "a"}, "ends with '<|endoftext|>' in the first")):
+        (tmp_path / "b/tokenizer_config.json").write_text(json.dumps(config))
+        assert said in (found := difference_of_files(first, tmp_path / "b")) and bool(found) == bool(said)
     (tmp_path / "b/tokenizer.json").write_text("{}")
     assert "b/tokenizer.json" in difference_of_files(first, tmp_path / "b")

@@ -28,6 +28,7 @@ from pretrain.checkpoint.resume import check_identity
 from tests.shards import write_shard
 
 LENGTH = 64
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
 def dialogue(*texts: str) -> dict[str, Any]:
@@ -215,8 +216,11 @@ def test_broken_and_long_dialogues_are_set_aside_and_counted(chat: ChatFormat, t
         ([], "no user message", "at least one user message"),
         ([{"role": "system", "content": "be kind"}], "no user message", "at least one user message"),
         (["hello"], "a message is no object", "message 0 is str"),
-        ([{"content": "hello"}], "roles out of turn", "message 0 has no role where 'user'"),
-        ([{"role": "human", "content": "hello"}], "roles out of turn", "message 0 has role 'human' where 'user'"),
+        ([{"content": "hello"}], "no role", "message 0 has no role; roles are system"),
+        ([{"role": ["user"], "content": "hello"}], "no role", "message 0 has ['user'] as its role"),
+        ([{"role": "human", "content": "hello"}], "an unknown role", "message 0 has role 'human', which is none of"),
+        ([{"role": "developer", "content": "a"}, USER], "a role that the format lacks", "format has system, user"),
+        ([USER, ANSWER | {"tool_calls": [{"function": {"name": "add"}}]}], "tools", "message 1 calls tools"),
         ([{"role": "user", "content": "a"}] * 2, "roles out of turn", "message 1 has role 'user' where 'assistant'"),
         ([{"role": "user"}], "no text in content", "message 0 has no text in 'content', which is missing"),
         ([{"role": "user", "content": [{"type": "text"}]}], "no text in content", "'content', which is list"),

@@ -261,7 +261,7 @@ def test_a_template_that_would_teach_no_end_is_refused(
         (CHATML.replace("message['content'] +", "(1 / 0) ~"), PLAIN, "refused by the chat template", "ZeroDivision"),
         (CHATML, [PLAIN[1]], "roles out of turn", "message 0 has role 'assistant' where 'user'"),
         (CHATML, [PLAIN[0], PLAIN[0]], "roles out of turn", "message 1 has role 'user' where 'assistant'"),
-        (CHATML, [PLAIN[0], {"role": "end", "content": "a"}], "roles out of turn", "message 1 has role 'end'"),
+        (CHATML, [PLAIN[0], {"role": "end", "content": "a"}], "an unknown role", "message 1 has role 'end'"),
         (CHATML, [{"role": "user", "content": [{"text": "a"}]}, PLAIN[1]], "no text in content", "which is list"),
     ],
 )  # fmt: skip

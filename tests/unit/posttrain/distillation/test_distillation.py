@@ -129,9 +129,9 @@ def test_chunks_give_the_values_and_gradients_of_whole_logits(
 
 def test_steps_on_samples_are_spread_evenly() -> None:
     for share, due in ((0.25, 3), (0.5, 6), (1.0, 12), (0.1, 1)):
-        sampling = StudentSampling(None, None, share, 1.0, 0)  # type: ignore[arg-type]
+        sampling = StudentSampling(None, None, share, 1.0, 0, 8)  # type: ignore[arg-type]
         assert sum(sampling.is_due(step) for step in range(12)) == math.floor(12 * share) == due
-    quarter = StudentSampling(None, None, 0.25, 1.0, 0)  # type: ignore[arg-type]
+    quarter = StudentSampling(None, None, 0.25, 1.0, 0, 8)  # type: ignore[arg-type]
     assert [step for step in range(12) if quarter.is_due(step)] == [3, 7, 11]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from configs.loader import ConfigError, load, validate
+from configs.loader import ConfigError, load, plain, validate
 from configs.model import ModelConfig
 from configs.moe import MoEConfig
 from configs.train import PretrainConfig
@@ -207,6 +207,9 @@ def test_what_cannot_be_proven_is_refused_before_torch_is_imported(tmp_path: Pat
     demo = "configs/pretrain/demo.toml"
     (tmp_path / "broken.toml").write_text("[model\n")
     (tmp_path / "file").touch()
+    kept = tmp_path / "kept/checkpoints/step_3"
+    kept.mkdir(parents=True)
+    (kept / "manifest.json").write_text(json.dumps({"config": {"model": plain(load(PretrainConfig, demo).model)}}))
     asked = [
         ([demo, "--layouts", "qq2"], "'qq2' is not a layout"),
         ([demo], "give either CONFIG and --layouts, or --fuzz N"),
@@ -226,7 +229,14 @@ def test_what_cannot_be_proven_is_refused_before_torch_is_imported(tmp_path: Pat
         ([str(tmp_path / "none.toml"), "--layouts", "tp2"], "does not exist"),
         ([str(tmp_path / "broken.toml"), "--layouts", "tp2"], "is not valid TOML"),
         ([demo, "--layouts", "tp2", "--out", str(tmp_path / "file/out")], "file is a file; name a folder"),
+        ([demo, "--layouts", "tp2", f"init.run={tmp_path}/none"], "has no checkpoint; train first, or name another"),
+        ([demo, "--layouts", "tp2", f"init.checkpoint={kept.parent}/step_4"], "checkpoints are step_3"),
+        ([demo, "--layouts", "tp2", f"init.run={kept}"], f"not a run; set init.checkpoint={kept}"),
+        ([demo, "--layouts", "tp2", f"init.hf={tmp_path}/none"], "none' does not exist; name a Hugging Face model"),
+        ([demo, "--layouts", "tp7", f"init.run={tmp_path}/kept"], "--layouts: tp7: model.num_heads = 4 is not"),
     ]
+    if not torch.cuda.is_available():
+        asked.append((["--against", "cpu"], "finds no GPU"))
     script = (
         "import json, sys\nfrom configs.loader import ConfigError\nfrom pretrain.proof import prove\n"
         "for argv, words in json.loads(sys.argv[1]):\n"
