@@ -31,13 +31,15 @@ def table_of(records: list[dict[str, Any]], clock: str) -> Table:
     table = Table(title=f"median training step, by {clock.replace('_', ' ')}", title_justify="left")
     left = ("contest", "contender", "best peer", "time in")
     middle = ("documents a row", "tokens/s", "of products", "to best peer")
-    for name in (*left[:2], *middle, left[2], "to one rank, one document", left[3]):
+    alike = "to best with fp32 weights"
+    for name in (*left[:2], *middle, left[2], alike, "to one rank, one document", left[3]):
         table.add_column(name, justify="left" if name in left else "right")
     for one in records:
         parts = ", ".join(f"{part} {share:.0%}" for part, share in one["shares"].items() if share >= 0.005)
         numbers = [f"{one[f'tokens_per_{clock}']:,.0f}", _number(one["share_of_products"]), _number(one.get("ratio"))]
         whole = _number(one.get("of_one_rank_and_document"))
-        cells = [one["label"], str(one["documents"]), *numbers, one.get("best_peer") or "", whole, parts]
+        alike = _number(one.get("ratio_with_fp32_weights"))
+        cells = [one["label"], str(one["documents"]), *numbers, one.get("best_peer") or "", alike, whole, parts]
         table.add_row(one["contest"], *cells)
     return table
 

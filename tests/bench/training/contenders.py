@@ -34,10 +34,12 @@ class Contender:
     precision: str = "fp32"
     compiled: bool = False
     ranks: int = 1
+    autocast: bool = False  # a peer's weights, gradients and moments stay in fp32, as Trivium's always do
 
     @property
     def label(self) -> str:
         how = ["compiled" if self.compiled else "eager"] if self.who != "products" else []
+        how += ["autocast"] if self.autocast else []
         how += [f"{self.ranks} ranks"] if self.ranks > 1 else []
         return f"{self.who} {', '.join(how)}".strip()
 
@@ -107,8 +109,11 @@ def _tensors(contender: Contender, documents: int) -> tuple[torch.Tensor, torch.
 def _peer_step(
     contender: Contender, model: torch.nn.Module, loss_of: Callable[[torch.nn.Module, int], torch.Tensor]
 ) -> Step:
-    """Returns a step as one writes it for a model of PyTorch; bf16 has weights in bf16, as the fastest peers have."""
-    model = model.to(DTYPES[contender.precision]).train()
+    """Returns a step as one writes it for a model of PyTorch.
+
+    In bf16 the weights, gradients and moments are in bf16, as the fastest peers have them, or with `autocast` in fp32.
+    """
+    model = model.to(torch.float32 if contender.autocast else DTYPES[contender.precision]).train()
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": models.WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
@@ -117,7 +122,8 @@ def _peer_step(
     called = torch.compile(called) if contender.compiled else called
 
     def step(documents: int) -> float:
-        loss = loss_of(called, documents)
+        with torch.autocast("cpu", DTYPES[contender.precision], enabled=contender.autocast):
+            loss = loss_of(called, documents)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), models.CLIP)
         optimizer.step()

@@ -48,14 +48,23 @@ def contests(quick: bool, precisions: Sequence[str]) -> list[Contest]:
             all_ = [*(replace(base, compiled=c) for c in kinds), replace(base, who="transformers")]
             if not quick:
                 all_.append(replace(base, who="transformers", compiled=True))
+            all_ += _with_fp32_weights(base, kinds)
             all_ += [replace(base, who="plain"), replace(base, who=PRODUCTS)]
             made.append(Contest(f"dense {size} {precision}", tuple(all_), DOCUMENTS if size == dense[0] else (1,)))
         base = Contender(OURS, mixture, precision)
         all_ = [*(replace(base, compiled=c) for c in kinds), replace(base, who="transformers")]
-        made.append(Contest(f"MoE {precision}", (*all_, replace(base, who=PRODUCTS))))
+        all_ += [*_with_fp32_weights(base, (False,)), replace(base, who=PRODUCTS)]
+        made.append(Contest(f"MoE {precision}", tuple(all_)))
         base = Contender(OURS, dense[0], precision)
         made.append(Contest(f"ranks {precision}", (base, replace(base, ranks=2), replace(base, who="plain", ranks=2))))
     return made
+
+
+def _with_fp32_weights(base: Contender, kinds: Sequence[bool]) -> list[Contender]:
+    """Lists transformers under autocast, eager and compiled by `kinds`, for a contest in bf16."""
+    if base.precision != "bf16":
+        return []
+    return [replace(base, who="transformers", autocast=True, compiled=compiled) for compiled in kinds]
 
 
 class Running:
@@ -110,6 +119,7 @@ def run(contest: Contest, rounds: int, cores: int, profile: bool = True) -> list
     timed: dict[tuple[int, int], list[dict[str, float]]] = {}
     try:
         for i, contender in enumerate(contest.contenders):  # one after the other: compiling wants the cores
+            print(f"  {contender.label}: first step", file=sys.stderr, flush=True)
             running.append(Running(contender, cores))
             kinds = contest.documents if contender.who == OURS and not contender.compiled else (1,)
             for documents in kinds:
@@ -118,7 +128,8 @@ def run(contest: Contest, rounds: int, cores: int, profile: bool = True) -> list
                 if documents == 1 and contender.who != PRODUCTS:  # ranks of a peer have the losses of their rows
                     running[-1].first_loss = statistics.mean(answer["loss"] for answer in answers)
                     _check(contest, running[0], running[-1])
-        for _ in range(rounds):
+        for round_ in range(rounds):
+            print(f"  round {round_ + 1} of {rounds}", file=sys.stderr, flush=True)
             for (i, documents), spent in timed.items():
                 answers = running[i].ask("step", documents)
                 slowest, all_ = max(a["seconds"] for a in answers), sum(a["cpu_seconds"] for a in answers)
@@ -163,7 +174,8 @@ def _record(
 def compare(records: list[dict[str, Any]], clock: str) -> None:
     """Adds, by `clock` (second or cpu_second), ratios of speeds and the share of the rate of products.
 
-    An eager contender is compared with the best eager peer, a compiled one with the best of all.
+    An eager contender is compared with the best eager peer, a compiled one with the best of all; in bf16 also with the
+    best of those whose weights, gradients and moments are in fp32, as its own are.
     """
     by_contest: dict[str, list[dict[str, Any]]] = {}
     for record in records:
@@ -182,8 +194,11 @@ def compare(records: list[dict[str, Any]], clock: str) -> None:
                 and (peer["ranks"], peer["documents"]) == (one["ranks"], one["documents"])
                 and (one["compiled"] or not peer["compiled"])
             ]
-            best = max(peers, key=lambda peer: peer[speed], default=None)
-            one["best_peer"], one["ratio"] = best and best["label"], best and round(one[speed] / best[speed], 3)
+            alike = [peer for peer in peers if peer["precision"] == "fp32" or peer["autocast"]]
+            for suffix, those in (("", peers), ("_with_fp32_weights", alike)):
+                best = max(those, key=lambda peer: peer[speed], default=None)
+                one[f"best_peer{suffix}"] = best and best["label"]
+                one[f"ratio{suffix}"] = best and round(one[speed] / best[speed], 3)
             alone = next(
                 other
                 for other in group
