@@ -37,7 +37,9 @@ from pretrain.parallel.pipeline_stage import PipelineStage
 BUCKET_SIZE = 2**23
 # Parts begin at multiples of so many elements, which vector instructions and fused kernels want.
 ALIGNMENT = 64
-NORM_PART = 2**16  # in elements
+# In elements. A CPU adds up the squares of so many in their own precision, and all beyond in fp64; it has no sum in fp64
+# of fp32 numbers that needs no copy of them.
+NORM_ROW = 256
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,10 @@ class DistributedOptimizer:
         adam.found_inf = (~changes_weights(norm, largest_norm)).float()  # fused kernels do nothing where it is 1
         for bucket in reversed(self.buckets):  # about in the order in which the next forward pass uses them
             gradients = bucket.own_gradients
-            if too_large is not None:
-                gradients.div_(too_large)
+            if too_large is not None and gradients.dtype == torch.float32:
+                adam.grad_scale = too_large.float()  # the kernel divides by it
+            elif too_large is not None:
+                gradients.div_(too_large)  # fp64, for which the kernel's divisor in fp32 is too coarse
             bucket.master.grad = gradients
             before = bucket.master.clone() if self.squares_of_update is not None else None
             adam.step()  # of this bucket alone: no other has a gradient
@@ -278,15 +282,20 @@ class DistributedOptimizer:
         """Norm of the whole gradient in fp64, bit by bit the same on every rank."""
         squares = torch.zeros((), dtype=torch.float64, device=self._mesh.device)
         for bucket in self.buckets:
-            # A CPU copies what it takes the norm of to fp64 first: a part at a time, which stays in its caches.
-            part = NORM_PART if squares.device.type == "cpu" else len(bucket.gradients)
             for first, end in bucket.counted:
-                for own in bucket.own_gradients[first:end].split(part):
-                    squares += torch.linalg.vector_norm(own, dtype=torch.float64).square()
+                squares += _sum_of_squares(bucket.own_gradients[first:end])
         # Gathered and added up in the order of ranks: the network's own sum may differ from rank to rank.
         everyone = [torch.empty_like(squares) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, squares)
         return torch.stack(everyone).sum().sqrt()
+
+
+def _sum_of_squares(flat: torch.Tensor) -> torch.Tensor:
+    """Sum of the squares of all elements, in fp64; of fp32 numbers within 1e-7 of itself."""
+    in_rows = len(flat) // NORM_ROW * NORM_ROW if flat.device.type == "cpu" else 0
+    rows = torch.linalg.vector_norm(flat[:in_rows].view(-1, NORM_ROW), dim=1)
+    rest = torch.linalg.vector_norm(flat[in_rows:], dtype=torch.float64)
+    return rows.double().square().sum() + rest.square()
 
 
 def counts_in_norm(parameter: nn.Parameter, mesh: Mesh) -> bool:

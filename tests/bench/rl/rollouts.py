@@ -3,6 +3,8 @@
 Both sample at temperature 1 without other filters, in fp32, from groups of equal prompts as GRPO has them, and end a
 text at the same tokens. Trivium has a process on each core, as ranks of data parallel are, and transformers one process
 with a thread on each core. They take turns, one batch each, so that a slower moment of the machine meets both alike.
+The limit of the ratio is that of a sampler which does nothing but multiply a full batch by every weight of the model,
+once a token: no sampler in this precision is faster, whatever it leaves out. It is measured in the same turns.
 
 The quick way is for a machine that others use: one process with one thread on each side, and processor time. Its ratios
 say whether a change helps.
@@ -30,6 +32,7 @@ from tests.bench.training.models import SEED, SIZES, transformers_model
 
 BATCH = 64
 WANTED = 5.0  # times the tokens a second
+PRODUCTS = "products"  # what a sampler is told instead of a batch's number
 DEMO = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 352, "num_heads": 4, "num_kv_heads": 2}
 MODELS: dict[str, ModelConfig] = {
     "demo": validate(ModelConfig, {"vocab_size": 4096, **DEMO}),  # 1.8M parameters
@@ -101,15 +104,16 @@ def _contest(model: str, load: Load, rounds: int, quick: bool) -> dict[str, Any]
         answers = out[:, load.prompt :]
         return int((answers != 0).sum()) if stops else answers.numel(), time.process_time() - started
 
-    rates: dict[str, list[float]] = {"trivium": [], "transformers": []}
+    rates: dict[str, list[float]] = {"trivium": [], "transformers": [], "products": []}
     with _Samplers(model, load, count) as samplers:
+        sides = {"trivium": samplers.sample, "transformers": theirs, "products": samplers.multiply}
         for number in range(rounds + 1):
-            for who, side in (("trivium", samplers.sample), ("transformers", theirs)):
+            for who, side in sides.items():
                 started = time.perf_counter()
                 tokens, used = side(number)
                 if number:  # the first round warms up
                     rates[who].append(tokens / (used if quick else time.perf_counter() - started))
-    ours, other = (statistics.median(rates[who]) for who in rates)
+    ours, other, products = (statistics.median(rates[who]) for who in rates)
     return {
         "what": f"{model}, {load.name}",
         **asdict(load),
@@ -117,6 +121,7 @@ def _contest(model: str, load: Load, rounds: int, quick: bool) -> dict[str, Any]
         "trivium": round(ours),
         "transformers": round(other),
         "ratio": round(ours / other, 2),
+        "limit of the ratio": round(products / other, 2),
         "wanted": f"{WANTED:.0f} times",
         "met": ours >= WANTED * other,
     }
@@ -145,9 +150,16 @@ class _Samplers:
 
     def sample(self, number: int) -> tuple[int, float]:
         """Samples batch `number`; returns its tokens and the processor time that the processes took."""
+        return self._ask(str(number))
+
+    def multiply(self, number: int) -> tuple[int, float]:
+        """Multiplies as often as a full batch of the longest texts needs; returns what `sample` does."""
+        return self._ask(PRODUCTS)
+
+    def _ask(self, what: str) -> tuple[int, float]:
         for process in self._processes:
             assert process.stdin is not None
-            print(number, file=process.stdin, flush=True)
+            print(what, file=process.stdin, flush=True)
         answers = []
         for process in self._processes:
             assert process.stdout is not None
@@ -163,10 +175,23 @@ def _worker(model: str, load: Load, count: int, index: int) -> None:
     decoder.eval()
     own = slice(BATCH * index // count, BATCH * (index + 1) // count)
     prompts, stops = load.prompts(config)[own].tolist(), load.stops(config)
+    products = [
+        (torch.randn(len(prompts), weight.shape[1]), weight)
+        for name, weight in decoder.named_parameters()
+        if weight.ndim == 2 and not name.startswith("embedding")
+    ]
     for line in sys.stdin:
-        keys, started = [f"{int(line)}/{i}" for i in range(own.start, own.stop)], time.process_time()
-        found = generate(decoder, prompts, load.longest, SamplingConfig(temperature=1.0), SEED, stops, keys)
-        tokens = sum(len(completion.tokens) for completion in found)
+        started = time.process_time()
+        if line.strip() == PRODUCTS:
+            with torch.inference_mode():
+                for _ in range(load.longest):
+                    for x, weight in products:
+                        torch.nn.functional.linear(x, weight)
+            tokens = len(prompts) * load.longest
+        else:
+            keys = [f"{int(line)}/{i}" for i in range(own.start, own.stop)]
+            found = generate(decoder, prompts, load.longest, SamplingConfig(temperature=1.0), SEED, stops, keys)
+            tokens = sum(len(completion.tokens) for completion in found)
         print(json.dumps([tokens, time.process_time() - started]), flush=True)
 
 
