@@ -37,8 +37,7 @@ from pretrain.parallel.pipeline_stage import PipelineStage
 BUCKET_SIZE = 2**23
 # Parts begin at multiples of so many elements, which vector instructions and fused kernels want.
 ALIGNMENT = 64
-# In elements. On a CPU the squares of so many are added up in their own precision, and all beyond in fp64; a sum in
-# fp64 of fp32 numbers would copy them first.
+# In elements. A CPU adds up so many squares in fp32, and all beyond in fp64: a sum in fp64 alone would copy all first.
 NORM_ROW = 256
 
 
