@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--config", metavar="FOLDER", type=Path, help="with dcp and megatron: config.json and tokenizer of the model"
     )
     parser.add_argument("--base", metavar="FOLDER", type=Path, help="with an adapter of PEFT in DIR: its base")
-    parser.add_argument("--any-base", action="store_true", help="take that base though hash or name are another's")
+    parser.add_argument(
+        "--any-base", action="store_true", help="take --base even if its hash or name is not the adapter's"
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="maximum size of a file of weights (default 5)")
     parser.add_argument("--dry-run", action="store_true", help="check the config and the tensors, write nothing")
