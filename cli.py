@@ -68,7 +68,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("export.chat:main", "talk to a fine-tuned checkpoint"),
     "prove": ("pretrain.proof.prove:main", "compare parallel layouts with one rank, tensor by tensor"),
     "replay": ("pretrain.replay:main", "take one step of a training run again, and show all that it computes"),
-    "rehearse": ("pretrain.rehearsal.rehearse:main", "run one step of a large job's ranks on this machine"),
+    "rehearse": ("posttrain.rehearse:main", "run one step of a large job's ranks on this machine"),
     "inspect": ("pretrain.inspection:main", "print a checkpoint's step, config, shapes and norms"),
     "doctor": ("pretrain.doctor.doctor:main", "look for what would end a run, or say why one has ended"),
     "drill": ("pretrain.drill.drill:main", "break small runs of a config on purpose, and see whether they recover"),

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     student, policy = run.student, PolicyCopy(config.distill.sampler)
     with groups.joined(env, run.layout, config.parallel.backend) as mesh:
-        teacher = Teacher(run.teacher, config.train, mesh)
+        teacher = Teacher.read(run.teacher, config.train, mesh)
         source = DistillSource(run.data, run.sampling, run.teacher.pin.sha256, config.train, policy, teacher)
         loss = DistillLoss(config.distill, teacher, student.model.vocab_size)
         evaluators: list[Evaluator] = [HeldoutDivergence(run.heldout, loss, teacher)]

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
 from configs.folders import check_run_dir, check_writable
-from configs.loader import ConfigError
 from configs.rl import PPOConfig
 from data_pipeline.core.integrity import check_at_once
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
@@ -36,11 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_run_dir(config.run.dir)
         if config.rl.record:
             check_writable(config.rl.record, "rl.record")
-    if config.parallel.zero > 1:
-        raise ConfigError(
-            f"parallel.zero = {config.parallel.zero}: policy and critic are two models in one process, which train at "
-            "ZeRO stage 1; set parallel.zero=1"
-        )
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.pretraining_text import PretrainingText
     from posttrain.rl.critic import Critic, critic_start

@@ -46,6 +46,10 @@ class OpenedTeacher:
         """The checkpoint, or Hugging Face folder, that the teacher is."""
         return self.initial.pin
 
+    def mesh_beside(self, mesh: Mesh) -> Mesh:
+        """Returns the mesh of the teacher on the ranks of the student's."""
+        return replace(mesh, layout=self.layout, kv_group=None)  # which only gradients need
+
 
 def open_teacher(config: DistillConfig, student: InitialModel, world_size: int) -> OpenedTeacher:
     """Opens the teacher without reading its weights.
@@ -113,25 +117,35 @@ def check_template(config: DistillConfig, teacher: OpenedTeacher, template: str)
     )
 
 
+def frozen(train: TrainSection) -> TrainSection:
+    """Returns the student's section as a teacher needs it, which only evaluates."""
+    return train.model_copy(update={"freeze": (), "dropout": 0.0, "recompute": "none"})
+
+
 class Teacher:
     """The frozen model on this rank, with its weights. All ranks make one and call `see` together."""
 
-    def __init__(self, opened: OpenedTeacher, train: TrainSection, mesh: Mesh) -> None:
-        """Builds the model and reads its weights; `train` is the student's section, `mesh` its mesh."""
+    def __init__(self, opened: OpenedTeacher, engine: Engine) -> None:
+        """Takes a teacher's frozen `engine`; `read` also builds it."""
         self.vocab_size, self.checkpoint = opened.initial.model.vocab_size, opened.pin.checkpoint
-        mesh = replace(mesh, layout=opened.layout, kv_group=None)  # which only gradients need
-        train = train.model_copy(update={"freeze": (), "dropout": 0.0, "recompute": "none"})
+        self.engine = engine
+        self._states: dict[tuple[int, ...], TeacherStates] = {}
+
+    @classmethod
+    def read(cls, opened: OpenedTeacher, train: TrainSection, mesh: Mesh) -> "Teacher":
+        """Builds the model and reads its weights; `train` is the student's section, `mesh` its mesh."""
+        train, mesh = frozen(train), opened.mesh_beside(mesh)
         dtype = choose_dtype(train.precision, mesh.device)
         with initial_weights(opened.pin) as tensors:
-            self._engine = Engine(opened.initial.model, train, None, mesh, 0, dtype, adapter=tensors.adapter)
-            fill_evaluated(self._engine, tensors)
-        self._states: dict[tuple[int, ...], TeacherStates] = {}
+            engine = Engine(opened.initial.model, train, None, mesh, 0, dtype, adapter=tensors.adapter)
+            fill_evaluated(engine, tensors)
+        return cls(opened, engine)
 
     def see(self, batches: Sequence[Batch]) -> None:
         """Computes the teacher's hidden states on micro-batches, and forgets those on earlier ones."""
         kept = _KeptStates()
         self._states = {}  # frees the memory of earlier ones first
-        self._engine.evaluate(batches, kept)
+        self.engine.evaluate(batches, kept)
         self._states = kept.found
 
     def states(self, batch: Batch) -> TeacherStates:

@@ -13,14 +13,13 @@ from posttrain.algorithms.kl import KLEstimator, kl_estimate, kl_penalty
 from posttrain.algorithms.policy import TokenLoss
 from posttrain.algorithms.rollout_correction import Correction, Level, rollout_weights
 from posttrain.algorithms.token_batch import TokenBatch, sequences_of
-from posttrain.rl.logprob_check import LogprobCheck
 from pretrain.model.batch import Batch
 
 PTX = 1  # the source of rows of pretraining text; rollouts are source 0
 
 
 class PolicyLoss:
-    """The policy's loss per token, as a loss function for the trainer.
+    """The policy's loss per token, as a loss function for the trainer; `check` is a `LogprobCheck`.
 
     Rows have `extra` arrays by the names in `TokenBatch`, and may have `factor`, which multiplies the loss and the
     metrics of their tokens: the share of a kind of rows in the whole.
@@ -33,7 +32,7 @@ class PolicyLoss:
         policy: Callable[[TokenBatch], TokenLoss],
         settings: RLSection,
         temperature: float,
-        check: LogprobCheck,
+        check: Callable[[torch.Tensor, torch.Tensor], None],
         has_ptx: bool = False,
     ) -> None:
         self._policy, self._settings, self.temperature, self._check = policy, settings, temperature, check

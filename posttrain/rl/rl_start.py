@@ -60,14 +60,9 @@ def opened(
     check_rows(task, longest, config.train.seq_length, config.parallel, answer)
     given = (*initial.given, GROUP_SIZE) if initial.continues else initial.given
     layout = Layout.of(env.world_size, config.parallel, initial.model, config.train, group, given)
-    check_way(config.rl.sampler, layout)
+    check_layout(config, section, name, layout)
     if config.rl.kl != "none" and not (config.adapter and config.adapter.merges):
         check_reference(initial.pin)
-    if section.dialect == "gspo" and config.parallel.cp > 1:
-        raise ConfigError(
-            f"parallel.cp = {config.parallel.cp} divides sequences, whose whole probability ratio {name}.dialect = "
-            "'gspo' takes; set parallel.cp=1, or another dialect"
-        )
     dialect = chosen_dialect(section.dialect, section, name)
     said = (
         f"{config.train.steps} steps of {prompts} prompts x {group} samples of {task}, layout {layout}, from "
@@ -82,6 +77,21 @@ def opened(
     most = None if environment else longest + task.max_new_tokens - 1  # the last token is a label
     sampling = SamplingPlan(task, initial.chat, group, section.temperature, config.run.seed, environment, most)
     return OpenedRun(initial, sampling, dialect, layout, said)
+
+
+def check_layout(config: GRPOConfig | PPOConfig, section: GRPOSection | PPOSection, name: str, layout: Layout) -> None:
+    """Raises ConfigError if the way to sample, or the method `name`, does not go with the layout."""
+    if isinstance(config, PPOConfig) and config.parallel.zero > 1:
+        raise ConfigError(
+            f"parallel.zero = {config.parallel.zero}: policy and critic are two models in one process, which train at "
+            "ZeRO stage 1; set parallel.zero=1"
+        )
+    check_way(config.rl.sampler, layout)
+    if section.dialect == "gspo" and config.parallel.cp > 1:
+        raise ConfigError(
+            f"parallel.cp = {config.parallel.cp} divides sequences, whose whole probability ratio {name}.dialect = "
+            "'gspo' takes; set parallel.cp=1, or another dialect"
+        )
 
 
 def source_state(initial: InitialChatModel) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 Each start of a run, and each return to an earlier checkpoint, has a folder of its own there. `local.json` in the run's
 folder has the steps that they began from, so that a node that was away, and comes back with checkpoints of steps that
-were since taken again, is known by that. Local checkpoints of a run that was removed, and begun again in the same
-`run.dir`, are removed at its start.
+were since taken again, is known by that. Each disk has a copy of it, by which a run that has lost `run.dir` can go on.
+Local checkpoints of a run that is begun anew in the same `run.dir` are removed.
 """
 
 import hashlib
 import json
+import platform
+import shlex
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.files import write_atomic
+from configs.loader import ConfigError
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import MANIFEST
 from pretrain.parallel.groups import Mesh
@@ -43,10 +46,18 @@ class LocalDisk:
     def path(self) -> Path:
         return self._folder / f"start_{self.start}"
 
-    def open(self) -> None:
-        """Finds the run's folder, and removes those of earlier runs in the same `run.dir`."""
+    def open(self, begins_anew: bool = False) -> None:
+        """Finds the run's folder, and removes those of earlier runs in the same `run.dir`.
+
+        If `run.dir` has neither checkpoints nor `local.json`, the folder may have been lost: raises ConfigError if a
+        node has checkpoints of a run in it, unless the user says that the run `begins_anew`.
+        """
         facts = self._read() if self.mesh.is_main else {}
         facts = self.mesh.gather_json(facts)[0]
+        if facts["is_new"] and not begins_anew:
+            left = self.mesh.gather_json(self._left_behind(facts["run_hash"]))
+            if found := max((one for one in left if one), default=None):
+                self._refuse(*found)
         self._starts = facts["starts"]
         self._folder = Path(self.local_dir, f"{facts['run_hash']}-{facts['id']}")
         for other in self._folder.parent.glob(f"{facts['run_hash']}-*"):
@@ -57,10 +68,33 @@ class LocalDisk:
         """Begins a start of the run from `step`; local checkpoints that it does not follow from are removed."""
         self._starts.append(step)
         if self.mesh.is_main:
-            run_hash, _, id_ = self._folder.name.partition("-")
-            content = json.dumps({"run_hash": run_hash, "id": id_, "starts": self._starts})
-            write_atomic(self.run_dir / FILE, content.encode())
+            write_atomic(self.run_dir / FILE, self._facts())
         self.remove(lambda start, there: not self._is_followed(start, there))
+
+    def keep_facts(self) -> None:
+        """Writes a copy of the run's `local.json` on this disk, from which it can be restored."""
+        write_atomic(self._folder / FILE, self._facts())
+
+    def _facts(self) -> bytes:
+        run_hash, _, id_ = self._folder.name.partition("-")
+        return json.dumps({"run_hash": run_hash, "id": id_, "starts": self._starts}).encode()
+
+    def _left_behind(self, run_hash: str) -> tuple[int, int, str, str] | None:
+        """Returns newest step, rank, host and `local.json` of a run in `run.dir` that this disk has checkpoints of."""
+        found = [
+            (int(manifest.parent.name.removeprefix("step_")), self.mesh.rank, platform.node(), str(file))
+            for file in Path(self.local_dir).glob(f"{run_hash}-*/{FILE}")
+            for manifest in file.parent.glob(f"start_*/checkpoints/step_*/{MANIFEST}")
+        ]
+        return max(found, default=None)
+
+    def _refuse(self, step: int, rank: int, host: str, file: str) -> None:
+        raise ConfigError(
+            f"{self.run_dir} has no checkpoint and no {FILE}, but {self.local_dir} of rank {rank} ({host}) has "
+            f"checkpoints of a run in it, up to step {step}; if the folder was lost, go on from them: on {host}, "
+            f"`cp {shlex.quote(file)} {shlex.quote(str(self.run_dir.absolute()))}/`, then run the same command again; "
+            "to begin anew, which removes them, add --resume no"
+        )
 
     def steps(self) -> dict[int, Path]:
         """Returns the folders of the checkpoints here that the run can go on from, by step, whole or not."""
@@ -95,5 +129,6 @@ class LocalDisk:
         except FileNotFoundError:
             found = {}
         if found.get("run_hash") == run_hash:
-            return dict(found)
-        return {"run_hash": run_hash, "id": uuid.uuid4().hex, "starts": []}  # the run is new, or a copy of another
+            return {**found, "is_new": False}
+        is_new = not found and not storage.steps(self.run_dir)  # and no copy of another run
+        return {"run_hash": run_hash, "id": uuid.uuid4().hex, "starts": [], "is_new": is_new}

@@ -119,6 +119,7 @@ class LocalSaver:
                 write_atomic(temporary / name / MANIFEST, manifests[name].encode())
                 sync(temporary / name)
             storage.rename_to_final(temporary, final)
+            self._disk.keep_facts()
         except OSError as error:
             return f"rank {self._rank} could not publish {final}: {error.strerror}"
         return None

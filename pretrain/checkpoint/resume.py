@@ -75,7 +75,7 @@ def choose(
     the request cannot be met.
     """
     if local:
-        local.open()
+        local.open(begins_anew=resume != "auto")
     if mesh.is_main:
         answer: dict[str, Any] = {"path": None, "refused": None, "damaged": None}
         try:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.folders import check_run_dir
+from configs.folders import check_run_dir, check_writable
 from configs.loader import ConfigError
 from configs.train import TrainerConfig
 from launch.bootstrap import TRAINING
@@ -45,7 +45,7 @@ def dry_run(command: str, words: Sequence[str], ranks: int) -> Finding:
 
 
 def disk(config: TrainerConfig, parameters: int | None) -> Iterator[Finding]:
-    """Looks at the file system of run.dir: whether it can be written to, its clock, its room for checkpoints."""
+    """Looks at the file systems of run.dir and of local checkpoints: whether they can be written to, clock and room."""
     folder = Path(config.run.dir)
     try:
         check_run_dir(folder)
@@ -53,21 +53,22 @@ def disk(config: TrainerConfig, parameters: int | None) -> Iterator[Finding]:
         what, _, remedy = str(error).partition("; ")
         yield failure(what, remedy)
         return
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    seconds, skew = _write(there)
+    free, rate, skew = _probed(folder)
     if abs(skew) > MOST_SKEW:
         yield warning(
             f"the clock of run.dir's file system differs from this machine's by {skew:.1f} s",
             "let both follow one time server; times in logs and of files will disagree",
         )
-    rate, free = PROBE_BYTES / seconds, shutil.disk_usage(there).free
-    said = f"run.dir = {config.run.dir!r}: {free / 1e9:,.1f} GB free, {rate / 1e6:,.0f} MB/s written"
-    if parameters is None:
-        yield ok(said)
-        return
-    size, number = parameters * BYTES_PER_PARAMETER, checkpoints_kept(config) + 1  # one is written before one goes
-    said += f"; {number} checkpoints of {size / 1e9:,.2f} GB are kept at most"
-    if size * number > free:
+    said = _said("run.dir", config.run.dir, free, rate)
+    size = (parameters or 0) * BYTES_PER_PARAMETER
+    number = checkpoints_kept(config) + 1  # one is written before one goes
+    if parameters is not None:
+        said += f"; {number} checkpoints of {size / 1e9:,.2f} GB are kept at most"
+    if rate is None:
+        yield failure(
+            said, f"a run also writes logs; leave {PROBE_BYTES // 10**6} MB at least, or name another run.dir"
+        )
+    elif size * number > free:
         fit = int(free // size)
         remedy = f"at most {fit} fit: set checkpoint.keep={fit - 1}" if fit > 1 else "not even two fit"
         yield failure(said, f"{remedy}, make room, or name another run.dir")
@@ -75,6 +76,60 @@ def disk(config: TrainerConfig, parameters: int | None) -> Iterator[Finding]:
         yield warning(said, f"one takes {duration(size / rate)} to write; name a faster disk, or save less often")
     else:
         yield ok(said)
+    if config.checkpoint.local_dir is not None:
+        yield _local_disk(config.checkpoint.local_dir, folder, parameters)
+
+
+def _local_disk(local_dir: str, run_dir: Path, parameters: int | None) -> Finding:
+    """Looks at this node's disk for local checkpoints; one without room costs those, and not the run."""
+    folder = Path(local_dir)
+    try:
+        check_writable(folder, "checkpoint.local_dir")
+    except ConfigError as error:
+        what, _, remedy = str(error).partition("; ")
+        return failure(what, remedy)
+    free, rate, _ = _probed(folder)
+    said = _said("checkpoint.local_dir", local_dir, free, rate)
+    other = "name a folder on a disk that each node has for itself, or leave checkpoint.local_dir out"
+    if _there(folder).stat().st_dev == _there(run_dir).stat().st_dev:
+        return warning(f"{said}; it is on the same file system as run.dir", other)
+    # A disk holds two checkpoints while one is written: on one node whole ones, else its share and another node's.
+    size = (parameters or 0) * BYTES_PER_PARAMETER
+    if parameters is not None:
+        said += f"; at most {2 * size / 1e9:,.2f} GB are needed, and from three nodes on four times a node's share"
+    if rate is None:
+        return warning(said, f"local checkpoints would be given up; make room, {other}")
+    if 2 * size > free:
+        nodes = max(3, -(-4 * size // free))
+        return warning(said, f"local checkpoints are given up on fewer than {nodes} nodes; make room, or {other}")
+    return ok(said)
+
+
+def _said(key: str, value: str, free: int, rate: float | None) -> str:
+    speed = f"{rate / 1e6:,.0f} MB/s written" if rate else "too little to measure its speed"
+    shown = f"{free / 1e9:,.1f} GB" if free >= 1e9 else f"{free / 1e6:,.1f} MB"
+    return f"{key} = {value!r}: {shown} free, {speed}"
+
+
+def _there(folder: Path) -> Path:
+    """Returns the folder, or the nearest one above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _probed(folder: Path) -> tuple[int, float | None, float]:
+    """Returns the free bytes of a folder's file system, its bytes written a second, and how far its clock is ahead.
+
+    The speed is None if there is less room than for the file that measures it.
+    """
+    there = _there(folder)
+    free = shutil.disk_usage(there).free
+    if free < PROBE_BYTES:
+        return free, None, 0.0
+    try:
+        seconds, skew = _write(there)
+    except OSError:  # another process has taken the room, or a quota ends here
+        return free, None, 0.0
+    return free, PROBE_BYTES / seconds, skew
 
 
 def checkpoints_kept(config: TrainerConfig) -> int:

@@ -51,17 +51,21 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     command, words = words[0], words[1:]
     first = dry_run(command, words, args.ranks)
     yield first
-    if first.level is Severity.FAILURE:
+    refused = first.level is Severity.FAILURE
+    try:
+        config = _config(command, words)
+    except ConfigError:
+        if not refused:
+            raise
         return
-    config = _config(command, words)
     parameters = config.model.num_parameters() if isinstance(config, PretrainConfig) else None
     yield from disk(config, parameters)
-    if args.trial:
+    if args.trial and not refused:
         yield trial(command, words, args.ranks, config)
 
 
 def _config(command: str, words: Sequence[str]) -> TrainerConfig:
-    """Reads the config of a training command, which its dry run has found right."""
+    """Reads the config of a training command. Raises ConfigError if it is wrong."""
 
     def complete(tree: dict[str, Any]) -> dict[str, Any]:
         if command != "train" or not tree.get("init"):

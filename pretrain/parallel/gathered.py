@@ -59,4 +59,5 @@ class RebuiltViews(saved_tensors_hooks):
 
 
 def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata  # without memory there is only the storage itself

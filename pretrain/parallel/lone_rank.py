@@ -8,7 +8,6 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 
-import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -16,9 +15,8 @@ from configs.layout import Layout
 from launch.environment import ClusterEnvironment
 from pretrain import megatron
 from pretrain.parallel import groups
+from pretrain.parallel.deepspeed_on_meta import META, deepspeed_on_meta
 from pretrain.parallel.groups import Mesh
-
-META = torch.device("meta")
 
 
 @contextlib.contextmanager
@@ -30,7 +28,9 @@ def alone(layout: Layout, rank: int) -> Iterator[Mesh]:
     try:
         mesh = replace(groups.start(env, layout), device=META)
         megatron.redirect_to(META)
-        yield mesh
+        by_deepspeed = layout.zero > 1 or layout.offload_optimizer
+        with deepspeed_on_meta() if by_deepspeed else contextlib.nullcontext():
+            yield mesh
     finally:
         megatron.redirect_to_cpu()
         groups.stop()

@@ -11,7 +11,7 @@ differently, and so does `distributed_optimizer`; only this file depends on the 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -169,6 +169,38 @@ def fragment(engine: Any, parameter: nn.Parameter) -> Fragment | None:
         return None
     low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
     return Fragment(low.start, low.numel, mapping.param_group_index, high.start)
+
+
+def memory_of(engine: Any) -> dict[str, int]:
+    """Returns the bytes of this rank's trained weights, gradients and optimizer state, padding and buckets included.
+
+    Those of gradients are what a step needs at its end, when they are whole: DeepSpeed frees some of them after it.
+    """
+    masters = master_partitions(engine)
+    moments = [value for state in adam(engine).state.values() for value in state.values() if torch.is_tensor(value)]
+    if isinstance(engine, DistributedOptimizer):
+        weights = [bucket.weights for bucket in engine.buckets]
+        gradients = _bytes([bucket.gradients for bucket in engine.buckets])
+        masters = [bucket.master for bucket in engine.buckets if bucket.master.dtype != bucket.weights.dtype]
+    else:
+        weights = [tensor for parameter in engine.module.parameters() for tensor in _own_tensors(parameter)]
+        wide = torch.float32.itemsize  # gradients are accumulated and averaged in fp32
+        whole = engine.zero_optimization_stage() == 1  # its gradients are averaged at the end of a step, none is split
+        own = sum(weight.numel() for weight in weights) if whole else sum(master.numel() for master in masters)
+        gradients = wide * (own + engine.optimizer.reduce_bucket_size)
+    return {"weights": _bytes(weights), "gradients": gradients, "optimizer": _bytes([*moments, *masters])}
+
+
+def _own_tensors(parameter: nn.Parameter) -> list[torch.Tensor]:
+    """Returns what this rank keeps of a weight between steps; stage 3 keeps small ones whole beside its share."""
+    known: Any = parameter
+    if not hasattr(known, "ds_id"):
+        return [parameter]
+    return [known.ds_tensor, *([parameter.data] if known.ds_persist else [])]
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def update_weights(engine: Any) -> None:

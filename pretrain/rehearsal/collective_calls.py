@@ -104,13 +104,13 @@ def _index(call: GroupCall) -> int:
 
 
 @contextlib.contextmanager
-def recorded(names: dict[int, str]) -> Iterator[list[GroupCall]]:
-    """Context manager that yields the list of calls of this process from here on.
+def recorded(names: dict[int, str], calls: list[GroupCall] | None = None) -> Iterator[list[GroupCall]]:
+    """Context manager that yields the list of calls of this process from here on, or adds them to `calls`.
 
     `names` are names of process groups by their identity; others go by torch's description. Equal calls are one object,
     since the micro-batches of a step make the same ones.
     """
-    calls: list[GroupCall] = []
+    calls = [] if calls is None else calls
     known: dict[GroupCall, GroupCall] = {}
     groups: dict[int, tuple[dist.ProcessGroup, Group]] = {}
 
@@ -149,7 +149,8 @@ def _position() -> tuple[str, str]:
     frame, location, phase = sys._getframe(2), "", ""
     while frame is not None and not (location and phase):
         code = frame.f_code
-        if not location and code.co_filename.startswith(_OWN):
+        # A function mode, in which torch's own functions are called, is no line of the step.
+        if not location and code.co_filename.startswith(_OWN) and code.co_name != "__torch_function__":
             location = f"{Path(code.co_filename).relative_to(_PROJECT)}:{frame.f_lineno}"
         phase = phase or PHASES.get(code.co_name, "")
         frame = frame.f_back  # type: ignore[assignment]

@@ -36,10 +36,11 @@ def distinct_micro_batches(layout: Layout) -> int:
     """Returns how many micro-batches of a step have every part of the pipeline's schedule: start, middle and end.
 
     A stage begins with as many forward passes as stages follow it, then takes forward and backward in turn. An
-    interleaved schedule goes by groups of pp micro-batches, and two of them are more than its start.
+    interleaved schedule goes by groups of pp micro-batches, and two of them are more than its start. ZeRO stages 2 and
+    3 learn from the first two micro-batches which weights come next, and may treat the last one in their own way.
     """
     enough = 2 * layout.pp if layout.vpp > 1 else layout.pp + 1
-    return min(layout.grad_accum_steps, enough)
+    return min(layout.grad_accum_steps, 4 if layout.zero > 1 else enough)
 
 
 def distinct_ranks(layout: Layout) -> list[int]:

@@ -7,11 +7,12 @@ GPU with NCCL, but for numbers that the engine asks the device for. Only experts
 
 import contextlib
 import math
+import pkgutil
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import numpy as np
@@ -21,14 +22,14 @@ from torch.optim import optimizer as torch_optimizer
 
 from configs.layout import Layout
 from configs.model import ModelConfig
-from configs.train import Precision, TrainerConfig
+from configs.train import Precision, TrainerConfig, TrainSection
 from data_pipeline.mixture.rows import Row
 from pretrain.data.batch_source import collate
 from pretrain.model import head_loss
+from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction, NextToken, SquaredValues
 from pretrain.model.moe import dispatch, experts
-from pretrain.parallel import collectives
-from pretrain.parallel.distributed_optimizer import DistributedOptimizer
+from pretrain.parallel import collectives, zero
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.lone_rank import alone
@@ -51,35 +52,80 @@ class RehearsedRank:
     failure: str = ""
 
 
-def rehearse(config: TrainerConfig, model: ModelConfig, layout: Layout, rank: int, on_cpu: bool) -> RehearsedRank:
-    """Runs one training step of `rank` and returns what it did; `on_cpu` does what ranks do on CPUs over gloo."""
+class MakeEngine(Protocol):
+    """A maker of an engine as training would make it; with the section `frozen` it only evaluates, without adapters."""
+
+    def __call__(self, model: ModelConfig, mesh: Mesh, frozen: TrainSection | None = None) -> Engine: ...
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """A training step on this rank: its engines, of which the first takes the micro-batches, and the step itself."""
+
+    engines: list[Engine]
+    take: Callable[[], Any]
+
+
+# Makes the step of a config on a rank.
+PrepareStep = Callable[[Any, ModelConfig, Mesh, MakeEngine], PreparedStep]
+
+
+def rehearse(
+    config: TrainerConfig,
+    model: ModelConfig,
+    layout: Layout,
+    rank: int,
+    on_cpu: bool,
+    missing: int = 0,
+    prepare: str = "",
+) -> RehearsedRank:
+    """Runs one training step of `rank` and returns what it did; `on_cpu` does what ranks do on CPUs over gloo.
+
+    The step is that of pretraining, or the one that the function with the name `prepare` makes. The calls of `missing`
+    micro-batches, which are not run, are those of the last but one.
+    """
     calls: list[GroupCall] = []
     torch.set_num_threads(1)
     with alone(layout, rank) as mesh, stand_ins(mesh, model, on_cpu):
         try:
-            engine = make_engine(config, model, mesh, on_cpu)
-            with recorded(group_names(mesh)) as calls:
-                take_step(engine, model)
+            step_of: PrepareStep = pkgutil.resolve_name(prepare) if prepare else pretraining_step
+            step = step_of(config, model, mesh, maker(config, on_cpu))
+            begun = _forward_passes(step.engines[0], calls)
+            with recorded(group_names(mesh), calls):
+                step.take()
         except Exception as error:
             return RehearsedRank(rank, mesh.pp_rank, calls, failure=_described(error))
-        return RehearsedRank(rank, mesh.pp_rank, calls, *memory_of(engine))
+        if missing:
+            calls[begun[-1] : begun[-1]] = missing * calls[begun[-2] : begun[-1]]
+        return RehearsedRank(rank, mesh.pp_rank, calls, *memory_of(step.engines))
 
 
-def make_engine(config: TrainerConfig, model: ModelConfig, mesh: Mesh, on_cpu: bool) -> Engine:
-    """Builds the engine that training would build, without compiling blocks, which changes no collective."""
-    train = config.train.model_copy(update={"compile": False})
-    if train.precision == Precision.AUTO and not on_cpu:
+def maker(config: TrainerConfig, on_cpu: bool) -> MakeEngine:
+    """Returns a maker of engines that does not compile blocks, which changes no collective."""
+    if config.train.precision == Precision.AUTO and not on_cpu:
         dtype = torch.bfloat16
     else:
-        dtype = choose_dtype(train.precision, torch.device("cpu"))
-    return Engine(model, train, config.optimizer, mesh, config.run.seed, dtype, adapter=config.adapter)
+        dtype = choose_dtype(config.train.precision, torch.device("cpu"))
+
+    def make(model: ModelConfig, mesh: Mesh, frozen: TrainSection | None = None) -> Engine:
+        train = (frozen or config.train).model_copy(update={"compile": False})
+        trained = (None, None) if frozen else (config.optimizer, config.adapter)
+        return Engine(model, train, trained[0], mesh, config.run.seed, dtype, adapter=trained[1])
+
+    return make
 
 
-def take_step(engine: Engine, model: ModelConfig) -> None:
-    """Trains on rows that are one document each, every token of which is trained on."""
-    train, layout = engine.train_config, engine.mesh.layout
-    length = train.seq_length
-    row = Row(
+def pretraining_step(config: TrainerConfig, model: ModelConfig, mesh: Mesh, make: MakeEngine) -> PreparedStep:
+    """Prepares a step on rows that are one document each, every token of which is trained on."""
+    engine = make(model, mesh)
+    loss: LossFunction = NextToken() if model.has_logits else SquaredValues()
+    batches = stand_in_batches(engine, stand_in_row(config.train.seq_length))
+    return PreparedStep([engine], lambda: engine.train_step(batches, loss, 1e-3))
+
+
+def stand_in_row(length: int) -> Row:
+    """Returns a row of one document of `length` tokens, all of them trained on."""
+    return Row(
         tokens=np.zeros(length, np.int64),
         labels=np.zeros(length, np.int64),
         loss_mask=np.ones(length, np.bool_),
@@ -87,9 +133,25 @@ def take_step(engine: Engine, model: ModelConfig) -> None:
         segments=np.zeros(length, np.int64),
         source=0,
     )
-    loss_fn: LossFunction = NextToken() if model.has_logits else SquaredValues()
-    batch = collate([row] * train.micro_batch_size, 0)
-    engine.train_step([batch] * layout.grad_accum_steps, loss_fn, 1e-3)
+
+
+def stand_in_batches(engine: Engine, row: Row) -> list[Batch]:
+    """Returns the micro-batches of a step, all of them the same rows."""
+    batch = collate([row] * engine.train_config.micro_batch_size, 0)
+    return [batch] * engine.mesh.layout.grad_accum_steps
+
+
+def _forward_passes(engine: Engine, calls: list[GroupCall]) -> list[int]:
+    """Returns a list that gets, at each forward pass that the engine begins, the number of `calls` before it."""
+    begun: list[int] = []
+    forward = engine._forward_step
+
+    def noted(*args: Any, **options: Any) -> Any:
+        begun.append(len(calls))
+        return forward(*args, **options)
+
+    vars(engine)["_forward_step"] = noted
+    return begun
 
 
 def group_names(mesh: Mesh) -> dict[int, str]:
@@ -153,24 +215,16 @@ def _shares(rows: int, parts: int) -> list[int]:
     return [rows * (part + 1) // parts - rows * part // parts for part in range(parts)]
 
 
-def memory_of(engine: Engine) -> tuple[int, dict[str, int]]:
+def memory_of(engines: Sequence[Engine]) -> tuple[int, dict[str, int]]:
     """Returns the number of this rank's parameters, and the bytes of weights, gradients and optimizer state."""
-    parameters = list(engine.module.parameters())
-    optimizer: DistributedOptimizer = engine.zero
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    buckets = optimizer.buckets
-    moments = [value for state in optimizer.adam.state.values() for value in state.values() if torch.is_tensor(value)]
-    masters = [bucket.master for bucket in buckets if bucket.master.dtype != bucket.weights.dtype]
-    memory = {
-        "weights": _bytes([*frozen, *(bucket.weights for bucket in buckets)]),
-        "gradients": _bytes([bucket.gradients for bucket in buckets]),
-        "optimizer": _bytes([*moments, *masters]),
-    }
-    return sum(parameter.numel() for parameter in parameters), memory
-
-
-def _bytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    count, memory = 0, dict.fromkeys(("weights", "gradients", "optimizer"), 0)
+    for engine in engines:
+        parameters = [zero.outline(parameter) for parameter in engine.module.parameters()]
+        count += sum(one.numel() for one in parameters)
+        memory["weights"] += sum(one.numel() * one.element_size() for one in parameters if not one.requires_grad)
+        for name, size in (zero.memory_of(engine.zero) if engine.zero is not None else {}).items():
+            memory[name] += size
+    return count, memory
 
 
 def _described(error: Exception) -> str:

@@ -1,29 +1,30 @@
-"""`trivium rehearse CONFIG [--world N]`: runs a training step of every distinct rank of a large job, on this machine.
+"""Rehearses a training step of every distinct rank of a large job, on this machine: the part that all commands share.
 
 It needs no GPU, no data and no other machine. Every rank runs the real engine, without values; what ranks ask of the
 process groups that they share is compared, and counted. Out of scope are values, time, what training does beside its
-steps (checkpoints, evaluation), and the order of collectives of different groups.
+steps (checkpoints, evaluation, rollouts), and the order of collectives of different groups.
 """
 
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from multiprocessing import get_context
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from configs.cli import entrypoint, parse_args
+from configs.cli import parse_args
 from configs.layout import Layout
 from configs.loader import ConfigError, Failure
-from configs.train import Precision, PretrainConfig
+from configs.model import ModelConfig
+from configs.train import Precision, PretrainConfig, TrainerConfig
 from launch.processes import cores
 from pages import duration
 from pretrain.rehearsal.distinct_ranks import coordinates_of, distinct_micro_batches, distinct_ranks, smallest_world
-from pretrain.run.pretraining_config import with_initial_model
 
 if TYPE_CHECKING:
     from pretrain.rehearsal.rehearsal_rank import RehearsedRank
@@ -32,13 +33,48 @@ DEVICES = ("gpu", "cpu")
 FAILED = 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@dataclass(frozen=True)
+class Training:
+    """A kind of training with the `schema` of its configs, whose `opened` returns model and layout of a config.
+
+    `opened` is called with the config and the number of ranks, and raises ConfigError as the training command does.
+    `prepare` names the function, as "module:function", that makes the step on a rank; it imports torch. `rows` says
+    what the rows are like.
+    """
+
+    schema: type[TrainerConfig]
+    opened: Callable[[Any, int], tuple[ModelConfig, Layout]]
+    prepare: str = "pretrain.rehearsal.rehearsal_rank:pretraining_step"
+    rows: str = "every row is one document of train.seq_length trained tokens"
+
+
+def opened_pretraining(config: PretrainConfig, world: int) -> tuple[ModelConfig, Layout]:
+    """Returns model and layout of a pretraining run."""
+    return config.model, Layout.of(world, config.parallel, config.model, config.train)
+
+
+PRETRAINING = Training(PretrainConfig, opened_pretraining)
+
+
+def rehearse_training(training: Training, argv: Sequence[str] | None = None) -> int:
     """Rehearses a step, prints what it found, and returns 1 if ranks differ or one of them fails, else 0."""
+    # Before torch is imported: it sees no GPU then, and its C++ parts print no warnings.
+    os.environ.update(CUDA_VISIBLE_DEVICES="", TORCH_CPP_LOG_LEVEL="ERROR")
+
+    def complete(tree: dict[str, Any], args: Any) -> dict[str, Any]:
+        """Gives a pretraining config with [init] the keys of that model."""
+        if training is not PRETRAINING or not tree.get("init"):
+            return tree
+        from pretrain.run.initial_model import with_model
+
+        return with_model(tree, "auto")[0]
+
     config, args = parse_args(
-        PretrainConfig,
+        training.schema,
         argv,
         prog="trivium rehearse",
-        description="Runs one training step of every distinct rank on this machine, and compares their collectives.",
+        description="Runs one training step of every distinct rank on this machine, and compares their collectives. "
+        "CONFIG is that of any training command; the command's name may come before it.",
         example="trivium rehearse CONFIG --world 512 model=llama-3-70b parallel.tp=8 parallel.pp=8",
         flags=[("--all", "run every rank, not only the distinct ones")],
         options=[
@@ -51,25 +87,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
             ("--processes", "", "number of processes that run ranks (default: one a core)"),
         ],
-        complete=lambda tree, args: with_initial_model(tree, args.config, "trivium rehearse"),
+        complete=complete,
     )
     if args.device not in DEVICES:
         raise ConfigError(f"--device {args.device} is neither gpu nor cpu; set --device gpu or --device cpu")
     world = _number("--world", args.world, smallest_world(config.parallel))
     processes = _number("--processes", args.processes, cores())
-    layout = Layout.of(world, config.parallel, config.model, config.train)
     refuse(config)
+    model, layout = training.opened(config, world)
     run, config = _shortened(
-        config, layout, _number("--micro-batches", args.micro_batches, distinct_micro_batches(layout))
+        config, model, layout, _number("--micro-batches", args.micro_batches, distinct_micro_batches(layout))
     )
     ranks = list(range(world)) if args.all else distinct_ranks(layout)
     device = "GPUs over NCCL" if args.device == "gpu" else "CPUs over gloo"
     print(
-        f"{config.model.num_parameters():,} parameters in {_precision(config, args.device)} on {world:,} ranks as "
+        f"{model.num_parameters():,} parameters in {_precision(config, args.device)} on {world:,} ranks as "
         f"{layout}, {layout.grad_accum_steps} micro-batches a step, as on {device}"
     )
     print(_chosen(ranks, layout))
-    if run.grad_accum_steps < layout.grad_accum_steps:
+    missing = layout.grad_accum_steps - run.grad_accum_steps
+    if missing:
         print(
             f"Runs {run.grad_accum_steps} of {layout.grad_accum_steps} micro-batches, which show all of the pipeline's "
             "schedule; calls and bytes of the others are added to the table."
@@ -77,21 +114,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         return 0
     began = time.monotonic()
-    done = list(_rehearsed(config, run, ranks, args.device == "cpu", processes))
-    repeated = Fraction(layout.grad_accum_steps, run.grad_accum_steps)
+    # Without a pipeline calls of the others can be put where they would come; ZeRO 2 and 3 have none.
+    added = missing if layout.zero > 1 else 0
+    arguments = {"on_cpu": args.device == "cpu", "missing": added, "prepare": training.prepare}
+    done = list(_rehearsed(config, model, run, ranks, processes, arguments))
+    repeated = Fraction(layout.grad_accum_steps - added, run.grad_accum_steps)
+    print(f"Stand-ins for data: {training.rows}, and routers spread tokens evenly over experts.\n")
     return _report(done, layout, repeated, time.monotonic() - began)
 
 
-def refuse(config: PretrainConfig) -> None:
+def refuse(config: TrainerConfig) -> None:
     """Raises ConfigError for what needs values, and so cannot be rehearsed."""
-    parallel = config.parallel
-    if parallel.zero > 1 or parallel.offload_optimizer:
-        key = f"zero = {parallel.zero}" if parallel.zero > 1 else "offload_optimizer = true"
-        remedy = "zero=1" if parallel.zero > 1 else "offload_optimizer=false"
-        raise ConfigError(
-            f"parallel.{key} cannot be rehearsed: DeepSpeed's optimizer, which it uses, reads the values of tensors; "
-            f"set parallel.{remedy}, or try the layout in small with `trivium prove`"
-        )
     if config.adapter is not None and config.adapter.base != "full":
         raise ConfigError(
             f"adapter.base = {config.adapter.base!r} cannot be rehearsed, since weights are quantized by their values; "
@@ -104,13 +137,20 @@ def refuse(config: PretrainConfig) -> None:
         )
 
 
-def _precision(config: PretrainConfig, device: str) -> str:
+def _precision(config: TrainerConfig, device: str) -> str:
     chosen = config.train.precision
     return ("bf16" if device == "gpu" else "auto") if chosen == Precision.AUTO else str(chosen)
 
 
-def _shortened(config: PretrainConfig, layout: Layout, micro_batches: int) -> tuple[Layout, PretrainConfig]:
+def _shortened(
+    config: TrainerConfig, model: ModelConfig, layout: Layout, micro_batches: int
+) -> tuple[Layout, TrainerConfig]:
     """Returns layout and config of the same step with a smaller number of micro-batches on each rank."""
+    if layout.zero > 1 and micro_batches < (least := distinct_micro_batches(layout)):
+        raise ConfigError(
+            f"--micro-batches {micro_batches} is too few at parallel.zero = {layout.zero}, whose first micro-batches "
+            f"differ from the others; set --micro-batches {least}, or leave it out"
+        )
     if micro_batches > layout.grad_accum_steps:
         raise ConfigError(
             f"--micro-batches {micro_batches} is more than the {layout.grad_accum_steps} of a step; set "
@@ -118,7 +158,7 @@ def _shortened(config: PretrainConfig, layout: Layout, micro_batches: int) -> tu
         )
     batch = micro_batches * layout.dp * config.train.micro_batch_size
     train = config.train.model_copy(update={"global_batch_size": batch})
-    run = Layout.of(layout.world_size, config.parallel, config.model, train)
+    run = Layout.of(layout.world_size, config.parallel, model, train)
     return run, config.model_copy(update={"train": train})
 
 
@@ -142,14 +182,17 @@ def _chosen(ranks: Sequence[int], layout: Layout) -> str:
 
 
 def _rehearsed(
-    config: PretrainConfig, layout: Layout, ranks: Sequence[int], on_cpu: bool, processes: int
+    config: TrainerConfig,
+    model: ModelConfig,
+    layout: Layout,
+    ranks: Sequence[int],
+    processes: int,
+    arguments: dict[str, Any],
 ) -> "Iterator[RehearsedRank]":
     """Yields what each rank did; with one process, in this one. Raises Failure if a process dies."""
-    # Before torch is imported: it sees no GPU then, and its C++ parts print no warnings.
-    os.environ.update(CUDA_VISIBLE_DEVICES="", TORCH_CPP_LOG_LEVEL="ERROR")
     from pretrain.rehearsal.rehearsal_rank import rehearse
 
-    one = partial(rehearse, config, config.model, layout, on_cpu=on_cpu)
+    one = partial(rehearse, config, model, layout, **arguments)
     # Forked, so that libraries are imported once, and this process joins no group.
     with ProcessPoolExecutor(min(processes, len(ranks)), get_context("fork")) as pool:
         try:
@@ -176,21 +219,15 @@ def _report(done: "Sequence[RehearsedRank]", layout: Layout, repeated: Fraction,
         )
         return FAILED
     console = Console()
-    print(
-        "Stand-ins for data: every row is one document of train.seq_length trained tokens, and routers spread tokens "
-        "evenly over experts.\n"
-    )
     console.print(rehearsal_tables.traffic(done, repeated))
     print()
     console.print(rehearsal_tables.memory(done))
     print("\nWithout activations, and without buffers of NCCL and of kernels.")
+    if layout.offload_optimizer:
+        print("With parallel.offload_optimizer the optimizer's part is in host memory.")
     if found := mismatch({rank.rank: rank.calls for rank in done}):
         print(f"error: {found}", file=sys.stderr)
         return FAILED
     calls = sum(len(rank.calls) for rank in done)
     print(f"All {calls:,} calls of {len(done):,} ranks fit together ({duration(seconds)}).")
     return 0
-
-
-if __name__ == "__main__":
-    entrypoint(main)

@@ -1,4 +1,4 @@
-"""Config files of commands that try a pretraining run, in small or without values: they take no other config."""
+"""Config files of commands that try a pretraining run in small: they take no other config."""
 
 from typing import Any
 

@@ -21,7 +21,7 @@ _PROJECT = Path(__file__).parents[2]
 # Names of functions on the main thread's stack, by what they say of the step; the first that is on it counts.
 PHASES = {
     "backward_step": "backward pass",
-    "run_backward": "backward pass",
+    "_engine_run_backward": "backward pass",
     "_forward_step": "forward pass",
     "update": "optimizer's update",
     "sum_partial": "sums of gradients",

@@ -1,4 +1,4 @@
-"""One run, started in turn by `trivium launch`, torchrun and mpirun, and killed 20 times, ends as if nothing was."""
+"""Runs started in turn by `trivium launch`, torchrun and mpirun, and killed 20 times in all, end as if nothing was."""
 
 import os
 import random
@@ -15,32 +15,40 @@ from tests.parallel.runs import assert_same_state, metrics
 from tests.small_training import last_step, write_config
 
 pytestmark = pytest.mark.full
-KILLS, STEPS, EVERY = 20, 1200, 40
+RUNS, KILLS, STEPS, EVERY = 5, 4, 400, 40
 WAYS = {"launch": TRAINING["launch"], "torchrun": TORCHRUN, "mpirun": TRAINING["mpirun"]}
 
 
-def test_twenty_random_kills_across_launchers_change_no_bit(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("straight")
+    config = write_config(folder, STEPS, folder / "run", rows=4 * STEPS, every=EVERY)
+    done = subprocess.run([*WAYS["launch"], str(config)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.mark.parametrize("number", range(RUNS))
+def test_random_kills_across_launchers_change_no_bit(tmp_path: Path, straight: Path, number: int) -> None:
     """Kills ranks while they start, train and save: one, all, or their launcher, after which they end."""
-    config = write_config(tmp_path, STEPS, tmp_path / "killed", rows=4 * STEPS, every=EVERY)
-    straight = subprocess.run(
-        [*WAYS["launch"], str(config), f"run.dir={tmp_path / 'straight'}"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert straight.returncode == 0, straight.stderr
-    rng, run, done, ways = random.Random(20), tmp_path / "killed", 0, list(WAYS)
-    while done < KILLS:
-        way = ways[done % len(ways)]
+    run = tmp_path / "killed"
+    config = write_config(tmp_path, STEPS, run, rows=4 * STEPS, every=EVERY)
+    rng, ways = random.Random(number), list(WAYS)
+    for done in range(1, KILLS + 1):
+        way = ways[(number + done) % len(ways)]
         command = Command(tmp_path, [*WAYS[way], str(config)])
         wait_for_moment(rng, command, run)
-        assert command.process.poll() is None, f"{way} ended before kill {done + 1}: {command.said()}"
+        assert command.process.poll() is None, f"{way} ended before kill {done}: {command.said()}"
         kill(rng, command)
-        done += 1
         assert command.survivors(90) == [], f"processes are left after kill {done} of {way}: {command.said()}"
         assert command.process.wait(60) != 0
-    assert storage.steps(run)[-1] < STEPS, "the run was over before the last kill; give it more steps"
-    end = subprocess.run([*WAYS["mpirun"], str(config)], cwd=ROOT, capture_output=True, text=True)
+    assert storage.steps(run)[-1:] < [STEPS], "the run was over before the last kill; give it more steps"
+    way = ways[number % len(ways)]
+    end = subprocess.run([*WAYS[way], str(config)], cwd=ROOT, capture_output=True, text=True)
     assert end.returncode == 0, end.stderr
-    assert metrics(run) == metrics(tmp_path / "straight")
-    assert_same_state(storage.directory(run, STEPS), storage.directory(tmp_path / "straight", STEPS))
+    assert metrics(run) == metrics(straight)
+    assert_same_state(storage.directory(run, STEPS), storage.directory(straight, STEPS))
 
 
 def wait_for_moment(rng: random.Random, command: Command, run: Path) -> None:

@@ -126,6 +126,32 @@ def test_a_node_that_comes_back_with_steps_that_were_taken_again_is_not_believed
     assert steps((0, [7, 9]), (9, [12]), (12, [])) == [7, 9]
 
 
+def test_a_run_that_has_lost_its_folder_says_how_to_go_on(ranks: RanksOf, tmp_path: Path) -> None:
+    run, local = tmp_path / "the run's (é)", tmp_path / "local disk"
+    options: dict[str, Any] = {"run_dir": str(run), "local_dir": str(local), "model": MODELS["dense"]}
+    (found,) = ranks(1).run("tests.parallel.workers.nodes:lost", process_group=False, **options)
+    assert found["said"].startswith(f"{run} has no checkpoint and no local.json, but {local} of rank 0 (")
+    assert "has checkpoints of a run in it, up to step 7; if the folder was lost, go on from them: on" in found["said"]
+    assert found["restored"] == [7], "the command that is said brings it back"
+    assert found["anew"] == found["left"] == [], "--resume no removes it"
+
+
+@pytest.mark.full
+def test_a_run_that_has_lost_its_folder_goes_on_from_the_nodes(forks: Forks, tmp_path: Path, straight: Path) -> None:
+    log, folder = tmp_path / "log", tmp_path / "run"
+    assert run(forks, 4, options(tmp_path, fail_at=7), log) == [1] * 4
+    shutil.rmtree(folder)
+    log.unlink()
+    assert run(forks, 4, options(tmp_path), log) == [1] * 4
+    assert "has checkpoints of a run in it, up to step 7" in log.read_text()
+    (restored,) = (tmp_path / "b").glob("*/local.json")
+    folder.mkdir(exist_ok=True)
+    shutil.copy(restored, folder)
+    assert run(forks, 4, options(tmp_path), log) == [0] * 4, log.read_text()
+    assert f"going on from {storage.directory(folder, 7)}" in log.read_text()
+    assert_same_state(storage.directory(straight, 10), storage.directory(folder, 10))
+
+
 @pytest.mark.parametrize(
     ("keys", "says"),
     [

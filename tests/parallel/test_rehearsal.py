@@ -21,6 +21,8 @@ FEW: list[tuple[str, int, dict[str, Any]]] = [
     ("dense_tied", 2, {"pp": 2}),
     ("moe", 2, {"ep": 2}),
     ("dense", 2, {"cp": 2}),
+    ("dense_tied", 2, {"zero": 2}),
+    ("dense", 2, {"zero": 3}),
 ]
 MORE: list[tuple[str, int, dict[str, Any]]] = [
     ("deepseek", 2, {"tp": 2, "sp": True}),
@@ -30,6 +32,13 @@ MORE: list[tuple[str, int, dict[str, Any]]] = [
     ("deepseek", 4, {"ep": 2, "pp": 2}),
     ("moe_tied", 4, {"tp": 2, "sp": True, "ep": 2}),
     ("two_kv_heads", 4, {"tp": 4}),
+    ("dense", 2, {"offload_optimizer": True}),
+    ("dense", 2, {"zero": 2, "offload_optimizer": True}),
+    ("dense", 2, {"zero": 3, "offload_optimizer": True}),
+    ("dense_tied", 4, {"zero": 2, "tp": 2, "sp": True}),
+    ("dense_tied", 4, {"zero": 3, "tp": 2}),
+    ("moe", 2, {"zero": 2, "ep": 2}),
+    ("dense", 2, {"zero": 3, "cp": 2}),
 ]
 
 
@@ -52,6 +61,25 @@ def test_rehearsed_calls_are_those_of_the_step(
         assert len(expected) > 4
         differing = next((i for i, (a, b) in enumerate(zip(calls, expected, strict=False)) if a != b), None)
         assert calls == expected, f"rank {rank}, call {differing}"
+    assert rehearsed["mismatch"] == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "parallel"),
+    [
+        ("grpo", "moe", {"ep": 2}),
+        ("ppo", "dense", {"tp": 2}),
+        pytest.param("grpo", "dense", {"pp": 2}, marks=pytest.mark.full),
+        pytest.param("sft", "dense_tied", {"zero": 3}, marks=pytest.mark.full),
+    ],
+)
+def test_rehearsed_calls_of_fine_tuning_and_rl_are_those_of_the_update(
+    ranks: RanksOf, kind: str, model: str, parallel: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {"kind": kind, "model": _model(model, parallel), "parallel": parallel, "on_cpu": True}
+    real = ranks(2).run(f"{WORKER}:step", process_group=False, **options)
+    (rehearsed,) = ranks(1).run(f"{WORKER}:rehearsed", process_group=False, world=2, **options)
+    assert rehearsed["calls"] == real and len(real[0]) > 4
     assert rehearsed["mismatch"] == ""
 
 
@@ -79,10 +107,12 @@ def test_a_planted_difference_is_named(ranks: RanksOf, fault: str, words: str) -
     assert re.fullmatch(begins + words, found["mismatch"])
 
 
-def test_memory_is_that_of_the_step(ranks: RanksOf) -> None:
-    parallel = {"ep": 2}
+@pytest.mark.parametrize(
+    ("model", "parallel"), [("moe_tied", {"ep": 2}), ("dense", {"zero": 2}), ("dense", {"zero": 3})]
+)
+def test_memory_is_that_of_the_step(ranks: RanksOf, model: str, parallel: dict[str, Any]) -> None:
     for real, rehearsed in ranks(2).run(
-        f"{WORKER}:memory", process_group=False, model=MODELS["moe_tied"], parallel=parallel
+        f"{WORKER}:memory", process_group=False, model=MODELS[model], parallel=parallel
     ):
         assert rehearsed == real
         assert real[1]["optimizer"] > 0

@@ -8,8 +8,12 @@ import torch
 
 from configs.layout import Layout
 from configs.loader import validate
-from configs.train import PretrainConfig
+from configs.model import ModelConfig
+from configs.rl import GRPOConfig, PPOConfig
+from configs.sft import SFTConfig
+from configs.train import PretrainConfig, TrainerConfig
 from launch.environment import ClusterEnvironment
+from posttrain.rehearsed_steps import grpo_step, ppo_step, sft_step
 from pretrain.model import head_loss
 from pretrain.model.moe.router import Router
 from pretrain.parallel import collectives, gradients, groups
@@ -19,13 +23,22 @@ from pretrain.rehearsal import rehearsal_rank as rehearsal
 from pretrain.rehearsal.collective_calls import GroupCall, recorded
 from pretrain.rehearsal.comparison import mismatch
 
+KINDS: dict[str, tuple[type[TrainerConfig], dict[str, Any]]] = {
+    "pretraining": (PretrainConfig, {"data": {"plan": "unused"}}),
+    "sft": (SFTConfig, {"init": {"run": "unused"}, "data": {"dialogues": ["unused"]}}),
+    "grpo": (GRPOConfig, {"init": {"run": "unused"}, "task": {}, "rl": {"kl": "loss"}}),
+    "ppo": (PPOConfig, {"init": {"run": "unused"}, "task": {}}),
+}
+STEPS = {"pretraining": rehearsal.pretraining_step, "sft": sft_step, "grpo": grpo_step, "ppo": ppo_step}
 
-def config_of(model: dict[str, Any], parallel: dict[str, Any]) -> PretrainConfig:
+
+def config_of(model: dict[str, Any], parallel: dict[str, Any], kind: str = "pretraining") -> TrainerConfig:
     """Returns the config of a small run, of four micro-batches of 48 tokens or more on each rank."""
+    schema, own = KINDS[kind]
     tree = {
         "run": {"dir": "unused"},
-        "model": model,
-        "data": {"plan": "unused"},
+        **({"model": model} if kind == "pretraining" else {}),
+        **own,
         "train": {
             "steps": 1,
             "global_batch_size": 16,
@@ -36,7 +49,7 @@ def config_of(model: dict[str, Any], parallel: dict[str, Any]) -> PretrainConfig
         "optimizer": {"lr": 0.001},
         "parallel": parallel,
     }
-    return validate(PretrainConfig, tree)
+    return validate(schema, tree)
 
 
 def described(call: GroupCall) -> list[Any]:
@@ -48,19 +61,27 @@ def described(call: GroupCall) -> list[Any]:
     return [list(call.group.ranks), call.operation, call.dtype, call.numel, call.peer, *exchanged, call.phase]
 
 
-def step(model: dict[str, Any], parallel: dict[str, Any], on_cpu: bool) -> list[list[Any]]:
+def opened(
+    model: dict[str, Any], parallel: dict[str, Any], world: int, kind: str = "pretraining"
+) -> tuple[TrainerConfig, ModelConfig, Layout]:
+    """Returns config, model and layout of a run."""
+    config, decoder = config_of(model, parallel, kind), validate(ModelConfig, model)
+    return config, decoder, Layout.of(world, config.parallel, decoder, config.train)
+
+
+def step(model: dict[str, Any], parallel: dict[str, Any], on_cpu: bool, kind: str = "pretraining") -> list[list[Any]]:
     """Takes the step in this rank of the world and returns its calls."""
-    env, config = ClusterEnvironment.read(), config_of(model, parallel)
-    layout = Layout.of(env.world_size, config.parallel, config.model, config.train)
+    env = ClusterEnvironment.read()
+    config, decoder, layout = opened(model, parallel, env.world_size, kind)
     mesh = groups.start(env, layout)
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Router, "_choose", _evenly))
         if not on_cpu:  # over gloo, but by the collectives that GPUs use
             stack.enter_context(mock.patch.object(collectives, "sends_parts", lambda flat: False))
             stack.enter_context(mock.patch.object(head_loss, "CHUNK_CPU", head_loss.CHUNK_GPU))
-        engine = rehearsal.make_engine(config, config.model, mesh, on_cpu=True)
+        prepared = STEPS[kind](config, decoder, mesh, rehearsal.maker(config, on_cpu=True))
         with recorded(rehearsal.group_names(mesh)) as calls:
-            rehearsal.take_step(engine, config.model)
+            prepared.take()
     groups.stop()
     return [described(call) for call in calls]
 
@@ -72,20 +93,25 @@ def _evenly(router: Router, scores_TE: torch.Tensor) -> torch.Tensor:
 
 
 def rehearsed(
-    model: dict[str, Any], parallel: dict[str, Any], world: int, on_cpu: bool, fault: str = ""
+    model: dict[str, Any],
+    parallel: dict[str, Any],
+    world: int,
+    on_cpu: bool,
+    kind: str = "pretraining",
+    fault: str = "",
 ) -> dict[str, Any]:
     """Rehearses all ranks of a world in this process; returns their calls and what the comparison says.
 
     The rank of tensor-parallel number 1 has a `fault`: "missing" leaves out sums of gradients, "smaller" sums a part.
     """
-    config = config_of(model, parallel)
-    layout = Layout.of(world, config.parallel, config.model, config.train)
+    config, decoder, layout = opened(model, parallel, world, kind)
+    prepare = f"{STEPS[kind].__module__}:{STEPS[kind].__name__}"
     found = {}
     for number in range(world):
         with ExitStack() as stack:
             if fault and number % layout.tp == 1:
                 stack.enter_context(mock.patch.object(gradients, "_sum", FAULTS[fault]))
-            done = rehearsal.rehearse(config, config.model, layout, number, on_cpu)
+            done = rehearsal.rehearse(config, decoder, layout, number, on_cpu, prepare=prepare)
         assert not done.failure, done.failure
         found[number] = done.calls
         forget_groups()
@@ -104,13 +130,13 @@ FAULTS: dict[str, Any] = {
 
 def memory(model: dict[str, Any], parallel: dict[str, Any]) -> list[Any]:
     """Returns the bytes of weights, gradients and optimizer state of this rank, after a real step and rehearsed."""
-    env, config = ClusterEnvironment.read(), config_of(model, parallel)
-    layout = Layout.of(env.world_size, config.parallel, config.model, config.train)
+    env = ClusterEnvironment.read()
+    config, decoder, layout = opened(model, parallel, env.world_size)
     mesh: Mesh = groups.start(env, layout)
-    engine = rehearsal.make_engine(config, config.model, mesh, on_cpu=True)
-    rehearsal.take_step(engine, config.model)
-    real = rehearsal.memory_of(engine)
+    prepared = rehearsal.pretraining_step(config, decoder, mesh, rehearsal.maker(config, on_cpu=True))
+    prepared.take()
+    real = rehearsal.memory_of(prepared.engines)
     groups.stop()
     forget_groups()
-    done = rehearsal.rehearse(config, config.model, layout, env.rank, on_cpu=True)
+    done = rehearsal.rehearse(config, decoder, layout, env.rank, on_cpu=True)
     return [real, (done.parameters, done.memory)]

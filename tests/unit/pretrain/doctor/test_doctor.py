@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.small_training import write_config
 DEMO = "configs/pretrain/demo.toml"
 
 
-def _config(folder: Path, steps: int = 100, **checkpoint: int) -> TrainerConfig:
+def _config(folder: Path, steps: int = 100, **checkpoint: Any) -> TrainerConfig:
     tree: dict[str, Any] = {"run": {"dir": str(folder)}, "optimizer": {"lr": 1e-3}, "checkpoint": checkpoint}
     tree["train"] = {"steps": steps, "global_batch_size": 2, "micro_batch_size": 1, "seq_length": 8}
     return validate(TrainerConfig, tree)
@@ -58,6 +59,27 @@ def test_a_disk_without_room_for_the_checkpoints_is_a_failure(tmp_path: Path) ->
     assert found.level is Severity.FAILURE and found.remedy.startswith("not even two fit")
 
 
+def test_a_disk_for_local_checkpoints_is_looked_at(tmp_path: Path) -> None:
+    local = Path("/dev/shm" if tmp_path.stat().st_dev != Path("/dev/shm").stat().st_dev else "/run")
+    options = {"every": 10, "local_dir": str(local / tmp_path.name), "local_every": 5}
+    config = _config(tmp_path, **options)
+    assert list(disk(config, parameters=1000))[-1].level is Severity.OK
+    last = list(disk(config, parameters=shutil.disk_usage(local).free // 20))[-1]
+    assert last.level is Severity.WARNING and "local checkpoints are given up on fewer than 3 nodes" in last.remedy
+    same = _config(tmp_path, **{**options, "local_dir": str(tmp_path / "local")})
+    assert "it is on the same file system as run.dir" in list(disk(same, parameters=1000))[-1].found
+    (tmp_path / "file").write_text("")
+    wrong = _config(tmp_path, **{**options, "local_dir": str(tmp_path / "file")})
+    assert list(disk(wrong, parameters=1000))[-1].level is Severity.FAILURE
+
+
+def test_a_disk_with_no_room_at_all_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=3 * 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    (found,) = disk(_config(tmp_path, every=10), parameters=10)
+    assert found.level is Severity.FAILURE and "3.0 MB free, too little to measure its speed" in found.found
+
+
 def test_a_run_dir_that_cannot_be_used_is_a_failure(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (found,) = disk(_config(tmp_path / "file"), None)
@@ -68,17 +90,19 @@ def test_a_run_dir_that_cannot_be_used_is_a_failure(tmp_path: Path) -> None:
     )
 
 
-def test_what_the_command_would_refuse_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_command_would_refuse_is_a_failure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Asks the real command, as one of three ranks: it names the first thing that is wrong."""
-    assert doctor.main(["--ranks", "3", "train", DEMO, "parallel.tp=2", "data.plan=no/plan"]) == 1
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert (
-        last.startswith("failure ")
-        and "does not divide the 3 ranks started; the number of ranks could be 2 or 4" in last
-    )
-    assert doctor.main(["train", DEMO, "data.plan=no/plan"]) == 1
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("failure ") and "no/plan" in last and "trivium data run" in last
+
+    def failures(*words: str) -> list[str]:
+        assert doctor.main([*words, f"run.dir={tmp_path / 'run'}"]) == 1
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("failure ")]
+
+    (layout,) = failures("--ranks", "3", "train", DEMO, "parallel.tp=2", "data.plan=no/plan")
+    assert "does not divide the 3 ranks started; the number of ranks could be 2 or 4" in layout
+    tmp_path.joinpath("run").write_text("")  # what is wrong with the disk is told as well
+    plan, folder = failures("train", DEMO, "data.plan=no/plan")
+    assert "no/plan" in plan and "trivium data run" in plan
+    assert "run.dir" in folder and "is a file" in folder
 
 
 @pytest.mark.parametrize("words", [["train"], ["sample", "CONFIG"], ["no/folder"], ["--ranks", "0"]])

@@ -13,15 +13,17 @@ from configs.layout import Layout
 from configs.loader import ConfigError, load, validate
 from configs.model import ModelConfig
 from configs.train import ParallelConfig, PretrainConfig, TrainSection
-from pretrain.rehearsal import rehearse
+from posttrain import rehearse
 from pretrain.rehearsal.collective_calls import Group, GroupCall
 from pretrain.rehearsal.comparison import mismatch
 from pretrain.rehearsal.distinct_ranks import coordinates_of, distinct_micro_batches, distinct_ranks, smallest_world
 from pretrain.rehearsal.rehearsal_rank import RehearsedRank
+from pretrain.rehearsal.rehearse import _report
 from tests.parallel.forks import Forks
 
 DEMO = "configs/pretrain/demo.toml"
 DEMO_MOE = "configs/pretrain/demo_moe.toml"
+SMALL = ("train.seq_length=64", "train.micro_batch_size=1", "model.num_layers=2")
 TP = Group("tp", (0, 1))
 SUM = GroupCall(TP, "all_reduce", "float32", 8, 32, on_host=False, phase="backward pass", location="pretrain/x.py:1")
 
@@ -152,8 +154,10 @@ def test_bytes_are_those_of_rings_and_direct_messages() -> None:
     [
         (("parallel.tp=3", "--world", "8"), "does not divide the 8 ranks started"),
         (("parallel.tp=8", "--world", "8"), "model.num_heads = 4 is not a multiple of"),
-        (("parallel.zero=3",), "parallel.zero = 3 cannot be rehearsed"),
-        (("parallel.offload_optimizer=true",), "set parallel.offload_optimizer=false"),
+        (
+            ("parallel.zero=3", "train.global_batch_size=32", "--micro-batches", "2"),
+            "--micro-batches 2 is too few at parallel.zero = 3",
+        ),
         (("--world", "many"), "--world many is no number"),
         (("--micro-batches", "9"), "--micro-batches 9 is more than the 2 of a step"),
         (("--device", "tpu"), "--device tpu is neither gpu nor cpu"),
@@ -164,17 +168,15 @@ def test_what_cannot_be_rehearsed_is_refused(options: tuple[str, ...], words: st
         rehearse.main([DEMO, *options, "--dry-run"])
 
 
-@pytest.mark.parametrize(
-    ("name", "found"),
-    [
-        ("sft", r"\[task\], \[data\] without a plan"),
-        ("grpo", r"\[grpo\], \[rl\], \[task\]"),
-        ("dpo", r"\[preference\]"),
-    ],
-)
-def test_a_config_of_another_command_is_refused(name: str, found: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{found}.*: it is no pretraining config, and trivium rehearse takes no"):
-        rehearse.main([f"configs/posttrain/demo_{name}.toml", "--dry-run"])
+@pytest.mark.parametrize("name", ["sft", "rm", "dpo", "ppo", "grpo", "distill"])
+def test_a_config_tells_its_command(name: str) -> None:
+    assert rehearse.command_of([f"configs/posttrain/demo_{name}.toml", "--world", "4"]) == name
+    assert rehearse.command_of(["--world", "4", DEMO]) == "train"
+
+
+def test_a_config_of_sampling_is_refused() -> None:
+    with pytest.raises(ConfigError, match="a config of `trivium sample`, which trains nothing"):
+        rehearse.main(["configs/posttrain/demo_sample.toml"])
 
 
 def test_the_message_on_an_illegal_layout_is_that_of_training() -> None:
@@ -200,16 +202,16 @@ def test_the_command_tells_which_ranks_it_runs(capsys: pytest.CaptureFixture[str
 def test_a_difference_and_a_failure_end_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     layout, once = _layout(2, tp=2), Fraction(1)
     other = replace(SUM, numel=9, bytes=36)
-    assert rehearse._report([RehearsedRank(0, 0, [SUM]), RehearsedRank(1, 0, [other])], layout, once, 1.0) == 1
+    assert _report([RehearsedRank(0, 0, [SUM]), RehearsedRank(1, 0, [other])], layout, once, 1.0) == 1
     said = capsys.readouterr()
     assert said.err.startswith("error: ranks 0 and 1 differ in collective no. 1 of the tp group of ranks 0, 1")
     assert "fit together" not in said.out
     failed = RehearsedRank(1, 0, [SUM], failure="RuntimeError: no shape at pretrain/x.py:1 in forward")
-    assert rehearse._report([RehearsedRank(0, 0, [SUM]), failed], layout, once, 1.0) == 1
+    assert _report([RehearsedRank(0, 0, [SUM]), failed], layout, once, 1.0) == 1
     assert capsys.readouterr().err == (
         "error: rank 1 (stage 0, tensor-parallel rank 1) fails: RuntimeError: no shape at pretrain/x.py:1 in forward\n"
     )
-    assert rehearse._report([RehearsedRank(0, 0, [SUM]), RehearsedRank(1, 0, [SUM])], layout, once, 1.0) == 0
+    assert _report([RehearsedRank(0, 0, [SUM]), RehearsedRank(1, 0, [SUM])], layout, once, 1.0) == 0
     assert "All 2 calls of 2 ranks fit together" in capsys.readouterr().out
 
 
@@ -220,7 +222,7 @@ def test_a_part_of_the_micro_batches_tells_the_bytes_of_all(forks: Forks, tmp_pa
         log = tmp_path / str(len(options))
         parallel = ("parallel.tp=2", "parallel.sp=true", "parallel.pp=2")
         argv = [DEMO, *parallel, "train.global_batch_size=5", "train.seq_length=64", *options]
-        assert forks.start("pretrain.rehearsal.rehearse:main", log, argv=argv).wait() == 0, log.read_text()
+        assert forks.start("posttrain.rehearse:main", log, argv=argv).wait() == 0, log.read_text()
         return log.read_text().splitlines()
 
     whole, part = printed("--micro-batches", "5"), printed()
@@ -230,9 +232,22 @@ def test_a_part_of_the_micro_batches_tells_the_bytes_of_all(forks: Forks, tmp_pa
     assert whole[-1].startswith("All ") and "fit together" in whole[-1]
 
 
+def test_micro_batches_of_stage_3_that_are_not_run_are_those_of_the_middle(forks: Forks, tmp_path: Path) -> None:
+    def printed(*options: str) -> list[str]:
+        log = tmp_path / str(len(options))
+        argv = [DEMO, "parallel.zero=3", "--world", "2", "train.global_batch_size=12", *SMALL, *options]
+        assert forks.start("posttrain.rehearse:main", log, argv=argv).wait() == 0, log.read_text()
+        return log.read_text().splitlines()
+
+    whole, part = printed("--micro-batches", "6"), printed()
+    assert "Runs 4 of 6 micro-batches" in "\n".join(part)
+    tables = [[line for line in lines if line.startswith(" ")] for lines in (whole, part)]
+    assert tables[0] == tables[1] and len(tables[0]) > 6
+
+
 @pytest.mark.full
 def test_512_ranks_of_a_model_of_70_billion_take_less_than_two_minutes_of_two_cores() -> None:
-    argv = [sys.executable, "-m", "pretrain.rehearsal.rehearse", "configs/pretrain/llama3_8b.toml", "model=llama-3-70b"]
+    argv = [sys.executable, "-m", "posttrain.rehearse", "configs/pretrain/llama3_8b.toml", "model=llama-3-70b"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [*argv, "--world", "512", "parallel.tp=8", "parallel.pp=8"], capture_output=True, text=True, check=True

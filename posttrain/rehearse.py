@@ -1,0 +1,121 @@
+"""`trivium rehearse CONFIG [--world N]`: rehearses a training step of a large job on this machine, of any command.
+
+See `pretrain.rehearsal.rehearse`. In fine-tuning and RL the step is the update of the weights, on rows that stand in
+for data and rollouts: what goes before it, such as sampling and log-probabilities of a reference, is left out.
+"""
+
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.cli import entrypoint
+from configs.distill import DistillConfig
+from configs.layout import Layout
+from configs.loader import ConfigError
+from configs.model import ModelConfig
+from configs.preference import PreferenceConfig
+from configs.reward_model import RewardModelConfig
+from configs.rl import GRPOConfig, PPOConfig
+from configs.sft import SFTConfig
+from configs.train import TrainerConfig
+from pretrain.rehearsal.rehearse import PRETRAINING, Training, rehearse_training
+
+STEPS = "posttrain.rehearsed_steps"
+ROWS = "every row is one document or a pair of train.seq_length tokens, nothing is sampled"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rehearses a step of the training that a config is for, and returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = words.pop(0) if words and words[0] in TRAININGS else command_of(words)
+    return rehearse_training(TRAININGS[command], words)
+
+
+def command_of(words: Sequence[str]) -> str:
+    """Returns the command that the config among `words` is for, by its sections; "train" if there is none."""
+    file = next((word for word in words if word.endswith(".toml") and Path(word).is_file()), None)
+    try:
+        tree: dict[str, Any] = tomllib.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError):
+        return "train"  # which says what is wrong with the file
+    data = tree.get("data")
+    keys = data.keys() if isinstance(data, dict) else set()
+    for command, names in SECTIONS.items():
+        if names & (tree.keys() | {f"data.{key}" for key in keys}):
+            if command == "sample":
+                raise ConfigError(f"{file} is a config of `trivium sample`, which trains nothing; give another")
+            return command
+    return "sft" if "init" in tree and "plan" not in keys else "train"
+
+
+# The sections, and keys of [data], that only a command's config has. The first that is found counts.
+SECTIONS = {
+    "sample": {"sample", "keep"},
+    "distill": {"distill", "teacher"},
+    "rm": {"reward_model", "data.files"},
+    "dpo": {"preference", "online", "data.pairs"},
+    "ppo": {"ppo"},
+    "grpo": {"grpo", "rl"},
+}
+
+
+def opened(config: Any, world: int) -> tuple[ModelConfig, Layout]:
+    """Returns model and layout of a run of fine-tuning or RL, as its command finds them."""
+    from posttrain.initial_chat_model import InitialChatModel
+
+    is_sft, is_rm = isinstance(config, SFTConfig), isinstance(config, RewardModelConfig)
+    template = config.data.chat_template if isinstance(config, SFTConfig | DistillConfig) else None
+    keeps = is_sft and config.adapter is None
+    initial = InitialChatModel.open(
+        config.init, config.run.dir, "auto", takes_values=is_rm, template=template, keeps_modules=keeps
+    )
+    initial.check_rows(config.train.seq_length)
+    model = initial.model
+    if is_rm:
+        from posttrain.rm import model_with_values
+
+        model = model_with_values(initial, config.reward_model)
+    if isinstance(config, GRPOConfig | PPOConfig):
+        return model, opened_policy(config, model, initial.given, world)
+    layout = Layout.of(world, config.parallel, model, config.train, given=initial.given)
+    if isinstance(config, DistillConfig):
+        from posttrain.distillation.teacher import open_teacher
+
+        open_teacher(config, initial, world)  # raises ConfigError if it does not fit
+    return model, layout
+
+
+def opened_policy(config: GRPOConfig | PPOConfig, model: ModelConfig, given: Sequence[str], world: int) -> Layout:
+    """Returns the layout of a run of RL. Raises ConfigError if its way to sample, or its method, does not fit it."""
+    from posttrain.rl.rl_start import check_layout
+
+    section = config.ppo if isinstance(config, PPOConfig) else config.grpo
+    layout = Layout.of(world, config.parallel, model, config.train, section.group_size, given)
+    check_layout(config, section, "ppo" if isinstance(config, PPOConfig) else "grpo", layout)
+    if isinstance(config, PPOConfig) and config.ppo.text_plan:
+        raise ConfigError(
+            f"ppo.text_plan = {config.ppo.text_plan!r} cannot be rehearsed, since its rows make further micro-batches; "
+            "leave ppo.text_plan and ppo.text_rows out of the config"
+        )
+    return layout
+
+
+def _training(schema: type[TrainerConfig], step: str) -> Training:
+    return Training(schema, opened, f"{STEPS}:{step}", ROWS)
+
+
+TRAININGS = {
+    "train": PRETRAINING,
+    "sft": _training(SFTConfig, "sft_step"),
+    "rm": _training(RewardModelConfig, "reward_step"),
+    "dpo": _training(PreferenceConfig, "preference_step"),
+    "ppo": _training(PPOConfig, "ppo_step"),
+    "grpo": _training(GRPOConfig, "grpo_step"),
+    "distill": _training(DistillConfig, "distill_step"),
+}
+
+
+if __name__ == "__main__":
+    entrypoint(main)
