@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 SERIES = 6  # colours --s0 to --s5
-LEFT, RIGHT, TOP = 68, 14, 12  # margins of a chart with an axis at its left
+LEFT, RIGHT, TOP = 84, 14, 12  # margins of a chart with an axis at its left
 
 STYLE = """
 :root { --alarm: #c8322b; --page: #fcfcfb; --ink: #1c1c1a; --soft: #6b6b66; --grid: #e6e5e1; --card: #ffffff;

@@ -20,6 +20,9 @@ CHARTS = {
     "activation_rms_by_layer": ("Outputs of layers, root mean square", "size"),
     "attention_logit": ("Largest attention logit", "logit"),
     "attention_logit_by_layer": ("Largest attention logit by layer", "logit"),
+    "kl_rollout": ("KL divergence from the sampler", "nats per token"),
+    "kl_reference": ("KL divergence from the reference, charged", "nats per token"),
+    "kl_to_reference": ("KL divergence from the reference", "nats per token"),
 }
 NOT_DRAWN = {"step", "tokens", "eval", "loss_spike", "grad_norm_spike", "skipped"}
 WITHOUT_NOISE = {"lr", "memory_bytes"}  # drawn without a running mean
