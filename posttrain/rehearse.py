@@ -1,7 +1,7 @@
 """`trivium rehearse CONFIG [--world N]`: rehearses a training step of a large job on this machine, of any command.
 
-See `pretrain.rehearsal.rehearse`. In fine-tuning and RL the step is the update of the weights, on rows that stand in
-for data and rollouts: what goes before it, such as sampling and log-probabilities of a reference, is left out.
+See `pretrain.rehearsal.rehearsed_training`. In fine-tuning and RL the step is the update of the weights, on rows that
+stand in for data and rollouts: what goes before it, such as sampling and log-probabilities of a reference, is left out.
 """
 
 import sys
@@ -20,7 +20,7 @@ from configs.reward_model import RewardModelConfig
 from configs.rl import GRPOConfig, PPOConfig
 from configs.sft import SFTConfig
 from configs.train import TrainerConfig
-from pretrain.rehearsal.rehearse import PRETRAINING, Training, rehearse_training
+from pretrain.rehearsal.rehearsed_training import PRETRAINING, Training, rehearse_training
 
 STEPS = "posttrain.rehearsed_steps"
 ROWS = "every row is one document or a pair of train.seq_length tokens, nothing is sampled"

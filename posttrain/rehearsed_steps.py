@@ -121,7 +121,8 @@ def _rollout_row(config: GRPOConfig | PPOConfig, model: ModelConfig) -> RolloutR
     layers = sum(layer.moe is not None for layer in model.layers)
     if model.moe is None or not (settings.replay_experts and layers):
         return row
-    return replace(row, experts=np.zeros((train.seq_length, layers, model.moe.top_k), np.int16))
+    in_turn = np.arange(train.seq_length * model.moe.top_k).reshape(train.seq_length, 1, -1) % model.moe.num_experts
+    return replace(row, experts=np.repeat(in_turn, layers, axis=1).astype(np.int16))
 
 
 def _policy_loss(config: GRPOConfig | PPOConfig) -> PolicyLoss:

@@ -1,8 +1,8 @@
 """Lets DeepSpeed's optimizers run on torch's `meta` device, whose tensors have shapes and no values.
 
-DeepSpeed takes the device for its accelerator. It reads values in few places: the gradient norm, whether a gradient is
-not finite, and, in its first passes of stage 3, lists that all ranks must have alike. Such a value is given as zero or
-False, so no gradient counts as infinite. What an offloaded optimizer keeps in host memory stays on `meta`, too.
+DeepSpeed takes the device for its accelerator. The values that it reads are few: the gradient norm, whether a gradient
+is not finite, and, in its first passes of stage 3, lists that all ranks must have alike. Such a value is given as zero
+or False, so no gradient counts as infinite. What an offloaded optimizer keeps in host memory stays on `meta`, too.
 """
 
 import contextlib

@@ -1,5 +1,6 @@
 """Functions run in the ranks: a training step over gloo, and the same step rehearsed rank by rank in one process."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
@@ -29,7 +30,12 @@ KINDS: dict[str, tuple[type[TrainerConfig], dict[str, Any]]] = {
     "grpo": (GRPOConfig, {"init": {"run": "unused"}, "task": {}, "rl": {"kl": "loss"}}),
     "ppo": (PPOConfig, {"init": {"run": "unused"}, "task": {}}),
 }
-STEPS = {"pretraining": rehearsal.pretraining_step, "sft": sft_step, "grpo": grpo_step, "ppo": ppo_step}
+STEPS: dict[str, Callable[..., rehearsal.PreparedStep]] = {
+    "pretraining": rehearsal.pretraining_step,
+    "sft": sft_step,
+    "grpo": grpo_step,
+    "ppo": ppo_step,
+}
 
 
 def config_of(model: dict[str, Any], parallel: dict[str, Any], kind: str = "pretraining") -> TrainerConfig:
@@ -105,7 +111,7 @@ def rehearsed(
     The rank of tensor-parallel number 1 has a `fault`: "missing" leaves out sums of gradients, "smaller" sums a part.
     """
     config, decoder, layout = opened(model, parallel, world, kind)
-    prepare = f"{STEPS[kind].__module__}:{STEPS[kind].__name__}"
+    prepare = "" if kind == "pretraining" else f"{grpo_step.__module__}:{kind}_step"
     found = {}
     for number in range(world):
         with ExitStack() as stack:

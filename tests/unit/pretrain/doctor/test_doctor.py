@@ -61,7 +61,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_a_failure(tmp_path: Path) ->
 
 def test_a_disk_for_local_checkpoints_is_looked_at(tmp_path: Path) -> None:
     local = Path("/dev/shm" if tmp_path.stat().st_dev != Path("/dev/shm").stat().st_dev else "/run")
-    options = {"every": 10, "local_dir": str(local / tmp_path.name), "local_every": 5}
+    options: dict[str, Any] = {"every": 10, "local_dir": str(local / tmp_path.name), "local_every": 5}
     config = _config(tmp_path, **options)
     assert list(disk(config, parameters=1000))[-1].level is Severity.OK
     last = list(disk(config, parameters=shutil.disk_usage(local).free // 20))[-1]

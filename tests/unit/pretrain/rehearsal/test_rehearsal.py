@@ -18,7 +18,7 @@ from pretrain.rehearsal.collective_calls import Group, GroupCall
 from pretrain.rehearsal.comparison import mismatch
 from pretrain.rehearsal.distinct_ranks import coordinates_of, distinct_micro_batches, distinct_ranks, smallest_world
 from pretrain.rehearsal.rehearsal_rank import RehearsedRank
-from pretrain.rehearsal.rehearse import _report
+from pretrain.rehearsal.rehearsed_training import _report
 from tests.parallel.forks import Forks
 
 DEMO = "configs/pretrain/demo.toml"
