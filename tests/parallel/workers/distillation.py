@@ -39,7 +39,7 @@ def gradients(
     mesh, layout, train = engine.mesh, engine.mesh.layout, engine.train_config
     config, pin = validate(ModelConfig, teacher_model), Pin.of(storage.latest(Path(teacher_run)))
     own = layout_of(config, validate(ParallelConfig, parallel), train, layout.world_size)
-    teacher = Teacher(OpenedTeacher(InitialModel("teacher", pin, config, None, Lineage()), own), train, mesh)
+    teacher = Teacher.read(OpenedTeacher(InitialModel("teacher", pin, config, None, Lineage()), own), train, mesh)
     share = GLOBAL_BATCH // layout.dp
     first = mesh.dp_rank * share
     batches = micro_batches(rows(first, share, engine.model_config.vocab_size), micro, first)
