@@ -18,6 +18,9 @@ Target = Literal[
     "q_up_proj",
     "kv_down_proj",
     "kv_up_proj",
+    "beta_proj",
+    "decay_proj",
+    "output_gate_proj",
     "gate_proj",
     "up_proj",
     "down_proj",
@@ -181,6 +184,11 @@ class AdapterConfig(Section):
                 f"adapter.kind = {self.kind!r} puts virtual tokens before each document, and the model has {what}, "
                 f"which do not go with them; set {'model.head.mtp_depth=0 or ' * modules}adapter.kind=lora"
             )
+        if model.has_deltas:
+            raise ConfigError(
+                f"adapter.kind = {self.kind!r} puts virtual tokens before each document, which layers that are gated "
+                "delta nets (model.attention.delta) do not support; set adapter.kind=lora"
+            )
         if self.prepends and any(layer.moe for layer in model.layers):
             raise ConfigError(
                 f"adapter.kind = {self.kind!r} is for dense models: virtual tokens would take part in the balance of "
@@ -246,8 +254,12 @@ def linear_layers(model: ModelConfig) -> tuple[str, ...]:
     """Returns the names of the linear layers in a model's blocks, in the order of TARGETS."""
     found: set[str] = set()
     for layer in model.layers:
-        latent = layer.attention.latent
-        if latent is None:
+        latent, delta = layer.attention.latent, layer.attention.delta
+        if delta or layer.attention.output_gate:
+            found.add("output_gate_proj")
+        if delta:
+            found |= {"q_proj", "k_proj", "v_proj", "beta_proj", "decay_proj"}
+        elif latent is None:
             found |= {"q_proj", "k_proj", "v_proj"}
         else:
             found |= {"q_proj"} if latent.q_rank is None else {"q_down_proj", "q_up_proj"}

@@ -195,11 +195,25 @@ def _check_tensor_parallel(request: LayoutRequest) -> None:
             "each hold whole key-value heads, or several of them the same one",
             tp=None,
         )
+    _check_delta_heads(request)
     if parallel.sp and tp == 1:
         raise _LayoutMisfit(
             request,
             "parallel.sp = true splits the sequence over the ranks of parallel.tp, and tp = 1 is a single rank",
             sp=(False,),
+            tp=None,
+        )
+
+
+def _check_delta_heads(request: LayoutRequest) -> None:
+    """Checks tp and cp, each of whose ranks has whole key heads of gated delta nets and the value heads they serve."""
+    tp, cp, delta = request.parallel.tp, request.parallel.cp, request.model.attention.delta
+    if delta and delta.num_key_heads % (tp * cp):
+        raise _LayoutMisfit(
+            request,
+            f"model.attention.delta.num_key_heads = {delta.num_key_heads} is not a multiple of parallel.tp * "
+            f"parallel.cp = {tp} * {cp}, over which gated delta nets split their heads",
+            cp=None,
             tp=None,
         )
 

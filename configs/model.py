@@ -126,7 +126,14 @@ class ModelConfig(Section):
         return self._heads_problem() or self._kinds_problem() or self._head_problem() or self._parts_problem()
 
     def _heads_problem(self) -> str:
-        heads, width = self.num_heads, self.hidden_size
+        heads, width, delta = self.num_heads, self.hidden_size, self.attention.delta
+        if delta and delta.num_value_heads % delta.num_key_heads:
+            nearest = max(1, round(delta.num_value_heads / delta.num_key_heads)) * delta.num_key_heads
+            return (
+                f"model.attention.delta.num_value_heads = {delta.num_value_heads} is not a multiple of num_key_heads = "
+                f"{delta.num_key_heads}, and every key head serves the same number of value heads; set model.attention."
+                f"delta.num_value_heads={nearest}"
+            )
         if heads % self.num_kv_heads:
             kv_heads = could_be("model.num_kv_heads", self.num_kv_heads, divisors(heads), lambda _: True)
             return (
@@ -167,10 +174,11 @@ class ModelConfig(Section):
                 f"pairs; set model.attention.latent.rope_head_dim={latent.rope_head_dim + 1}"
             )
         attention, position = self.attention, self.position
-        if attention.qkv_bias or attention.qk_norm != "none" or attention.sinks or attention.temperature:
+        absent = attention.qkv_bias, attention.qk_norm != "none", attention.sinks, attention.temperature
+        if any(absent) or attention.output_gate:
             return (
-                "model.attention.latent has no qkv_bias, qk_norm, sinks or temperature; leave those keys of "
-                "model.attention out"
+                "model.attention.latent has no qkv_bias, qk_norm, sinks, temperature or output_gate; leave those keys "
+                "of model.attention out"
             )
         if position.kind != "rotary" or position.fraction != 1:
             return "model.attention.latent rotates its own elements; set model.position.kind=rotary and fraction=1"
@@ -284,18 +292,7 @@ class ModelConfig(Section):
     def _layer(self, index: int) -> LayerConfig:
         kind = self.layer_pattern[index % len(self.layer_pattern)] if self.layer_pattern else ""
         own = self.kinds[kind] if kind else LayerKind()
-        pattern, window = self._pattern(kind)
-        attention = {
-            "pattern": pattern,
-            "window": None if pattern in WITHOUT_WINDOW else window,
-            "qk_norm": self.attention.qk_norm if own.qk_norm else "none",
-            "temperature": self.attention.temperature if own.temperature else None,
-        }
-        position = {
-            "kind": own.position or self.position.kind,
-            "theta": own.theta or self.position.theta,
-            "scaling": self.position.scaling if own.scaled else None,
-        }
+        attention, position = self._mixing(kind, own)
         return LayerConfig(
             index=index,
             num_layers=self.num_layers,
@@ -305,13 +302,32 @@ class ModelConfig(Section):
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.dim_per_head,
-            attention=self.attention.model_copy(update=attention),
-            position=self.position.model_copy(update=position),
+            attention=attention,
+            position=position,
             mlp=self.mlp,
             norm=self.norm,
             residual=self.residual,
             moe=self.moe if self._is_moe(index) else None,
         )
+
+    def _mixing(self, kind: str, own: LayerKind) -> tuple[AttentionConfig, PositionConfig]:
+        """Returns how a layer of this kind mixes tokens; a gated delta net has no other keys of attention."""
+        if self.attention.delta and own.delta:
+            return AttentionConfig(delta=self.attention.delta), PositionConfig(kind="none")
+        pattern, window = self._pattern(kind)
+        attention = {
+            "pattern": pattern,
+            "window": None if pattern in WITHOUT_WINDOW else window,
+            "qk_norm": self.attention.qk_norm if own.qk_norm else "none",
+            "temperature": self.attention.temperature if own.temperature else None,
+            "delta": None,
+        }
+        position = {
+            "kind": own.position or self.position.kind,
+            "theta": own.theta or self.position.theta,
+            "scaling": self.position.scaling if own.scaled else None,
+        }
+        return self.attention.model_copy(update=attention), self.position.model_copy(update=position)
 
     @property
     def dim_per_head(self) -> int:
@@ -329,6 +345,11 @@ class ModelConfig(Section):
     def has_contexts(self) -> bool:
         """Whether some layers see a context both ways, the tokens in front of those to predict."""
         return any(layer.attention.pattern == "prefix" for layer in self.layers)
+
+    @property
+    def has_deltas(self) -> bool:
+        """Whether some layers are gated delta nets."""
+        return any(layer.attention.delta for layer in self.layers)
 
     @property
     def head_size(self) -> int:

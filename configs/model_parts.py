@@ -32,6 +32,24 @@ class LatentConfig(Section):
     """The epsilon of the norms of the latent vectors."""
 
 
+class DeltaConfig(Section):
+    """Gated delta net (Yang et al. 2024, arXiv 2412.06464): each value head reads from and writes to a matrix.
+
+    What a document has in it so far is in that state alone, which is of one size however long the document is.
+    """
+
+    num_key_heads: int = Field(ge=1)
+    """The number of heads of queries and of keys, a multiple of parallel.tp * parallel.cp."""
+    num_value_heads: int = Field(ge=1)
+    """The number of heads of values, a multiple of num_key_heads; as many share the queries and keys of one head."""
+    key_head_dim: int = Field(ge=1)
+    """The elements of a head's query and key."""
+    value_head_dim: int = Field(ge=1)
+    """The elements of a head's value."""
+    kernel_size: int = Field(default=4, ge=2)
+    """The number of tokens, itself among them, that the convolution before the state sees of each token's document."""
+
+
 class TemperatureConfig(Section):
     """Growth of queries with their position, in layers without positions (Llama 4)."""
 
@@ -65,8 +83,12 @@ class AttentionConfig(Section):
     """The length of the sliding window, with the token itself, or of a chunk, in tokens."""
     temperature: TemperatureConfig | None = None
     """The growth of queries with their position; left out, there is none."""
+    output_gate: bool = False
+    """Whether the outputs of heads are multiplied by a learned sigmoid of the token (Qwen3-Next)."""
     latent: LatentConfig | None = None
     """Multi-head latent attention in place of grouped heads; left out, heads are grouped."""
+    delta: DeltaConfig | None = None
+    """Gated delta nets in place of attention, in all layers whose kind does not say otherwise; left out, none."""
 
 
 class RopeScalingConfig(Section):
@@ -186,3 +208,5 @@ class LayerKind(Section):
     """Whether attention.qk_norm applies."""
     temperature: bool = True
     """Whether attention.temperature applies."""
+    delta: bool = True
+    """Whether attention.delta applies, so that the layer is a gated delta net and has nothing else of attention."""

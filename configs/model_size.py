@@ -62,6 +62,12 @@ def _mixture(layer: LayerConfig, active: bool) -> int:
 
 def _attention(layer: LayerConfig) -> int:
     attention, width = layer.attention, layer.hidden_size
+    if delta := attention.delta:
+        keys, values = delta.num_key_heads * delta.key_head_dim, delta.num_value_heads * delta.value_head_dim
+        convolution = delta.kernel_size * (2 * keys + values)
+        # Projections to queries, keys, values, their gate and to two numbers a head; the output; decay and norm.
+        projections = width * (2 * keys + 3 * values + 2 * delta.num_value_heads)
+        return projections + convolution + 2 * delta.num_value_heads + delta.value_head_dim
     if latent := attention.latent:
         queries = layer.num_heads * layer.head_dim
         from_hidden = latent.q_rank * (width + queries + 1) if latent.q_rank else width * queries
@@ -72,5 +78,6 @@ def _attention(layer: LayerConfig) -> int:
     queries, keys = layer.num_heads * layer.head_dim, layer.num_kv_heads * layer.head_dim
     head_norm = norm_size(layer.norm.kind, layer.head_dim)
     norms = {"head": 2 * head_norm, "projection": queries + keys}.get(attention.qk_norm, 0)
-    biases = (queries + 2 * keys) * attention.qkv_bias + width * attention.output_bias
-    return 2 * width * (queries + keys) + norms + biases + layer.num_heads * attention.sinks
+    gate = queries * attention.output_gate
+    biases = (queries + 2 * keys + gate) * attention.qkv_bias + width * attention.output_bias
+    return width * (2 * queries + 2 * keys + gate) + norms + biases + layer.num_heads * attention.sinks

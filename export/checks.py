@@ -183,7 +183,8 @@ def check_loading(hf: Reloaded, reference: Reference) -> Check:
 
     def is_further_layer(name: str) -> bool:
         layer = re.search(r"layers\.(\d+)\.", name)
-        return reference.family.further_layers and layer is not None and int(layer[1]) >= reference.config.num_layers
+        has_some = bool(reference.family.further_layers)
+        return has_some and layer is not None and int(layer[1]) >= reference.config.num_layers
 
     def expected(kind: str, name: str) -> bool:
         later = first < reference.config.num_layers and any(part in name for part in beyond)

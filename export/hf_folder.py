@@ -96,7 +96,7 @@ def open_hf_folder(directory: Path) -> HFFolder:
     if model is not None:
         problems += _vocabulary_problems(directory, model)
         if family.further_layers:
-            depth = modules_in(tensors.files, model.num_layers)
+            depth = modules_in(family, tensors.files, model.num_layers)
             model = model.model_copy(update={"head": model.head.model_copy(update={"mtp_depth": depth})})
     fitted = None
     if model is not None and tensors.files:

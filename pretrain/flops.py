@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from configs.model import ModelConfig
+from configs.model import LayerConfig, ModelConfig
 from configs.model_size import mtp_parameters
 from pretrain.parallel.groups import Mesh
 
@@ -12,15 +12,25 @@ from pretrain.parallel.groups import Mesh
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:
     """Returns the operations of forward and backward pass per token, for rows of `seq_length` tokens (S).
 
-    They are 6 per active weight that is multiplied, and 12 * layers * heads * dim * S/2 for causal attention. Modules
-    of multi-token prediction are layers, and each multiplies the head again. Embedding lookups multiply nothing, and
-    recomputation is not counted.
+    They are 6 per active weight that is multiplied, and what layers mix tokens by (`_mixing`). Modules of multi-token
+    prediction are layers, and each multiplies the head again. Embedding lookups multiply nothing, and recomputation is
+    not counted.
     """
     lookups = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
-    layers, depth = model.num_layers + model.head.mtp_depth, model.head.mtp_depth
-    attention = 6 * layers * model.num_heads * model.dim_per_head * seq_length
+    depth = model.head.mtp_depth
+    mixing = sum(_mixing(layer, seq_length) for layer in (*model.layers, *model.mtp_layers))
     further = mtp_parameters(model, active=True) + depth * model.head_size * model.hidden_size
-    return 6 * (model.num_parameters(active=True) - lookups + further) + attention
+    return 6 * (model.num_parameters(active=True) - lookups + further) + mixing
+
+
+def _mixing(layer: LayerConfig, seq_length: int) -> int:
+    """Returns the operations on keys and values: 12 * heads * dim * S/2 of causal attention.
+
+    Gated delta nets read each value head's state of key * value elements twice and write it once, whatever S is.
+    """
+    if delta := layer.attention.delta:
+        return 6 * 3 * delta.num_value_heads * delta.key_head_dim * delta.value_head_dim
+    return 6 * layer.num_heads * layer.head_dim * seq_length
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

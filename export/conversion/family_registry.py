@@ -5,7 +5,20 @@ from typing import Any
 
 from configs.model import LayerConfig, ModelConfig
 from configs.model_parts import RopeScalingConfig
-from export.conversion.families import baichuan, deepseek, gemma, glm, gpt, gpt_oss, llama, llama4, olmo, phi, qwen
+from export.conversion.families import (
+    baichuan,
+    deepseek,
+    gemma,
+    glm,
+    gpt,
+    gpt_oss,
+    llama,
+    llama4,
+    olmo,
+    phi,
+    qwen,
+    qwen3_next,
+)
 from export.conversion.table import Family
 from export.conversion.values import WITH_CLASSIFIER, is_classifier, with_values
 
@@ -13,6 +26,7 @@ from export.conversion.values import WITH_CLASSIFIER, is_classifier, with_values
 FAMILIES: tuple[Family, ...] = (
     *llama.FAMILIES,
     *qwen.FAMILIES,
+    *qwen3_next.FAMILIES,
     *deepseek.FAMILIES,
     *glm.FAMILIES,
     *llama4.FAMILIES,
@@ -29,7 +43,7 @@ WITHOUT_CLASS: tuple[Family, ...] = (baichuan.BAICHUAN, qwen.QWEN1)
 
 # Model types that people ask for, and what they have that no part of the decoder computes.
 LACKING = {
-    "qwen3_next": "three of four layers of Qwen3-Next are gated delta nets, which are no attention",
+    "kimi_linear": "its gated delta nets decay each element of a key by itself",
 }
 
 
@@ -129,10 +143,8 @@ def _layer(layer: LayerConfig) -> Iterator[tuple[str, Any]]:
     """Yields everything that one block computes with, by key of `[model]`."""
     attention = layer.attention
     for key, value in attention:
-        if key == "latent":
-            yield "attention.latent", value and tuple(value)
-        elif key == "temperature":
-            yield "attention.temperature", value and tuple(value)
+        if key in ("latent", "delta", "temperature"):
+            yield f"attention.{key}", value and tuple(value)
         elif key != "scale":
             yield f"attention.{key}", value
     yield "attention.scale", round(attention.scale or layer.head_dim**-0.5, 9)

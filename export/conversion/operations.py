@@ -119,7 +119,10 @@ class Interleave(Operation):
 
 @dataclass(frozen=True)
 class HeadByHead(Operation):
-    """Operation for a joint tensor of queries, keys and values, head after head: its query, its key, its value."""
+    """Operation for a joint tensor of queries, keys and values, head after head: its query, its key, its value.
+
+    It serves queries and their gates as well, and any other projections with as many rows as queries.
+    """
 
     def to_theirs(self, ours: Sequence[torch.Tensor], config: ModelConfig) -> Tensors:
         heads = [tensor.unflatten(0, (config.num_heads, -1)) for tensor in ours]
@@ -134,14 +137,41 @@ class HeadByHead(Operation):
 class ByGroup(Operation):
     """Operation for a joint tensor with, of each key-value head, the queries that share it, its key and its value."""
 
+    def groups(self, config: ModelConfig) -> int:
+        """Returns the number of key-value heads."""
+        return config.num_kv_heads
+
     def to_theirs(self, ours: Sequence[torch.Tensor], config: ModelConfig) -> Tensors:
-        groups = [tensor.unflatten(0, (config.num_kv_heads, -1)) for tensor in ours]
+        groups = [tensor.unflatten(0, (self.groups(config), -1)) for tensor in ours]
         return [torch.cat(groups, 1).flatten(0, 1)]
 
     def to_ours(self, theirs: Sequence[torch.Tensor], shapes: Sequence[Shape], config: ModelConfig) -> Tensors:
-        groups = theirs[0].unflatten(0, (config.num_kv_heads, -1))
-        sizes = [shape[0] // config.num_kv_heads for shape in shapes]
+        groups = theirs[0].unflatten(0, (self.groups(config), -1))
+        sizes = [shape[0] // self.groups(config) for shape in shapes]
         return [part.flatten(0, 1) for part in groups.split(sizes, 1)]
+
+
+@dataclass(frozen=True)
+class ByKeyHead(ByGroup):
+    """Operation for a joint tensor of a gated delta net: for each key head, its rows of each projection in turn."""
+
+    def groups(self, config: ModelConfig) -> int:
+        """Returns the number of key heads."""
+        assert config.attention.delta is not None
+        return config.attention.delta.num_key_heads
+
+
+@dataclass(frozen=True)
+class Unsqueeze(Operation):
+    """Operation for tensors that have one more dimension in the file, `dim`, of size one."""
+
+    dim: int
+
+    def to_theirs(self, ours: Sequence[torch.Tensor], config: ModelConfig) -> Tensors:
+        return [tensor.unsqueeze(self.dim) for tensor in ours]
+
+    def to_ours(self, theirs: Sequence[torch.Tensor], shapes: Sequence[Shape], config: ModelConfig) -> Tensors:
+        return [tensor.squeeze(self.dim) for tensor in theirs]
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,16 @@ class Rule:
     """Names of Trivium's tensors (`ours`) and of the file's (`theirs`), and the operation between them.
 
     Names may have `{layer}`, and theirs `{expert}` where experts are single. A rule serves every layer that has all
-    tensors of `ours`, so one table is enough for layers and models of different parts. With `keep_fp32` the tensor is
-    written in fp32 whatever dtype the rest has.
+    tensors of `ours`, and the tensor `beside` if one is named, so one table is enough for layers and models of
+    different parts; of several rules the first is taken. With `keep_fp32` the tensor is written in fp32 whatever dtype
+    the rest has.
     """
 
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
     operation: Operation = COPY
     keep_fp32: bool = False
+    beside: str = ""
 
     @property
     def our_names(self) -> tuple[str, ...]:
@@ -45,7 +47,8 @@ class Family:
     `converted` are keys of `[model]` that the operations of the rules bring into the family's own form. `positions` is
     the key of the longest row, with what transformers takes where it is absent; "" if there is none. `kept_keys` are
     keys of config.json that an import keeps, too: they say what the kept tensors are, or are of training alone. With
-    `further_layers` a file may have modules of multi-token prediction, as layers after the last one.
+    `further_layers` a file may have modules of multi-token prediction: it is what names of their blocks begin with,
+    in place of what those of other layers do.
     """
 
     architecture: str
@@ -56,7 +59,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     kept_keys: tuple[str, ...] = ()
-    further_layers: bool = False
+    further_layers: str = ""
     prefix: str = "model."
     converted: tuple[str, ...] = ()
     positions: tuple[str, int] = ("max_position_embeddings", 2048)

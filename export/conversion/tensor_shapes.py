@@ -2,8 +2,9 @@
 
 Shape letters: V vocabulary, O outputs of a scalar head, P learned positions, H hidden, F inner size of an MLP or
 expert, S of the shared experts, E experts, N query heads, D elements of a head, Q query heads x D, K key-value heads x
-D. For latent attention: A query rank, C key-value rank, R that and the rotated elements, U query heads x (elements
-without position + those of a value), W query heads x the elements of a value.
+D. For gated delta nets: q key heads x elements of a key, v value heads x elements of a value, n value heads, d elements
+of a value, w tokens of the convolution. For latent attention: A query rank, C key-value rank, R that and the rotated
+elements, U query heads x (elements without position + those of a value), W query heads x the elements of a value.
 """
 
 from collections.abc import Iterator
@@ -47,7 +48,8 @@ def layer_parameters(layer: LayerConfig) -> dict[str, Shape]:
     found: dict[str, str] = {}
     if inputs:
         found |= _norm("attention_norm", layer.norm.kind)
-    found |= dict(_latent(layer) if layer.attention.latent else _attention(layer))
+    own = layer.attention
+    found |= dict(_delta(layer) if own.delta else _latent(layer) if own.latent else _attention(layer))
     if outputs:
         found |= _norm("attention_output_norm", layer.norm.kind)
     if inputs:
@@ -65,7 +67,7 @@ def _module(layer: LayerConfig) -> dict[str, str]:
 
 
 def _sizes(layer: LayerConfig) -> dict[str, int]:
-    heads, latent = layer.num_heads, layer.attention.latent
+    heads, latent, delta = layer.num_heads, layer.attention.latent, layer.attention.delta
     sizes = {
         "H": layer.hidden_size,
         "F": layer.expert_size if layer.moe else layer.ffn_hidden_size,
@@ -85,6 +87,14 @@ def _sizes(layer: LayerConfig) -> dict[str, int]:
             "U": heads * (latent.nope_head_dim + latent.v_head_dim),
             "W": heads * latent.v_head_dim,
         }
+    if delta:
+        sizes |= {
+            "q": delta.num_key_heads * delta.key_head_dim,
+            "v": delta.num_value_heads * delta.value_head_dim,
+            "n": delta.num_value_heads,
+            "d": delta.value_head_dim,
+            "w": delta.kernel_size,
+        }
     return sizes
 
 
@@ -98,7 +108,8 @@ def _norm(name: str, kind: str) -> dict[str, str]:
 
 def _attention(layer: LayerConfig) -> Iterator[tuple[str, str]]:
     attention = layer.attention
-    for name, rows in (("q", "Q"), ("k", "K"), ("v", "K")):
+    gate = [("output_gate", "Q")] if attention.output_gate else []
+    for name, rows in [("q", "Q"), ("k", "K"), ("v", "K"), *gate]:
         yield f"attention.{name}_proj.weight", rows + "H"
         if attention.qkv_bias:
             yield f"attention.{name}_proj.bias", rows
@@ -127,6 +138,18 @@ def _latent(layer: LayerConfig) -> Iterator[tuple[str, str]]:
     yield "attention.o_proj.weight", "HW"
     if layer.attention.output_bias:
         yield "attention.o_proj.bias", "H"
+
+
+def _delta(layer: LayerConfig) -> Iterator[tuple[str, str]]:
+    for name in "qkv":
+        yield f"attention.{name}_conv", ("v" if name == "v" else "q") + "w"
+    yield "attention.log_rates", "n"
+    yield "attention.decay_bias", "n"
+    projections = (("q", "q"), ("k", "q"), ("v", "v"), ("beta", "n"), ("decay", "n"), ("output_gate", "v"))
+    for name, rows in projections:
+        yield f"attention.{name}_proj.weight", rows + "H"
+    yield "attention.head_norm.weight", "d"
+    yield "attention.o_proj.weight", "Hv"
 
 
 def _mlp(prefix: str, layer: LayerConfig, size: str) -> Iterator[tuple[str, str]]:

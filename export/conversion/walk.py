@@ -17,6 +17,7 @@ from export.conversion.operations import Operation, Shape, their_shapes
 from export.conversion.table import Family, Rule
 from export.conversion.tensor_shapes import parameters
 
+LAYERS = "model.layers.{layer}."  # begins the names of a layer's tensors in files of families with further layers
 KEPT = "kept."  # begins the names of tensors of an imported file that Trivium computes nothing with
 SHOWN = 20  # names of one kind in a message
 
@@ -46,7 +47,10 @@ def entries(family: Family, config: ModelConfig) -> list[Entry]:
     The order is that of `parameters`, by the first of an entry's tensors.
     """
     shapes = parameters(config)
-    rules = {name: rule for rule in family.rules for name in rule.our_names}
+    rules: dict[str, list[Rule]] = {}
+    for rule in family.rules:
+        for name in rule.our_names:
+            rules.setdefault(name, []).append(rule)
     found: list[Entry] = []
     done: set[str] = set()
     lacking = []
@@ -54,23 +58,28 @@ def entries(family: Family, config: ModelConfig) -> list[Entry]:
         if name in done:
             continue
         layer = match[1] if (match := re.match(r"layers\.(\d+)\.", name)) else ""
-        rule = rules.get(name.replace(f"layers.{layer}.", "layers.{layer}.", 1) if layer else name)
-        ours = [ours.replace("{layer}", layer) for ours in rule.our_names] if rule else []
-        if rule is None or not all(other in shapes for other in ours):
+        served = name.replace(f"layers.{layer}.", "layers.{layer}.", 1) if layer else name
+        for rule in rules.get(served, ()):
+            ours = [ours.replace("{layer}", layer) for ours in rule.our_names]
+            beside = [rule.beside.replace("{layer}", layer)] if rule.beside else []
+            if all(other in shapes for other in (*ours, *beside)):
+                done.update(ours)
+                found.append(_entry(rule, layer, {name: shapes[name] for name in ours}, family, config))
+                break
+        else:
             lacking.append(name)
-            continue
-        done.update(ours)
-        found.append(_entry(rule, layer, {name: shapes[name] for name in ours}, config))
     if lacking:
         raise ConversionError([f"{family.architecture} has no tensor for {_listed(lacking)}"])
     return found
 
 
-def _entry(rule: Rule, layer: str, ours: dict[str, Shape], config: ModelConfig) -> Entry:
+def _entry(rule: Rule, layer: str, ours: dict[str, Shape], family: Family, config: ModelConfig) -> Entry:
     experts = config.moe.num_experts if config.moe else 0
+    is_further = bool(layer) and int(layer) >= config.num_layers
     theirs: list[str] = []
     for name in rule.their_names:
-        named = name.replace("{layer}", layer)
+        named = name.replace(LAYERS, family.further_layers) if is_further else name
+        named = named.replace("{layer}", layer)
         many = [named.replace("{expert}", str(expert)) for expert in range(experts)]
         theirs += many if "{expert}" in named else [named]
     made = their_shapes(rule.operation, list(ours.values()), config)
@@ -153,8 +162,10 @@ def _copies(layer: int) -> str:
     return rf"(?:.*\.)?layers\.{layer}\.(?:embed_tokens|shared_head\.head)\.weight"
 
 
-def modules_in(found: Iterable[str], num_layers: int) -> int:
+def modules_in(family: Family, found: Iterable[str], num_layers: int) -> int:
     """Returns the number of modules of multi-token prediction that a folder with these tensors has."""
+    if "{layer}" not in family.further_layers:  # the family has one at most, whose names begin as its block's do
+        return int(any(name.startswith(family.further_layers.partition(".")[0] + ".") for name in found))
     own = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:enorm|hnorm|eh_proj|shared_head\.norm)\.weight")
     layers = [int(match[1]) for name in found if (match := own.fullmatch(name))]
     return max(0, max(layers, default=0) + 1 - num_layers)

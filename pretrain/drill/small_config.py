@@ -168,7 +168,14 @@ def _shrink_model(small: SmallConfig) -> None:
         {"model.head_dim": 16},
         {"model.head_dim": 32},
     )
+    if delta := model.attention.delta:
+        sharing = delta.num_value_heads // delta.num_key_heads
+        prefix = "model.attention.delta."
+        counts = [n for n in (heads, 2 * heads, 4 * heads) if n < delta.num_key_heads]
+        small.attempt(*({f"{prefix}num_key_heads": n, f"{prefix}num_value_heads": n * sharing} for n in counts))
     for key, sizes in (
+        ("model.attention.delta.key_head_dim", (16,)),
+        ("model.attention.delta.value_head_dim", (16,)),
         ("model.moe.num_experts", (2 * parallel.ep, 4 * parallel.ep, 8 * parallel.ep, 16 * parallel.ep)),
         ("model.moe.ffn_hidden_size", (32 * parallel.tp, 64 * parallel.tp)),
         ("model.moe.shared_ffn_hidden_size", (32 * parallel.tp, 64 * parallel.tp)),

@@ -1,5 +1,7 @@
 """Attention: grouped key-value heads (GQA, Ainslie et al. 2023), and multi-head latent attention (DeepSeek-V2, 2024).
 
+`ATTENTIONS` lists what a block can mix tokens by; the gated delta nets among them are in `delta_net.py`.
+
 Both make queries, keys and values, rotate them, and leave the rest to `attend`, which computes scores and their softmax
 within documents by the layer's `ScoreRule`. Shape letters: see `decoder.py`. Under tensor parallel N and K are this
 rank's heads; under context parallel S is this rank's share of the sequence, and T is all of it.
@@ -18,6 +20,7 @@ from configs.model import LayerConfig
 from pretrain.model import attention_scores
 from pretrain.model.attention_scores import ScoreRule, alibi_slopes
 from pretrain.model.context import ForwardContext
+from pretrain.model.delta_net import GatedDeltaNet
 from pretrain.model.documents import Documents
 from pretrain.model.kv_cache import KVCache
 from pretrain.model.layer_context import LayerContext
@@ -115,6 +118,8 @@ class GroupedAttention(Attention):
         self.k_proj = ColumnLinear(hidden, size_kv, context, copies, bias)
         self.v_proj = ColumnLinear(hidden, size_kv, context, copies, bias, config.inner_std_factor)
         self.o_proj = RowLinear(size_q, hidden, context, attention.output_bias, config.output_std_factor)
+        if attention.output_gate:
+            self.output_gate_proj = ColumnLinear(hidden, size_q, context, bias=bias)
         if attention.qk_norm == "head":
             self.q_norm: Norm = norm_of(config.norm, self.head_dim, context, partial="heads")
             self.k_norm: Norm = norm_of(config.norm, self.head_dim, context, partial="heads")
@@ -124,7 +129,8 @@ class GroupedAttention(Attention):
         self.eps = config.norm.eps
 
     def forward(self, x_SBH: torch.Tensor, context: ForwardContext, cache: KVCache | None = None) -> torch.Tensor:
-        q, k, v = columns(x_SBH, self.region, self.q_proj, self.k_proj, self.v_proj)
+        gating = (self.output_gate_proj,) if self.config.output_gate else ()
+        q, k, v, *gate = columns(x_SBH, self.region, self.q_proj, self.k_proj, self.v_proj, *gating)
         if self.config.qk_norm == "projection":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (self._heads(x) for x in (q, k, v))
@@ -135,7 +141,8 @@ class GroupedAttention(Attention):
             q, k = normalized(q, self.eps).to(q.dtype), normalized(k, self.eps).to(k.dtype)
         if self.config.temperature is not None:
             q = q * self._temperature(context.positions_SB).to(q.dtype)
-        return self.o_proj(self.scored(q, k, v, context, cache).flatten(2))
+        y = self.scored(q, k, v, context, cache).flatten(2)
+        return self.o_proj(y * torch.sigmoid(gate[0]) if gate else y)
 
     def _heads(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """Splits the last dimension into heads: [S, B, heads * D] to [S, B, heads, D]."""
@@ -220,12 +227,17 @@ class LatentAttention(Attention):
         return q if factor == 1.0 else q * factor
 
 
-ATTENTIONS: dict[str, type[Attention]] = {"grouped": GroupedAttention, "latent": LatentAttention}
+ATTENTIONS: dict[str, type[Attention] | type[GatedDeltaNet]] = {
+    "grouped": GroupedAttention,
+    "latent": LatentAttention,
+    "delta": GatedDeltaNet,
+}
 
 
-def attention_of(config: LayerConfig, context: LayerContext) -> Attention:
-    """Makes the attention of one layer."""
-    return ATTENTIONS["latent" if config.attention.latent else "grouped"](config, context)
+def attention_of(config: LayerConfig, context: LayerContext) -> Attention | GatedDeltaNet:
+    """Makes the attention of one layer, or the gated delta net in its place."""
+    own = config.attention
+    return ATTENTIONS["delta" if own.delta else "latent" if own.latent else "grouped"](config, context)
 
 
 def _query_factor(config: LayerConfig) -> float:

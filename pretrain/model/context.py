@@ -44,7 +44,8 @@ class ForwardContext:
 
     `rotary` has cos and sin [S, B, 1, rotated elements] by the kind of a layer, of the kinds that rotate. `documents`
     are the parts of rows that attention stays in, None where every row is one document; under context parallel they
-    are those of whole rows. `valid_SB` is False for padding; None means that there is none. `samples` [B], on the
+    are those of whole rows, and `documents_TB` numbers them by token, for gated delta nets, where a model has such.
+    `valid_SB` is False for padding; None means that there is none. `samples` [B], on the
     host, are the numbers of the rows in the training run, from which dropout draws its masks. `virtual` are virtual
     tokens, and `prepended` is how many of them are in front of the rows of this pass. `experts` has, by the index of a
     layer, the experts [S, B, k] that its tokens go to where the router shall not choose, see `Batch.experts`;
@@ -54,6 +55,7 @@ class ForwardContext:
     positions_SB: torch.Tensor
     rotary: Tables
     documents: Documents | None = None
+    documents_TB: torch.Tensor | None = None
     valid_SB: torch.Tensor | None = None
     samples: torch.Tensor | None = None
     virtual: VirtualTokens = NO_TOKENS
@@ -80,7 +82,8 @@ class ForwardContext:
             by_layer = F.pad(batch.experts.long().permute(2, 1, 0, 3), (0, 0, 0, 0, prepended, 0), value=-1)
             layers = [layer.index for layer in config.layers if layer.moe]
             experts = dict(zip(layers, by_layer, strict=True))
-        return cls(positions.t(), tables, batch.documents, valid_SB, samples, virtual, prepended, experts)
+        numbers = batch.documents.numbers(len(batch.tokens)) if config.has_deltas else None
+        return cls(positions.t(), tables, batch.documents, numbers, valid_SB, samples, virtual, prepended, experts)
 
     @classmethod
     def of(
@@ -114,7 +117,8 @@ class ForwardContext:
             tables = _cached_tables(config, positions_BS, cache, lengths)
         else:
             tables = _tables(config, positions_BS, lengths())
-        return cls(positions_BS.t(), tables, documents, valid_SB, None, virtual, prepended)
+        numbers = documents.numbers(len(positions_BS)) if documents is not None and config.has_deltas else None
+        return cls(positions_BS.t(), tables, documents, numbers, valid_SB, None, virtual, prepended)
 
 
 def _lengths(

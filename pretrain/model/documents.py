@@ -71,6 +71,13 @@ class Documents:
         sizes = self.ends.diff()
         return sizes.repeat_interleave(sizes)
 
+    def numbers(self, rows: int) -> torch.Tensor:
+        """Returns the number of the document that each token of so many rows is in, [T, B], on the device of `ends`."""
+        ends = self.ends.long()
+        length = int(self.blocks[:, 3].max())  # all rows are full, with padding, which is a document too
+        tokens = torch.arange(rows * length, device=ends.device)
+        return torch.searchsorted(ends[1:], tokens, right=True).view(rows, length).t()
+
     def with_contexts(self, loss_mask_BT: torch.Tensor) -> "Documents":
         """Returns these documents with contexts: the tokens up to the first one whose next token is trained on."""
         trained, contexts = loss_mask_BT.detach().cpu() != 0, torch.zeros(loss_mask_BT.shape, dtype=torch.int64)

@@ -1,8 +1,9 @@
 """Draws a model's initial weights, and fills a model with given ones.
 
 Each parameter is drawn whole from a generator keyed by (seed, its global name, expert), and then sliced; therefore a
-layout never changes the initial weights. What is drawn is in the parameter's `Marks`: a constant or normal values, with
-a smaller deviation where a block adds to the residual stream (GPT-2, Radford et al. 2019).
+layout never changes the initial weights. What is drawn is in the parameter's `Marks`: a constant, logarithms of numbers
+in a range, or normal values, with a smaller deviation where a block adds to the residual stream (GPT-2, Radford et al.
+2019).
 """
 
 import hashlib
@@ -49,6 +50,11 @@ def _fill(model: Decoder, name: str, parameter: nn.Parameter, seed: int, slices:
         return
     std = model.model_config.init_std * marks.std_factor if marks.std is None else marks.std
     shape = slices.global_shape(parameter)
+    if marks.log_of is not None:
+        low, high = marks.log_of
+        even = torch.rand(shape, generator=_generator(seed, name))
+        parameter.copy_(slices.cut((low + (high - low) * even).log(), parameter))
+        return
     if not marks.is_expert:
         parameter.copy_(slices.cut(_draw(seed, name, shape, std), parameter))
         return
@@ -59,9 +65,12 @@ def _fill(model: Decoder, name: str, parameter: nn.Parameter, seed: int, slices:
 
 
 def _draw(seed: int, key: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
+    return torch.randn(shape, generator=_generator(seed, key)) * std
+
+
+def _generator(seed: int, key: str) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.randn(shape, generator=generator) * std
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def build_single(

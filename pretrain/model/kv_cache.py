@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from configs.model import ModelConfig
 from pretrain.model.attention_scores import ScoreRule, attend, attend_cached
+from pretrain.model.delta_states import DeltaStates
 from pretrain.model.documents import Documents
 from pretrain.model.native import cache_attention
 
@@ -26,7 +27,8 @@ class KVCache:
     """Keys and values of earlier tokens: slot p of a row holds those of its token at position p.
 
     Virtual tokens, `virtual` of them, come before a row's first token and have the first positions. Of latent attention
-    it holds the latent vectors and the rotated keys that all heads share, in place of both.
+    it holds the latent vectors and the rotated keys that all heads share, in place of both, and of a gated delta net
+    the states of rows (`DeltaStates`).
 
     A forward pass with several tokens a row starts rows, each with its first token first and padding last. A forward
     pass with one token a row continues rows, each at its own position; before it the caller sets `longest`.
@@ -42,16 +44,22 @@ class KVCache:
         virtual: int = 0,
     ):
         self.virtual, slots = virtual, whole_slots(max_length + virtual)
+        storing = [layer.index for layer in config.layers if not layer.attention.delta]
         if latent := config.attention.latent:
-            shape = (config.num_layers, 1, rows, 1, slots, latent.kv_rank + latent.rope_head_dim)
+            shape = (len(storing), 1, rows, 1, slots, latent.kv_rank + latent.rope_head_dim)
         else:
-            shape = (config.num_layers, 2, rows, config.num_kv_heads, slots, config.dim_per_head)
+            shape = (len(storing), 2, rows, config.num_kv_heads, slots, config.dim_per_head)
         self.store = torch.zeros(shape, dtype=dtype, device=device)
         self.longest = 0  # tokens in the longest row that the next forward pass continues
         self.tables = Tables()  # rotary tables of every slot, which whoever makes the first of them puts here
         # Views are made once: for a small model on a CPU making them takes longer than what they are made for.
-        self._stored = [layer.unbind(0) for layer in self.store.unbind(0)]
-        self._flat = [[part.view(-1, shape[-1]) for part in layer] for layer in self._stored]
+        self._stored = dict(zip(storing, (layer.unbind(0) for layer in self.store.unbind(0)), strict=True))
+        self._flat = {layer: [part.view(-1, shape[-1]) for part in parts] for layer, parts in self._stored.items()}
+        self._deltas = {
+            layer.index: DeltaStates(layer.attention.delta, rows, dtype, device)
+            for layer in config.layers
+            if layer.attention.delta
+        }
         self._heads = torch.arange(rows * shape[3], device=device).view(rows, shape[3]) * slots
         self._positions_B: torch.Tensor | None = None  # of the tokens that continue rows; None while rows are started
         self._new, self._slots = self.store, 0
@@ -117,11 +125,19 @@ class KVCache:
         out = F.scaled_dot_product_attention(heads, keys, values, attn_mask=self._mask)
         return out.flatten(1, 2)[None]
 
+    def delta_states(self, layer: int) -> DeltaStates:
+        """The states of rows in a layer that is a gated delta net."""
+        return self._deltas[layer]
+
     def copy_rows(self, first: int, other: "KVCache", rows: torch.Tensor) -> None:
         """Copies `rows` of another cache, which may be a shorter one, to this one's rows from `first` on."""
         length = min(self.store.shape[4], other.store.shape[4])
         self.store[:, :, first : first + len(rows), :, :length] = other.store[:, :, rows, :, :length]
+        for layer, states in self._deltas.items():
+            states.copy_rows(first, other.delta_states(layer), rows)
 
     def move_rows(self, rows: torch.Tensor, to: torch.Tensor) -> None:
-        """Copies the keys and values of `rows` to the rows `to` of the same cache."""
+        """Copies what is stored of `rows` to the rows `to` of the same cache."""
         self.store[:, :, to] = self.store[:, :, rows]
+        for states in self._deltas.values():
+            states.move_rows(rows, to)

@@ -96,14 +96,16 @@ class Marks:
     `partial` says when tensor-parallel ranks that hold the same weight have different parts of its gradient: "never",
     under "sequence" parallel, since each sees its part of the sequence, or always, since each sees its own "heads".
     `on_every_stage` says that every pipeline stage holds the weight and uses it for its own layers, so that each has a
-    part of its gradient. The initial weight is `constant`, or where that is None normal with the deviation `std`, or
-    where that is None too `std_factor` times the model's init_std.
+    part of its gradient. The initial weight is `constant`, or the logarithm of a number drawn evenly between those of
+    `log_of`, or where both are None normal with the deviation `std`, or where that is None too `std_factor` times the
+    model's init_std.
     """
 
     split: TensorSplit | None = None
     is_expert: bool = False  # the first dimension counts experts
     partial: Partial = "never"
     constant: float | None = None
+    log_of: tuple[float, float] | None = None
     std_factor: float = 1.0
     std: float | None = None
     decays: bool = True  # whether weight decay applies

@@ -19,6 +19,7 @@ from deepspeed.sequence.layer import DistributedAttention, _SeqAllToAll
 from pretrain.megatron import gather_from_sequence_parallel_region
 from pretrain.model.attention import Attend
 from pretrain.model.batch import Batch
+from pretrain.model.delta_net import GatedDeltaNet, MixTokens
 from pretrain.model.documents import Documents
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
@@ -31,7 +32,10 @@ def exchange_around_attention(stage: PipelineStage, mesh: Mesh) -> None:
     if mesh.layout.cp == 1:
         return
     for block in stage.blocks.values():
-        block.attention.attend = _exchanging(block.attention.attend, mesh)
+        if isinstance(block.attention, GatedDeltaNet):
+            block.attention.mix = _exchanging_features(block.attention.mix, mesh)
+        else:
+            block.attention.attend = _exchanging(block.attention.attend, mesh)
 
 
 def _exchanging(attend: Attend, mesh: Mesh) -> Attend:
@@ -48,6 +52,17 @@ def _exchanging(attend: Attend, mesh: Mesh) -> Attend:
         return _exchange(attend(q, k, v, documents), SEQUENCE, HEADS, num_heads, mesh)
 
     return attend_across
+
+
+def _exchanging_features(mix: MixTokens, mesh: Mesh) -> MixTokens:
+    """Exchanges what a gated delta net has of each key head, which cp divides, and its outputs."""
+
+    def mix_across(features: torch.Tensor, documents_TB: torch.Tensor | None) -> torch.Tensor:
+        heads = features.shape[HEADS]
+        features = _exchange(features.contiguous(), HEADS, SEQUENCE, heads, mesh)
+        return _exchange(mix(features, documents_TB).contiguous(), SEQUENCE, HEADS, heads, mesh)
+
+    return mix_across
 
 
 def needed_heads(x: torch.Tensor, num_heads: int, parts: int, part: int) -> torch.Tensor:

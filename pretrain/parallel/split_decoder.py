@@ -81,8 +81,12 @@ class SplitDecoder(nn.Module):
         return self.decoder.routers
 
     def new_cache(self, rows: int, max_length: int) -> KVCache:
-        """Makes an empty cache for the key-value heads of this rank."""
-        heads = max(1, self.config.num_kv_heads // self.mesh.layout.tp)
-        config = self.config.model_copy(update={"num_kv_heads": heads})
+        """Makes an empty cache for the key-value heads of this rank, and for its heads of gated delta nets."""
+        tp, attention = self.mesh.layout.tp, self.config.attention
+        if delta := attention.delta:
+            own = {name: getattr(delta, name) // tp for name in ("num_key_heads", "num_value_heads")}
+            attention = attention.model_copy(update={"delta": delta.model_copy(update=own)})
+        heads = max(1, self.config.num_kv_heads // tp)
+        config = self.config.model_copy(update={"num_kv_heads": heads, "attention": attention})
         weight = self.decoder.embedding.weight
         return KVCache(config, rows, max_length, weight.dtype, weight.device, self.decoder.virtual.count)

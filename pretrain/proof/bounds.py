@@ -105,6 +105,8 @@ def _attention(model: ModelConfig, seq_length: int) -> list[int]:
     terms = [hidden, hidden, 2, model.dim_per_head, seq_length, seq_length, heads, 1]
     if attention.qk_norm != "none":
         terms += [heads if attention.qk_norm == "projection" else model.dim_per_head]
+    if delta := attention.delta:  # convolution, length of keys, the sums of a state over the sequence, norm and gate
+        terms += [delta.kernel_size, delta.key_head_dim, seq_length, delta.key_head_dim, delta.value_head_dim, 1, 1]
     if latent := attention.latent:  # norms of the small vectors, and projections from them to heads
         terms += [max(latent.q_rank or 0, latent.kv_rank)] * 2
     ones = (
@@ -113,6 +115,7 @@ def _attention(model: ModelConfig, seq_length: int) -> list[int]:
         attention.scale is not None or attention.scale_by_layer,
         attention.temperature is not None,
         attention.sinks,
+        attention.output_gate,
         model.position.kind == "alibi",
         model.residual.kind == "deepnorm",
     )

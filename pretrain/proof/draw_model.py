@@ -60,6 +60,10 @@ def _draw_later_parts(r: random.Random, model: dict[str, Any]) -> None:
         model["head"] = {**model.get("head", {}), **further}
     elif r.random() < 0.2:
         model["attention"]["pattern"] = "prefix"
+    if r.random() < 0.2 and "latent" not in model["attention"]:
+        model["attention"]["output_gate"] = True
+    if r.random() < 0.25:
+        _draw_delta(r, model)
 
 
 def _attention(r: random.Random) -> dict[str, Any]:
@@ -184,6 +188,24 @@ def _moe(r: random.Random, num_layers: int) -> dict[str, Any]:
     if num_layers > 1 and r.random() < 0.3:
         moe |= r.choice(({"first_layer": 1}, {"every": 2}, {"dense_layers": [r.randrange(num_layers)]}))
     return moe
+
+
+def _draw_delta(r: random.Random, model: dict[str, Any]) -> None:
+    """Gives a model gated delta nets, in all layers, or in those of one kind."""
+    heads = r.choice((1, 2, 2, 4, 4, 6))
+    model["attention"]["delta"] = {
+        "num_key_heads": heads,
+        "num_value_heads": heads * r.choice((1, 2, 3)),
+        "key_head_dim": r.choice((2, 3, 6)),
+        "value_head_dim": r.choice((2, 5)),
+        "kernel_size": r.choice((2, 4)),
+    }
+    if "kinds" in model:
+        kept = r.choice(sorted(model["kinds"]))
+        model["kinds"] = {**model["kinds"], kept: {**model["kinds"][kept], "delta": False}}
+    elif model["num_layers"] > 1 and r.random() < 0.8:
+        pattern = r.choice((["linear", "full"], ["full", "linear"]))
+        model |= {"layer_pattern": pattern, "kinds": {"linear": {}, "full": {"delta": False}}}
 
 
 SECTIONS = ("attention", "position", "norm", "residual", "mlp", "head")

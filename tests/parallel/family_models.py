@@ -21,6 +21,7 @@ SMALL: dict[str, Any] = {
     "init_std": 0.1,
 }
 LATENT = {"q_rank": 14, "kv_rank": 10, "nope_head_dim": 6, "rope_head_dim": 4, "v_head_dim": 7}
+DELTA = {"num_key_heads": 2, "num_value_heads": 6, "key_head_dim": 6, "value_head_dim": 10}
 SCALING: dict[str, Any] = {"original_length": 8, "short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 2.0, 4.0]}
 
 
@@ -35,6 +36,8 @@ def shrunk(name: str) -> dict[str, Any]:
         attention["latent"] |= {key: LATENT[key] for key in LATENT if key in attention["latent"]}
     else:
         model["head_dim"] = HEAD_DIM
+    if "delta" in attention:
+        attention["delta"] |= DELTA
     if "fraction" in position:
         position["fraction"] = 2 / 3
     if "theta" in position:

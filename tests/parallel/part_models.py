@@ -140,6 +140,25 @@ PART_MODELS: dict[str, dict[str, Any]] = {
             "aux_loss_coef": 0.5,
         },
     },
+    # Qwen3-Next: gated delta nets whose value heads share keys, beside attention with an output gate.
+    "delta": {
+        **SIZES,
+        "num_layers": 4,
+        "vocab_size": 61,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+        "attention": {
+            "qkv_bias": True,
+            "qk_norm": "head",
+            "output_gate": True,
+            "delta": {"num_key_heads": 4, "num_value_heads": 12, "key_head_dim": 6, "value_head_dim": 5},
+        },
+        "position": {"fraction": 2 / 3},
+        "norm": {"kind": "rms_plus_one"},
+        "moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 28, "aux_loss_coef": 0.5},
+        "layer_pattern": ["linear", "full", "linear"],
+        "kinds": {"linear": {}, "full": {"delta": False}},
+    },
     # Latent attention without latent queries, in blocks that compute attention and MLP at once.
     "side_by_side": {
         **SIZES,
@@ -215,6 +234,7 @@ PART_PAIRS = [
     ("sinks", "tp2sp_ep2"),
     ("chunked", "tp2_ep2"),
     ("latent", "tp2sp_cp2"),
+    ("delta", "tp2sp_cp2"),
     ("side_by_side", "tp2sp"),
     ("deepnorm", "tp2sp_pp2vpp2"),
     ("post", "tp2sp"),

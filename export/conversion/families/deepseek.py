@@ -207,7 +207,7 @@ DEEPSEEK_V3 = Family(
         Rope(positions=4096),
     ),
     fixed=SIGMOID_ROUTER,
-    further_layers=True,
+    further_layers=THEIRS,
     kept_keys=FURTHER_LAYERS,
     positions=("max_position_embeddings", 4096),
     moe=True,

@@ -90,7 +90,7 @@ GLM_4_5 = Family(
         Rope(fraction=0.5, whole=False, positions=131072),
     ),
     fixed=SIGMOID_ROUTER,
-    further_layers=True,
+    further_layers=THEIRS,
     kept_keys=FURTHER_LAYERS,
     converted=("position.layout",),
     positions=POSITIONS,

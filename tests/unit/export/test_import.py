@@ -69,8 +69,8 @@ def test_config_both_ways(moe, tie):
     ("keys", "named"),
     [
         (
-            {"model_type": "qwen3_next"},
-            r"'qwen3_next' is not supported \(three of four layers of .* gated delta",
+            {"model_type": "kimi_linear"},
+            r"'kimi_linear' is not supported \(its gated delta nets decay each element",
         ),
         ({"model_type": ["llama"]}, r"model_type = \['llama'\] is not supported"),
         ({"model_type": None, "architectures": 3}, "model_type = None is not supported"),

@@ -21,6 +21,7 @@ CLASSES = {
     "deepseek-v2-lite": "DeepseekV2ForCausalLM",
     "deepseek-v3": "DeepseekV3ForCausalLM",
     "kimi-k2": "DeepseekV3ForCausalLM",
+    "qwen3-next-80b-a3b": "Qwen3NextForCausalLM",
 }
 # Where a published model is not what transformers' config of its class describes by default. Sizes are not compared.
 LLAMA_3 = {"norm.eps", "position.theta"}
@@ -41,6 +42,7 @@ UNLIKE_DEFAULTS: dict[str, set[str]] = {
     "qwen2-57b-a14b": QWEN,
     "qwen3-235b-a22b": {*QWEN, "moe.renormalize"},
     "qwen3-30b-a3b": {*QWEN, "moe.renormalize"},
+    "qwen3-next-80b-a3b": QWEN,
     "deepseek-v2": {"position.scaling", "moe.num_groups", "moe.routed_scaling"},
     "deepseek-v2-lite": {"position.scaling", "attention.latent"},
     "deepseek-v3": {"position.scaling"},

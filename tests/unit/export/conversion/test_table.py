@@ -91,6 +91,13 @@ DECODERS: dict[str, dict[str, Any]] = {
     "parallel": {"residual": {"kind": "parallel"}, "norm": {"kind": "layer"}},
     "latent": {"num_kv_heads": 4, "attention": {"latent": {**LATENT, "q_rank": 12}}},
     "scalar": {"head": {"kind": "scalar", "outputs": 3}},
+    "delta": {
+        "attention": {
+            **{"delta": {"num_key_heads": 2, "num_value_heads": 6, "key_head_dim": 5, "value_head_dim": 7}},
+            **{"output_gate": True, "qkv_bias": True},
+        },
+        **{"layer_pattern": ["linear", "full"], "kinds": {"linear": {}, "full": {"delta": False}}},
+    },
     "latent, queries whole": {"num_kv_heads": 4, "attention": {"latent": LATENT}},
 }
 
