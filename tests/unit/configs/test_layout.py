@@ -10,6 +10,7 @@ import pytest
 from configs.layout import Layout, balanced_layers
 from configs.loader import ConfigError
 from configs.model import ModelConfig
+from configs.model_parts import AttentionConfig, DeltaConfig
 from configs.moe import MoEConfig
 from configs.train import ParallelConfig, TrainSection
 
@@ -21,6 +22,8 @@ TRAIN = TrainSection(steps=1, global_batch_size=12, micro_batch_size=2, seq_leng
 
 MOE = MODEL.model_copy(update={"moe": MoEConfig(num_experts=6)})
 SIX_KV_HEADS = MODEL.model_copy(update={"num_heads": 12, "num_kv_heads": 6, "head_dim": 4})
+DELTAS = DeltaConfig(num_key_heads=2, num_value_heads=4, key_head_dim=4, value_head_dim=4)
+DELTA = MODEL.model_copy(update={"num_kv_heads": 4, "attention": AttentionConfig(delta=DELTAS)})
 LIMITED = MODEL.model_copy(update={"moe": MoEConfig(num_experts=6, capacity_factor=1.0)})
 
 
@@ -80,6 +83,7 @@ def test_interleaved_chunks_go_round_the_ranks() -> None:
     [
         (3, {"tp": 2}, ["2 * 1 * 1 = 2", "3 ranks", "ranks could be 2 or 4 or 6", "tp could be 1"]),
         (8, {"tp": 8}, ["model.num_heads = 4", "parallel.tp = 8", "tp could be 4"]),
+        (4, {"model": DELTA, "tp": 2, "cp": 2}, ["num_key_heads = 2 is not a multiple of", "2 * 2", "cp could be 1"]),
         (4, {"model": SIX_KV_HEADS, "tp": 4}, ["num_kv_heads = 6 is neither", "tp = 4", "tp could be 2"]),
         (8, {"pp": 8}, ["8 * 1 = 8 stages", "model.num_layers = 6", "pp could be 4"]),
         (2, {"pp": 2, "vpp": 4}, ["2 * 4 = 8 stages", "model.num_layers = 6", "vpp could be 2 or 3"]),

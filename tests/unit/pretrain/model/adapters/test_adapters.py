@@ -14,6 +14,7 @@ from pretrain.model import Decoder, LayerContext, build_single, init_weights
 from pretrain.model.adapters import add_adapters, is_adapter, merged
 from pretrain.model.adapters.adalora import budget, penalty, penalty_gradient
 from pretrain.model.adapters.bottleneck import Bottleneck
+from tests.parallel.part_models import PART_MODELS
 
 TINY = {"vocab_size": 32, "num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 24, "num_heads": 4, "num_kv_heads": 2}
 TOKENS, POSITIONS = torch.arange(10)[None] % 32, torch.arange(10)[None]
@@ -105,6 +106,7 @@ def test_virtual_tokens_stand_before_every_document_and_in_the_cache(
     ("adapter", "model", "said"),
     [
         ("prompt", {"moe": {"num_experts": 4}}, "adapter.kind = 'prompt' is for dense models"),
+        ("p_tuning_v2", {"attention": PART_MODELS["delta"]["attention"]}, "which layers that are gated delta nets"),
         (
             "p_tuning_v2",
             {"position": {"kind": "learned", "max_positions": 16}},
