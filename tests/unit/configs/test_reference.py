@@ -67,6 +67,7 @@ NAMES = {
     "alarms.stages": "filter",
     "model.kinds": "local",
 } | {"stages": "sft"}
+DELTA = {"num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 8, "value_head_dim": 8}
 LATENT = {"kv_rank": 8, "nope_head_dim": 8, "rope_head_dim": 8, "v_head_dim": 8}
 
 
@@ -120,6 +121,8 @@ def test_the_defaults_shown_are_the_real_ones(kind: str) -> None:
         base = whole
         if "latent" in parents:
             base = merged(whole, {"model": {"num_kv_heads": 6, "attention": {"latent": LATENT}}})
+        if "delta" in parents:
+            base = merged(whole, {"model": {"attention": {"delta": DELTA}}})
         if kind == "dpo" and parents[:1] in (["online"], ["task"]):  # in place of [data]
             base = {**{name: value for name, value in whole.items() if name != "data"}, "online": {}, "task": {}}
         tree = merged({}, base)
