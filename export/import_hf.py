@@ -18,6 +18,8 @@ from configs.files import write_atomic
 from configs.loader import ConfigError, plain, toml
 from export.publishing import partly_written
 
+CHECKED = 2**22  # numbers of a tensor that are looked at together, for NaN and infinity
+
 if TYPE_CHECKING:
     import torch
 
@@ -164,16 +166,19 @@ def _write_tensors(
     """Writes the model's tensors as they come, and yields each file's part of the manifest.
 
     A file has at most `max_bytes`, or one tensor. The router biases of MoE layers, which belong into the manifest, are
-    put into `balance`.
+    put into `balance`. Raises ConversionError, after all of them, that names tensors with NaN or infinite numbers.
     """
-    from export.conversion.walk import KEPT
+    from export.conversion.walk import KEPT, SHOWN, ConversionError
     from pretrain.checkpoint import storage
 
     pieces: dict[str, tuple[storage.Piece, dict[str, torch.Tensor]]] = {}
     size = number = 0
+    broken: list[str] = []
     for named, tensor in opened.converted():
         kind = storage.KEPT if named.startswith(KEPT) else "weight"
         name = named.removeprefix(KEPT)
+        if not all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(CHECKED)):
+            broken.append(name)
         if ".moe.balance." in name and kind == "weight":
             balance[name] = tensor
             continue
@@ -186,6 +191,14 @@ def _write_tensors(
         # A view of a larger tensor would keep the whole of it.
         pieces[named] = (piece, {kind: tensor.flatten().clone() if tensor._is_view() else tensor.flatten()})
         size += tensor.nbytes
+    if broken:
+        more = f" and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
+        raise ConversionError(
+            [
+                f"the files have NaN or infinite numbers in {', '.join(broken[:SHOWN])}{more} (by Trivium's names), "
+                "with which the model computes nothing; fetch the files again, or ask whoever made them"
+            ]
+        )
     yield storage.write_pieces(folder, f"weights_{number + 1:05d}.safetensors", pieces)
 
 

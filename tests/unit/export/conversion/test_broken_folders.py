@@ -64,6 +64,12 @@ def test_each_fault_is_one_clear_error(tmp_path: Path, family: str, capsys: pyte
         f"{norm} is I64, and weights are F32, BF16, F16 or F64; name a folder of the model that is not quantized"
     )
 
+    for number in (float("nan"), float("-inf")):
+        broken = right[head].clone()
+        broken[3, 2] = number
+        change(folder, **{norm: right[norm], head: broken})
+        assert "have NaN or infinite numbers in lm_head.weight (by" in refused(folder)
+
     change(folder, **{norm: right[norm], head: None})
     assert refused(folder).endswith(
         f"has: {head}; if the output head is the embedding, set tie_word_embeddings = true in config.json"
