@@ -7,6 +7,7 @@ multiplied by a SiLU gate, and projected. The form is Qwen3-Next's. Shape letter
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         delta, hidden = config.attention.delta, config.hidden_size
         assert delta is not None
-        self.delta, self.layer = delta, config.index
+        self.delta, self.layer, self.key_heads = delta, config.index, delta.num_key_heads // context.tp_size
         self.recompute = False  # True: the backward pass computes the mixing of tokens again
         # Context parallel puts its exchange of sequence for heads around this.
         self.mix: MixTokens = self.mix_here
@@ -53,18 +54,18 @@ class GatedDeltaNet(nn.Module):
         self.decay_proj = ColumnLinear(hidden, delta.num_value_heads, context)
         self.output_gate_proj = ColumnLinear(hidden, size_v, context)
 
-        def of_heads(*shape: int, **marks: object) -> nn.Parameter:
-            split = TensorSplit(0, shape[0]) if context.tp_size > 1 else None
-            own = shape[0] // context.tp_size, *shape[1:]
-            parameter = nn.Parameter(torch.empty(own, dtype=context.dtype, device=context.device))
-            mark(parameter, Marks(split=split, **marks))  # type: ignore[arg-type]
+        def of_heads(size: int, *more: int, marks: Marks) -> nn.Parameter:
+            shape = size // context.tp_size, *more
+            parameter = nn.Parameter(torch.empty(shape, dtype=context.dtype, device=context.device))
+            mark(parameter, replace(marks, split=TensorSplit(0, size) if context.tp_size > 1 else None))
             return parameter
 
-        width = delta.kernel_size
-        self.q_conv, self.k_conv = (of_heads(size_k, width, std=width**-0.5) for _ in range(2))
-        self.v_conv = of_heads(size_v, width, std=width**-0.5)
-        self.log_rates = of_heads(delta.num_value_heads, log_of=_LOG_RATES, decays=False)
-        self.decay_bias = of_heads(delta.num_value_heads, constant=1.0, decays=False)
+        of_convolution = Marks(std=delta.kernel_size**-0.5)
+        self.q_conv, self.k_conv, self.v_conv = (
+            of_heads(size, delta.kernel_size, marks=of_convolution) for size in (size_k, size_k, size_v)
+        )
+        self.log_rates = of_heads(delta.num_value_heads, marks=Marks(log_of=_LOG_RATES, decays=False))
+        self.decay_bias = of_heads(delta.num_value_heads, marks=Marks(constant=1.0, decays=False))
         self.head_norm = RMSNorm(delta.value_head_dim, config.norm.eps, context, partial="heads")
         self.o_proj = RowLinear(size_v, hidden, context, std_factor=config.output_std_factor)
 
@@ -132,7 +133,7 @@ class GatedDeltaNet(nn.Module):
 
     def _by_key_head(self, x: torch.Tensor) -> torch.Tensor:
         """Splits what this rank's heads have, in the last dimension, by key heads: [..., K * n] to [..., K, n]."""
-        return x.unflatten(-1, (self.k_proj.weight.shape[0] // self.delta.key_head_dim, -1))
+        return x.unflatten(-1, (self.key_heads, -1))
 
     @property
     def values_per_key(self) -> int:

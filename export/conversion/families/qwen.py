@@ -110,7 +110,9 @@ def _read_sparse_layers(draft: Draft) -> None:
     sparse = range(step - 1, count, step)
     first = next((i for i in sparse if i not in only), None)
     if first is None:
-        return draft.refuse("mlp_only_layers", only, "at least one layer with experts")
+        draft.incomplete = True  # all that is said of experts would seem wrong too
+        dense = "without any, set model_type and architectures to those of Qwen2, or of Qwen3 if heads have norms"
+        return draft.refuse("mlp_only_layers", only, f"at least one layer with experts ({dense})")
     draft.put("moe.first_layer", first)
     draft.put("moe.every", step)
     draft.put("moe.dense_layers", [i for i in sparse if i > first and i in only])

@@ -144,6 +144,10 @@ def test_the_command_publishes_a_model_and_its_module(tmp_path):
         ({"full_attention_interval": 0}, "full_attention_interval = 0 is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported in Qwen3NextForCausalLM; expected 'silu'"),
         ({"linear_num_value_heads": 5}, "num_value_heads = 5 is not a multiple of num_key_heads = 2"),
+        (
+            {"mlp_only_layers": [0, 1, 2, 3]},  # and nothing else is told of experts
+            r"^config\.json: mlp_only_layers = \[0, 1, 2, 3\] is not supported .* or of Qwen3 if [a-z ]+\)$",
+        ),
         ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
     ],
 )

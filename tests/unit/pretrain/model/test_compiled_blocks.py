@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from configs.adapters import AdapterConfig
 from configs.loader import validate
@@ -80,16 +79,19 @@ def context_of(config: ModelConfig, first_sample: int) -> ForwardContext:
     return ForwardContext.of_batch(config, collate(rows(first_sample, 2, config.vocab_size), first_sample))
 
 
-def step(block: nn.Module, context: ForwardContext) -> torch.Tensor:
+def step(block: Block, context: ForwardContext) -> torch.Tensor:
     length, batch = context.positions_SB.shape
-    x = torch.randn(length, batch, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(
+        length, batch, block.config.hidden_size, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
     y = block(x, context)
     y.sum().backward()
     return y.detach()
 
 
 @pytest.mark.parametrize(
-    "model", [*(pytest.param(name, marks=pytest.mark.full) for name in ("dense", "moe", "capacity")), "deepseek"]
+    "model",
+    [*(pytest.param(name, marks=pytest.mark.full) for name in ("dense", "moe", "capacity", "delta")), "deepseek"],
 )
 def test_a_block_is_one_graph_whatever_the_batch(model: str) -> None:
     """Counts graphs over batches that differ in samples, documents and counts of experts.
