@@ -32,6 +32,7 @@ def small(config: str, ranks: int, *overrides: str, has_plan: bool = False) -> S
         (("parallel.pp=2", "parallel.vpp=2"), 4, "tp2 sp pp2 vpp2 dp1 zero1"),
         (("model=deepseek-v3", "parallel.ep=2"), 4, "tp2 sp pp1 dp2 ep2 zero1"),
         (("model=gemma-3-1b", "parallel.zero=3"), 4, "tp2 sp pp1 dp2 zero3"),
+        (("model=qwen3-next-80b-a3b", "parallel.tp=2"), 4, "tp2 sp pp1 dp2 zero1"),
     ],
 )
 def test_a_large_model_becomes_small_in_its_own_layout(overrides: tuple[str, ...], ranks: int, layout: str) -> None:
