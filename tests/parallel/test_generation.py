@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.model import ModelConfig
-from configs.model_parts import AttentionConfig, LatentConfig
+from configs.model_parts import AttentionConfig, DeltaConfig, LatentConfig, LayerKind
 from export import chat, generate
 from posttrain.chat.chat_format import jinja_template
 from tests.parallel.harness import RanksOf
@@ -25,6 +25,15 @@ LATENT = tiny(vocab_size=803).model_copy(
         ),
     }
 )
+DELTA = tiny(vocab_size=803).model_copy(
+    update={
+        "attention": AttentionConfig(
+            output_gate=True,
+            delta=DeltaConfig(num_key_heads=2, num_value_heads=6, key_head_dim=6, value_head_dim=10),
+        ),
+        **{"layer_pattern": ("linear", "full"), "kinds": {"linear": LayerKind(), "full": LayerKind(delta=False)}},
+    }
+)
 SAMPLED = ["--top-k", "200", "--top-p", "0.95", "--min-p", "0.001", "--repetition-penalty", "1.1", "--stop", "q"]
 
 
@@ -35,8 +44,8 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("config", "degree"),
-    [(DENSE, "tp"), (TIED, "tp"), (LATENT, "tp"), (MOE, "tp"), (MOE, "ep")],
-    ids=["dense", "tied", "latent", "moe-tp", "moe-ep"],
+    [(DENSE, "tp"), (TIED, "tp"), (LATENT, "tp"), (DELTA, "tp"), (MOE, "tp"), (MOE, "ep")],
+    ids=["dense", "tied", "latent", "delta", "moe-tp", "moe-ep"],
 )
 def test_a_split_model_writes_what_a_whole_one_writes(
     ranks: RanksOf, tmp_path: Path, tokenizer_path: Path, config: ModelConfig, degree: str
