@@ -22,6 +22,10 @@ from export.model_source import ModelSource, open_source
 from export.tensors import TensorFolder, scan_tensors
 from pretrain.generation.sampling import generate
 from pretrain.model import Decoder, build_single
+from pretrain.model.batch import Batch
+from pretrain.model.documents import Documents
+from pretrain.model.head_loss import HeadLoss
+from pretrain.model.losses import NextToken
 
 LENGTH = 40
 TOKENS = torch.randint(0, 96, (2, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -123,6 +127,27 @@ def _compare_gradients(
             continue
         other = theirs.read(name)
         assert (ours - other).norm() < GRADIENTS * (other.norm() + least), name
+
+
+def loss_of_modules(source: ModelSource, tokens: torch.Tensor) -> list[float]:
+    """Returns the mean loss of each module on one text in a row."""
+    decoder = build_single(source.model, source.read())
+    row = torch.arange(tokens.shape[1])[None]
+    mask = (row < tokens.shape[1] - 1).float()
+    batch = Batch(
+        tokens=tokens,
+        labels=torch.roll(tokens, -1, 1),
+        loss_mask=mask,
+        positions=row,
+        segments=torch.zeros_like(row),
+        sources=torch.zeros(1, dtype=torch.int64),
+        trained=mask.flatten().nonzero()[:, 0],
+        documents=Documents.of(torch.zeros_like(row)),
+        lengths=torch.full_like(row, tokens.shape[1]),
+    ).with_ahead(source.model.head.mtp_depth)
+    loss = HeadLoss(batch, NextToken(), 1.0, 1, 1.0)
+    decoder(tokens, row, wanted=batch.trained, loss=loss)
+    return [float(own.sums[0] / own.sums[1]) for own in loss.modules]
 
 
 PROMPTS = [[7, 3, 9, 11, 5], [2], list(range(20, 43))]

@@ -20,12 +20,8 @@ from export.conversion.walk import ConversionError
 from export.hf_config import from_hf_config, to_hf_config
 from export.hf_writer import without_modules
 from export.import_hf import import_directory
-from export.model_source import ModelSource, open_source
+from export.model_source import open_source
 from pretrain.model import build_single
-from pretrain.model.batch import Batch
-from pretrain.model.documents import Documents
-from pretrain.model.head_loss import HeadLoss
-from pretrain.model.losses import NextToken
 from tests.tiny_models import make_source, random_weights
 from tests.unit.export.conversion.parity import (
     LENGTH,
@@ -34,6 +30,7 @@ from tests.unit.export.conversion.parity import (
     check_greedy,
     export_again,
     exported_logits,
+    loss_of_modules,
     random_model,
 )
 
@@ -144,27 +141,6 @@ def with_modules(folder: Path, model: Any, count: int = 1) -> dict[str, torch.Te
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"num_nextn_predict_layers": count}))
     return extra
-
-
-def loss_of_modules(source: ModelSource, tokens: torch.Tensor) -> list[float]:
-    """Returns the mean loss of each module on one text in a row."""
-    decoder = build_single(source.model, source.read())
-    row = torch.arange(tokens.shape[1])[None]
-    mask = (row < tokens.shape[1] - 1).float()
-    batch = Batch(
-        tokens=tokens,
-        labels=torch.roll(tokens, -1, 1),
-        loss_mask=mask,
-        positions=row,
-        segments=torch.zeros_like(row),
-        sources=torch.zeros(1, dtype=torch.int64),
-        trained=mask.flatten().nonzero()[:, 0],
-        documents=Documents.of(torch.zeros_like(row)),
-        lengths=torch.full_like(row, tokens.shape[1]),
-    ).with_ahead(source.model.head.mtp_depth)
-    loss = HeadLoss(batch, NextToken(), 1.0, 1, 1.0)
-    decoder(tokens, row, wanted=batch.trained, loss=loss)
-    return [float(own.sums[0] / own.sums[1]) for own in loss.modules]
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])

@@ -14,8 +14,14 @@ from export.conversion.walk import ConversionError
 from export.hf_config import from_hf_config
 from export.import_hf import import_directory
 from export.model_source import open_source
-from tests.unit.export.conversion.parity import TOKENS, check_both_ways, check_greedy, export_again, random_model
-from tests.unit.export.conversion.test_deepseek_group import loss_of_modules
+from tests.unit.export.conversion.parity import (
+    TOKENS,
+    check_both_ways,
+    check_greedy,
+    export_again,
+    loss_of_modules,
+    random_model,
+)
 
 SIZES: dict[str, Any] = {
     **{"vocab_size": 96, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 4},
