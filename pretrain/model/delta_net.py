@@ -16,7 +16,7 @@ from torch import nn
 from configs.model import LayerConfig
 from pretrain.model import delta_rule
 from pretrain.model.context import ForwardContext
-from pretrain.model.delta_rule import Inputs
+from pretrain.model.delta_rule import RuleInputs
 from pretrain.model.kv_cache import DeltaStates, KVCache
 from pretrain.model.layer_context import LayerContext
 from pretrain.model.layers import RMSNorm, recomputed
@@ -94,13 +94,15 @@ class GatedDeltaNet(nn.Module):
         outputs, _ = delta_rule.by_chunks(self._inputs(made, rest, *of_decay), documents_TB)
         return outputs.flatten(3).to(features.dtype)
 
-    def _inputs(self, channels: torch.Tensor, rest: torch.Tensor, rates: torch.Tensor, biases: torch.Tensor) -> Inputs:
+    def _inputs(
+        self, channels: torch.Tensor, rest: torch.Tensor, rates: torch.Tensor, biases: torch.Tensor
+    ) -> RuleInputs:
         """Makes the inputs of the delta rule from what the convolution gives and the two numbers of each value head."""
         size, count = self.delta.key_head_dim, self.values_per_key
         q, k, v = F.silu(channels).split((size, size, count * self.delta.value_head_dim), -1)
         beta, decay = rest.to(channels.dtype).split((count, count), -1)
         log_decay = -rates * F.softplus(decay + biases)
-        return Inputs(q, k, v.unflatten(-1, (count, -1)), log_decay, beta.sigmoid())
+        return RuleInputs(q, k, v.unflatten(-1, (count, -1)), log_decay, beta.sigmoid())
 
     def _continued(self, features: torch.Tensor, valid_SB: torch.Tensor | None, cache: KVCache) -> torch.Tensor:
         """Starts rows, whose padding changes no state, or continues each by one token; keeps their states."""
@@ -116,7 +118,7 @@ class GatedDeltaNet(nn.Module):
             inputs = self._inputs(made, rest, *of_decay)
             if valid_SB is not None:
                 valid = valid_SB[..., None, None]
-                inputs = Inputs(inputs.q, inputs.k, inputs.v, inputs.log_decay * valid, inputs.beta * valid)
+                inputs = RuleInputs(inputs.q, inputs.k, inputs.v, inputs.log_decay * valid, inputs.beta * valid)
             outputs, state = delta_rule.by_chunks(inputs)
             states.start(channels, valid_SB)
         states.write(state)

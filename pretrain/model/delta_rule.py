@@ -24,8 +24,8 @@ _EPS = 1e-6  # of the length of queries and keys
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What the rule takes of each token: q and k [T, B, K, P], v [T, B, K, R, V], log α and β [T, B, K, R]."""
+class RuleInputs:
+    """Inputs of the rule for each token: q and k [T, B, K, P], v [T, B, K, R, V], log α and β [T, B, K, R]."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -33,10 +33,10 @@ class Inputs:
     log_decay: torch.Tensor
     beta: torch.Tensor
 
-    def normalized(self) -> "Inputs":
+    def normalized(self) -> "RuleInputs":
         """Returns the inputs with queries and keys of length one, and queries divided by the root of their size."""
         q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _EPS) for x in (self.q, self.k))
-        return Inputs(q * q.shape[-1] ** -0.5, k, self.v, self.log_decay, self.beta)
+        return RuleInputs(q * q.shape[-1] ** -0.5, k, self.v, self.log_decay, self.beta)
 
 
 def convolved(x: torch.Tensor, weight: torch.Tensor, documents_TB: torch.Tensor | None) -> torch.Tensor:
@@ -59,7 +59,7 @@ def _shifted(documents_TB: torch.Tensor, by: int) -> torch.Tensor:
     return F.pad(documents_TB, (0, 0, by, 0), value=-1)[: len(documents_TB)]
 
 
-def step(inputs: Inputs, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def step(inputs: RuleInputs, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes one token a row, T = 1, after `state` [B, K, R, P, V].
 
     Returns outputs [1, B, K, R, V] and the next state.
@@ -73,7 +73,7 @@ def step(inputs: Inputs, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return (state * q[..., None]).sum(-2)[None], state
 
 
-def by_chunks(inputs: Inputs, documents_TB: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def by_chunks(inputs: RuleInputs, documents_TB: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes whole rows; the state is zero before each document.
 
     Returns outputs [T, B, K, R, V] and the state [B, K, R, P, V] after the last token. `documents_TB` as in

@@ -1,4 +1,4 @@
-"""What a gated delta net keeps of each row in generation: its state, and the inputs that its convolution still sees."""
+"""States of gated delta nets in generation, with the inputs that the convolution of each row still sees."""
 
 import torch
 

@@ -33,7 +33,7 @@ def test_a_token_costs_its_products_and_half_of_the_score_matrix(tied: bool) -> 
 
 
 def test_a_gated_delta_net_costs_three_passes_over_its_states() -> None:
-    """What a state has at a key, what is written there, and what it has at a query; whatever the length of rows."""
+    """A state is read at a key, written there, and read at a query, whatever the length of rows."""
     width, heads, size_k, size_v, kernel = 16, 3, 4, 5, 2
     delta = DeltaConfig(
         num_key_heads=1, num_value_heads=heads, key_head_dim=size_k, value_head_dim=size_v, kernel_size=kernel

@@ -53,10 +53,7 @@ LLAMA_4 = LLAMA | {
     **{"num_hidden_layers": 4, "intermediate_size_mlp": 40, "head_dim": 12, "num_local_experts": 3},
     **{"num_experts_per_tok": 1, "attention_chunk_size": 16, "floor_scale": 8},
 }
-DELTA = MOE | {
-    **{"shared_expert_intermediate_size": 40, "layer_types": ["linear_attention", "full_attention"], "head_dim": 16},
-    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 10},
-}
+DELTA = MOE | {"shared_expert_intermediate_size": 40, "full_attention_interval": 2, "head_dim": 16}
 LORA, DORA = AdapterConfig(rank=3, alpha=4.5), AdapterConfig(kind="dora", rank=3, alpha=6.0)
 STABLE = AdapterConfig(rank=4, alpha=5.0, rank_stabilized=True)
 HALF = AdapterConfig(rank=2, alpha=3.0, targets=("q_proj", "v_proj", "up_proj"))

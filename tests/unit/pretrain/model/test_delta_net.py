@@ -12,29 +12,29 @@ from configs.sampling import GREEDY, SamplingConfig
 from pretrain.generation.sampling import generate
 from pretrain.model import Decoder, LayerContext, init_weights
 from pretrain.model.delta_net import GatedDeltaNet
-from pretrain.model.delta_rule import CHUNK, Inputs, by_chunks, convolved, step
+from pretrain.model.delta_rule import CHUNK, RuleInputs, by_chunks, convolved, step
 from tests.parallel.part_models import PART_MODELS
 
 DELTA = PART_MODELS["delta"]
 
 
-def random_inputs(length: int, rows: int = 2) -> Inputs:
+def random_inputs(length: int, rows: int = 2) -> RuleInputs:
     """Returns random inputs in fp64 of 3 key heads, two value heads for each; some tokens forget nearly everything."""
     generator = torch.Generator().manual_seed(length)
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(length, rows, 3, *shape, generator=generator, dtype=torch.float64)
 
-    return Inputs(drawn(5), drawn(5), drawn(2, 7), -drawn(2).exp() * 2, drawn(2).sigmoid())
+    return RuleInputs(drawn(5), drawn(5), drawn(2, 7), -drawn(2).exp() * 2, drawn(2).sigmoid())
 
 
-def one_by_one(inputs: Inputs, documents_TB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def one_by_one(inputs: RuleInputs, documents_TB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes the delta rule token by token, with an empty state at the first token of each document."""
     state, outputs = torch.zeros(inputs.v.shape[1], 3, 2, 5, 7, dtype=torch.float64), []
     for t in range(len(inputs.v)):
         if t:
             state = state * (documents_TB[t] == documents_TB[t - 1])[:, None, None, None, None]
-        output, state = step(Inputs(*(x[t : t + 1] for x in vars(inputs).values())), state)
+        output, state = step(RuleInputs(*(x[t : t + 1] for x in vars(inputs).values())), state)
         outputs.append(output)
     return torch.cat(outputs), state
 
@@ -66,7 +66,7 @@ def test_chunks_compute_what_the_recurrence_does(length: int) -> None:
 
 def test_gradients_of_chunks_are_finite_where_everything_is_forgotten() -> None:
     inputs = random_inputs(CHUNK + 3)
-    inputs = Inputs(inputs.q, inputs.k, inputs.v, (inputs.log_decay * 1e4).requires_grad_(), inputs.beta)
+    inputs = RuleInputs(inputs.q, inputs.k, inputs.v, (inputs.log_decay * 1e4).requires_grad_(), inputs.beta)
     by_chunks(inputs)[0].sum().backward()
     assert inputs.log_decay.grad is not None and inputs.log_decay.grad.isfinite().all()
 
