@@ -4,6 +4,7 @@ Torch is not imported, so that a run without checkpoints is told at once.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from configs.model import ModelConfig
 from configs.section import Section
 
 MANIFEST = "manifest.json"  # written last
+_SHOWN = 8  # checkpoints of a run that a message names
 
 
 def directory(run_dir: str | Path, step: int) -> Path:
@@ -42,31 +44,62 @@ def model_of(manifest: Path | None) -> ModelConfig | None:
 
 def check_named(init: InitConfig) -> None:
     """Raises ConfigError if what `init` names does not exist, has no checkpoint, or is a folder of another kind."""
-    section, path = init.section, Path(init.checkpoint or init.run or init.hf or "")
+    path = Path(init.checkpoint or init.run or init.hf or "")
     is_checkpoint, is_run = (path / MANIFEST).is_file(), (path / "checkpoints").is_dir()
     is_hf = not is_run and (path / "config.json").is_file()
-    if init.hf is not None and is_run and not (path / "config.json").is_file():
+    if init.hf is not None and not is_hf:
+        _check_hf(init, path, is_checkpoint, is_run)
+    if init.run is not None:
+        if is_checkpoint or is_hf:
+            kind, key = ("checkpoint", "checkpoint") if is_checkpoint else ("Hugging Face folder", "hf")
+            raise ConfigError(f"{init.said} is a {kind}, not a run; {_set_instead(init, key, path)}")
+        if not path.is_dir():
+            fault = "is a file" if path.exists() else "does not exist"
+            raise ConfigError(f"{init.said} {fault}; name the folder of a run, which has checkpoints")
+        if steps(path.parent) and path.absolute() == (path.parent / "checkpoints").absolute():
+            raise ConfigError(f"{init.said} is the folder of a run's checkpoints; set {init.named_by}={path.parent}")
+        if not steps(path):
+            raise ConfigError(f"{init.said}: {path} has no checkpoint; train first, or name another run")
+    if init.checkpoint is not None and not is_checkpoint:
+        raise ConfigError(f"{init.said} {_no_checkpoint(init, path, is_run, is_hf)}")
+
+
+def _check_hf(init: InitConfig, path: Path, is_checkpoint: bool, is_run: bool) -> None:
+    """Raises ConfigError if `path`, named as a Hugging Face folder and none, is something of Trivium's, or nothing."""
+    if is_run and not (path / "config.json").is_file():
+        said = "is a run or an imported model, not a Hugging Face folder"
+        raise ConfigError(f"{init.said} {said}; {_set_instead(init, 'run', path)}")
+    if is_checkpoint:
         raise ConfigError(
-            f"{init.said} is a run or an imported model, not a Hugging Face folder; set {section}.run={path} and leave "
-            f"{section}.hf out (as an override: {section}.hf=)"
+            f"{init.said} is a checkpoint, not a Hugging Face folder; {_set_instead(init, 'checkpoint', path)}"
         )
-    if init.run is not None and (is_checkpoint or is_hf):
-        kind, key = ("checkpoint", "checkpoint") if is_checkpoint else ("Hugging Face folder", "hf")
-        raise ConfigError(
-            f"{init.said} is a {kind}, not a run; set {section}.{key}={path} and leave {section}.run out (as an "
-            f"override: {section}.run=)"
-        )
-    if init.run is not None and not steps(path):
-        raise ConfigError(f"{init.said}: {path} has no checkpoint; train first, or name another run")
-    if init.checkpoint is not None and is_run:
-        own = [str(directory(path, step)) for step in steps(path)[-1:]]
-        remedy = f"set {section}.checkpoint={own[0]}" if own else "it has none yet, so train first"
-        raise ConfigError(f"{init.said} is a run, not a checkpoint; {remedy}")
-    if init.checkpoint is not None and not path.is_dir():
-        saved = ", ".join(f"step_{step}" for step in steps(path.parent.parent))
-        raise ConfigError(f"{init.said} does not exist; checkpoints in {path.parent} are {saved or 'none'}")
-    if init.hf is not None and not path.is_dir():
+    if not path.is_dir():
         raise ConfigError(f"{init.said} does not exist; name a Hugging Face model directory")
+
+
+def _no_checkpoint(init: InitConfig, path: Path, is_run: bool, is_hf: bool) -> str:
+    """Says what `path`, named as a checkpoint and none, is, and what to name of the run that it is in."""
+    if is_hf:
+        return f"is a Hugging Face folder, not a checkpoint; {_set_instead(init, 'hf', path)}"
+    if is_run:
+        own = [directory(path, step) for step in steps(path)[-1:]]
+        remedy = f"set {init.named_by}={own[0]}" if own else "it has none yet, so train first"
+        return f"is a run, not a checkpoint; {remedy}"
+    fault = "is no checkpoint" if path.exists() else "does not exist"
+    run = next((folder for folder in path.parents if steps(folder)), None)
+    if run is None:
+        return f"{fault}, and no folder above it is a run; name one as RUN/checkpoints/step_N"
+    saved, wanted = steps(run), re.search(r"\d+$", path.name)
+    step = int(wanted[0]) if wanted and int(wanted[0]) in saved else saved[-1]
+    more = f" and {len(saved) - _SHOWN} more" if len(saved) > _SHOWN else ""
+    have = ", ".join(f"step_{one}" for one in saved[-_SHOWN:])
+    return f"{fault}; checkpoints of {run} are {have}{more}: set {init.named_by}={directory(run, step)}"
+
+
+def _set_instead(init: InitConfig, key: str, path: Path) -> str:
+    """Says to name `path` by `key`, and to leave out the key that names it now."""
+    now = init.named_by
+    return f"set {init.section}.{key}={path} and leave {now} out (as an override: {now}=)"
 
 
 class OnlyInit(Section):

@@ -174,10 +174,25 @@ def entrypoint(
         raise
     except Exception as error:
         signals.let_a_signal_pass()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" for {error.filename}" if error.filename else ""
-            print(f"error: no space is left on disk{where}; make room, then {signals.AGAIN}", file=sys.stderr)
+        if (said := _file_fault(error)) is not None:
+            print(f"error: {said}", file=sys.stderr)
+            if on_error is not None:
+                on_error(f"error: {said}")
         elif not (isinstance(error, BrokenPipeError) and signals.nobody_reads()):
             traceback.print_exc()
         status = 1
     signals.exit(status)
+
+
+def _file_fault(error: Exception) -> str | None:
+    """Says in a sentence which file or folder the system keeps from being written or read, None for other errors."""
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" for {error.filename}" if error.filename else ""
+        return f"no space is left on disk{where}; make room, then {signals.AGAIN}"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        if error.errno == errno.EROFS:
+            return f"{error.filename} is on a read-only file system; name another file or folder"
+        return f"{error.filename} is closed to this user; name another, or have its permissions changed"
+    return None

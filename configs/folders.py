@@ -29,7 +29,7 @@ def check_writable(folder: str | Path, key: str, value: str | Path | None = None
     folder = Path(folder)
     try:
         there = next((path for path in (folder, *folder.parents) if path.exists()), Path())
-        with tempfile.NamedTemporaryFile(dir=there, prefix=".writable.") as probe:
+        with tempfile.TemporaryFile(dir=there) as probe:  # without a name, so that the folder's own time stays
             probe.write(bytes(_PROBE_BYTES))
             probe.flush()
     except OSError as error:

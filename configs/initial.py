@@ -56,6 +56,11 @@ class InitConfig(Section):
         return self
 
     @property
+    def named_by(self) -> str:
+        """The key that names the model."""
+        return next(f"{self.section}.{key}" for key in MODELS if getattr(self, key))
+
+    @property
     def said(self) -> str:
         """The key that names the model, with its value."""
-        return next(f"{self.section}.{key} = {getattr(self, key)!r}" for key in MODELS if getattr(self, key))
+        return f"{self.named_by} = {(self.run or self.checkpoint or self.hf)!r}"

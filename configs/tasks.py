@@ -89,8 +89,9 @@ class TaskPartConfig(Section):
     def _refuse(self, keys: tuple[str, ...]) -> None:
         """Raises ValueError if a key is set that this kind of task does not read."""
         for key in keys:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} = {getattr(self, key)!r} says nothing of kind {self.kind!r}; leave it out")
+            if (value := getattr(self, key)) != type(self).model_fields[key].default:
+                said = f"section {key} ({', '.join(value)})" if isinstance(value, dict) else f"{key} = {value!r}"
+                raise ValueError(f"{said} says nothing of kind {self.kind!r}; leave it out")
 
 
 class WeightedTaskConfig(TaskPartConfig):

@@ -179,7 +179,12 @@ def write_specimen(specimen: Specimen) -> str:
     """Runs the specimen's command and returns what it prints. Raises Failure if the command fails."""
     command = [sys.executable, "-m", "cli", *specimen.command]
     done = subprocess.run(
-        command, input=specimen.typed, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+        command,
+        input=specimen.typed,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        preexec_fn=die_with_parent,  # a signal that ends this process leaves no command behind
     )
     if done.returncode:
         raise Failure(

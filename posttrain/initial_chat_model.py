@@ -73,8 +73,8 @@ class NamedModel(InitConfig):
         return cls(key=key, **{"checkpoint" if (path / storage.MANIFEST).is_file() else kind: str(path)})
 
     @property
-    def said(self) -> str:
-        return f"{self.key} = {self.checkpoint or self.hf or self.run!r}"
+    def named_by(self) -> str:
+        return self.key
 
 
 def _read_template(path: str) -> str:

@@ -37,9 +37,10 @@ class PretrainingText:
             raise ConfigError(f"{key} = {location!r}: {str(error).replace('data.plan', key)}") from None
         initial.check_plan(location, plan, key)
         if plan.seq_length != seq_length:
+            other = "" if initial.continues else f", or set train.seq_length={plan.seq_length}"
             raise ConfigError(
                 f"{key} has rows of {plan.seq_length} tokens, and train.seq_length = {seq_length}; make a plan with "
-                f"mixture.seq_length={seq_length}, or set train.seq_length={plan.seq_length}"
+                f"mixture.seq_length={seq_length}{other}"
             )
         return cls(plan, key)
 

@@ -6,6 +6,7 @@ tokenizer are large and are kept in the same way only if a run has trained on a 
 folders are never removed here.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ import numpy as np
 
 from configs.differences import changes, words
 from configs.files import sync
+from configs.sealed import PLAN
 from data_pipeline.mixture.rows import PLAN_FILE, Plan, Segments
 from data_pipeline.tokens.store import Store
 
@@ -80,6 +82,17 @@ def where(location: str | Path, fingerprint: str) -> Path | None:
     location = Path(location)
     folders = _candidates(location.parent if location.name == PLAN_FILE else location)
     return next((folder for folder in folders if _fingerprint(folder / PLAN_FILE) == fingerprint), None)
+
+
+def following(plan: Plan) -> Path | None:
+    """Returns the folder, beside the plan's, of a plan that goes on from its end; None if there is none."""
+    end = plan.first_sample + plan.num_samples
+    for file in sorted(plan.path.parent.glob(f"*/{PLAN_FILE}")):
+        with contextlib.suppress(ValueError, OSError):
+            after = PLAN.read(file.read_bytes(), file)["after"]
+            if after and (after["plan"], after["first_sample"]) == (plan.fingerprint, end):
+                return file.parent
+    return None
 
 
 def was_at(plan: Plan, location: str | Path) -> bool:

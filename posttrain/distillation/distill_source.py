@@ -28,6 +28,7 @@ from pretrain.heldout_loss import batches_of_rank
 from pretrain.parallel.engine import Engine
 
 OWN = "own samples"  # the source of what the student wrote
+_PLAN = "data_plan"  # key of the plan's fingerprint in a checkpoint's `source`
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ class StudentSampling:
     def is_due(self, step: int) -> bool:
         """Whether a step, counted from 0, learns from samples."""
         return math.floor((step + 1) * self.share) > math.floor(step * self.share)
+
+
+def plan_in(manifest: Mapping[str, Any]) -> str | None:
+    """Returns the fingerprint of the plan whose rows a checkpoint's run has learnt; None if there is none."""
+    found = manifest.get("source", {}).get(_PLAN)
+    return None if found is None else str(found)
 
 
 class DistillSource(BatchSource):
@@ -72,19 +79,22 @@ class DistillSource(BatchSource):
         known = [length for length in lengths if length is not None]
         self.longest_text = max(known) if len(known) == len(lengths) else None
         self._teacher_sha256 = teacher_sha256
-        self.fingerprint = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
+        self.fingerprint = self._fingerprint(data.fingerprint if data else None)
+        common = data.common_samples if data else {}
+        self.common_samples = {self._fingerprint(plan): samples for plan, samples in common.items()}
         self._teacher = teacher
         self._rollout: Rollout | None = None
         self._dp_rank = 0
 
-    @property
-    def _identity(self) -> dict[str, Any]:
+    def _fingerprint(self, data: str | None) -> str:
+        """Returns the fingerprint of a source like this one, on data of the fingerprint `data`."""
         sampling = self._sampling
-        return {
-            "data": self._data.fingerprint if self._data else None,
+        identity = {
+            "data": data,
             "teacher": self._teacher_sha256,
             "samples": sampling and {"task": sampling.task.facts, "share": sampling.share},
         }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -100,6 +110,23 @@ class DistillSource(BatchSource):
     @property
     def checkpoints(self) -> list[str]:
         return [self._teacher.checkpoint]
+
+    @property
+    def following(self) -> Path | None:
+        return self._data.following if self._data else None
+
+    def by_keys(self, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+        data, task = facts.get("data", {}), facts.get("task", {})
+        return {
+            "teacher": facts.get("teacher"),
+            "distill.on_policy": facts.get("on_policy"),
+            "data": data,
+            "task": task,
+        }
+
+    def state(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"teacher": {"checkpoint": self._teacher.checkpoint, "sha256": self._teacher_sha256}}
+        return found | ({_PLAN: self._data.fingerprint} if self._data and self._data.location else {})
 
     def files(self) -> list[Expected]:
         return self._data.files() if self._data else []

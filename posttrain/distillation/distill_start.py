@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from configs.distill import DistillConfig
 from configs.layout import Layout
 from configs.loader import ConfigError
 from configs.tasks import DemonstrationConfig
-from data_pipeline.mixture.rows import Plan
 from launch.environment import ClusterEnvironment
 from posttrain.chat import mask_xray
 from posttrain.chat.dialogues import Example, read_data
 from posttrain.chat.sft_data import SFTSource
-from posttrain.distillation.distill_source import StudentSampling
+from posttrain.distillation.distill_source import StudentSampling, plan_in
 from posttrain.distillation.teacher import OpenedTeacher, check_length, check_template, open_teacher
 from posttrain.initial_chat_model import InitialChatModel
 from posttrain.records import Records
@@ -24,6 +24,7 @@ from posttrain.tasks.lengths import check_answers, check_rows
 from posttrain.tasks.preflight import check_task
 from posttrain.tasks.task import Task
 from pretrain.data.batch_source import BatchSource, PlanSource
+from pretrain.run.plan_choice import choose_plan
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ def opened(config: DistillConfig, resume: str, env: ClusterEnvironment) -> Opene
     data: BatchSource | None = None
     heldout: Mapping[str, Sequence[Any]] = {}
     if config.data.plan is not None:
-        data, heldout = _plan(config, student, teacher)
+        data, heldout, lines = _plan(config, student, teacher, resume)
+        said += lines
     elif config.data.dialogues or _demonstrated(config):
         data, heldout, lines = _dialogues(config, student, teacher, task)
         said += lines
@@ -86,13 +88,12 @@ def _demonstrated(config: DistillConfig) -> DemonstrationConfig | None:
 
 
 def _plan(
-    config: DistillConfig, student: InitialChatModel, teacher: OpenedTeacher
-) -> tuple[BatchSource, Mapping[str, Sequence[Any]]]:
+    config: DistillConfig, student: InitialChatModel, teacher: OpenedTeacher, resume: str
+) -> tuple[BatchSource, Mapping[str, Sequence[Any]], list[str]]:
+    """Opens the rows of data.plan; a run that goes on keeps its own plan where a data run has replaced it."""
     location, length = str(config.data.plan), config.train.seq_length
-    try:
-        plan = Plan.open(location)
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"data.plan = {location!r}: {error}") from None
+    choice = choose_plan(location, Path(config.run.dir), resume, config.checkpoint.mirror, plan_in)
+    plan = choice.plan
     student.check_plan(location, plan)
     if plan.seq_length != length:
         raise ConfigError(
@@ -107,7 +108,7 @@ def _plan(
     check_length(config, teacher, length, f"rows of data.plan = {location!r}")
     rows = config.eval.rows
     heldout = {s: [plan.heldout_row(s, i) for i in range(min(rows, plan.heldout_rows(s)))] for s in plan.sources}
-    return PlanSource(plan), heldout
+    return PlanSource(plan, choice.common_samples), heldout, [f"data.plan: {choice.reason}"] if choice.reason else []
 
 
 def _dialogues(

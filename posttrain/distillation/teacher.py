@@ -7,18 +7,22 @@ hidden size, never times vocabulary. It has weights and nothing else: no gradien
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup
 
-from configs.distill import DistillConfig
+from configs.distill import DistillConfig, TeacherConfig
+from configs.initial import MODELS
 from configs.layout import Layout
 from configs.loader import ConfigError
 from configs.model import ModelConfig
 from configs.train import ParallelConfig, TrainSection
 from data_pipeline.tokens.tokenizer import difference
 from posttrain.distillation.divergence_head import Head, TeacherStates
+from pretrain.checkpoint import storage
+from pretrain.checkpoint.adapter_base import content_of
 from pretrain.checkpoint.lineage import Pin
 from pretrain.checkpoint.state import fill_evaluated
 from pretrain.model.batch import Batch
@@ -59,7 +63,9 @@ def open_teacher(config: DistillConfig, student: InitialModel, world_size: int) 
     """
     said = config.teacher.said
     try:
-        found = InitialModel.open(config.teacher, f"{config.run.dir}/teacher", "no")
+        named, note = _kept(config.teacher, student)
+        found = InitialModel.open(named, f"{config.run.dir}/teacher", "no")
+        found = replace(found, note=note or found.note)
         found.check_writes_text()
         if found.tokenizer is None:
             raise ConfigError(
@@ -84,6 +90,34 @@ def open_teacher(config: DistillConfig, student: InitialModel, world_size: int) 
         return OpenedTeacher(found, layout_of(found.model, config.parallel, config.train, world_size))
     except ConfigError as error:
         raise ConfigError(f"{said} does not fit the layout: {error}") from None
+
+
+def _kept(named: TeacherConfig, student: InitialModel) -> tuple[TeacherConfig, str | None]:
+    """Returns the teacher to open, and a note if it is not the newest: a run that goes on keeps the one it began with.
+
+    Raises ConfigError if that is not there any more, and `named` still means it.
+    """
+    manifest = storage.read_manifest(student.own) if student.own else {}
+    if not (begun := manifest.get("source", {}).get("teacher")):
+        return named, None
+    checkpoint, before = Path(begun["checkpoint"]), manifest["config"].get("teacher", {})
+    now = Path(named.run or named.checkpoint or named.hf or "")
+    is_same = str(now) in {before.get(key) for key in MODELS}
+    for path in (*([checkpoint] if is_same else []), now, now / "checkpoints" / checkpoint.name):
+        if content_of(path) == begun["sha256"]:
+            break
+    else:
+        if is_same:
+            raise ConfigError(
+                f"{named.said} was {checkpoint} when the run began, and that is gone or was replaced; restore it, or "
+                "choose another run.dir"
+            )
+        return named, None
+    key = "checkpoint" if (path / storage.MANIFEST).is_file() else "hf"
+    note = None
+    if named.run and any(storage.directory(now, step).name != path.name for step in storage.steps(now)[-1:]):
+        note = f"the run began with the teacher {path} and keeps it; newer checkpoints of {now} are ignored"
+    return named.model_copy(update={**dict.fromkeys(MODELS), key: str(path)}), note
 
 
 def layout_of(model: ModelConfig, parallel: ParallelConfig, train: TrainSection, world_size: int) -> Layout:

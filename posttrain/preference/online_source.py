@@ -8,6 +8,7 @@ take their place. What a step samples depends on the seed and its number alone, 
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +66,10 @@ class OnlinePreferenceSource(BatchSource):
             "task": self.sampling.task.facts,
             "online": {"completions": online.completions, "max_draws": online.max_draws, "pairs": size},
         }
+
+    def by_keys(self, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+        online = dict(facts.get("online", {}))
+        return {"task": facts.get("task", {}), "train.global_batch_size": online.pop("pairs", None), "online": online}
 
     def state(self) -> dict[str, Any]:
         return {"rewards": rewards} if (rewards := made_from(self.sampling.task)) else {}

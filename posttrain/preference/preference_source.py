@@ -52,7 +52,8 @@ class PreferenceSource(PackedSource):
 
         A run that goes on from a checkpoint of another one, by --resume PATH, takes them from that one.
         """
-        if not self.has_reference:
+        trained_on = storage.read_manifest(checkpoint).get("identity", {}).get("data")
+        if not self.has_reference and trained_on == self.fingerprint:  # the trainer refuses other data, in words
             beside = storage.run_of(checkpoint) / self.file.parent.name / self.file.name
             self._found = reference_logprobs.load(self.file, self._shape)
             if self._found is None:
@@ -64,7 +65,8 @@ class PreferenceSource(PackedSource):
             raise ConfigError(
                 f"{self.file} is missing or damaged, in which the run keeps the log-probabilities of its reference on "
                 "these preferences, and which it cannot compute again from its own weights; restore the file, set "
-                "preference.loss, [data] and train.seq_length back if they were changed, or choose another run.dir"
+                "preference.loss back if it had no reference, and data.heldout_share if it was changed, or choose "
+                "another run.dir"
             )
 
     def prepare(self, engine: Engine, step: int) -> None:

@@ -75,7 +75,8 @@ def opened(
         )
     environment = config.rl.environment
     most = None if environment else longest + task.max_new_tokens - 1  # the last token is a label
-    sampling = SamplingPlan(task, initial.chat, group, section.temperature, config.run.seed, environment, most)
+    drawing = group, section.temperature, config.run.seed, environment, most
+    sampling = SamplingPlan(task, initial.chat, *drawing, method=name)
     return OpenedRun(initial, sampling, dialect, layout, said)
 
 

@@ -66,7 +66,8 @@ class Credit(Protocol):
 class SamplingPlan:
     """The task whose prompts are sampled, and how; `seed` and the number of a sample fix its prompt and its draws.
 
-    `longest` is the number of tokens that a prompt and its completion may have, None if that is a whole row.
+    `longest` is the number of tokens that a prompt and its completion may have, None if that is a whole row, and
+    `method` the section of the config that has `group_size`.
     """
 
     task: Task
@@ -76,6 +77,7 @@ class SamplingPlan:
     seed: int
     environment: EnvironmentConfig | None = None
     longest: int | None = None
+    method: str = "grpo"
 
     @property
     def make(self) -> Callable[[], Environment] | None:
@@ -130,6 +132,15 @@ class RolloutSource(BatchSource):
         if self._text:
             plan = self._text.text.plan
             found["text"] = {"plan": f"{plan.num_samples:,} rows ({plan.fingerprint[:12]})"}
+        return found
+
+    def by_keys(self, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+        found: dict[str, Any] = {"task": facts.get("task", {}), self.sampling.method: dict(facts.get("grpo", {}))}
+        found["rl"] = {"rollout_batch": 1, "epochs": 1, **facts.get("rl", {})}
+        if "environment" in facts:
+            found["rl"]["environment"] = facts["environment"]
+        if "text" in facts:
+            found[self.sampling.method]["text_plan"] = facts["text"]["plan"]
         return found
 
     def files(self) -> list[Expected]:

@@ -30,8 +30,8 @@ class Fetcher:
     The main rank makes one and calls its methods.
     """
 
-    def __init__(self, mesh: Mesh, run_dir: Path, address: str, fits: Fits):
-        self._mesh, self._run_dir, self._fits = mesh, run_dir, fits
+    def __init__(self, mesh: Mesh, run_dir: Path, address: str, fits: Fits, begins: Callable[[], None]):
+        self._mesh, self._run_dir, self._fits, self._begins = mesh, run_dir, fits, begins
         self._mirror = Mirror(address)
         if self._mirror.is_local and Path(address).resolve() == run_dir.resolve():
             raise ConfigError(
@@ -46,6 +46,7 @@ class Fetcher:
                     f"checkpoint.mirror = {self._mirror.address!r} holds checkpoints, the newest of step {steps[-1]}, "
                     "which --resume no would overwrite; name another folder there, or leave --resume out to go on"
                 )
+            self._begins()
             claim(self._mirror, self._run_dir, adopt=True)
         except MirrorError as error:
             raise self._unreachable(error) from None
@@ -83,6 +84,7 @@ class Fetcher:
                         "beginning, or name another checkpoint.mirror"
                     ) from None
         if own is None:
+            self._begins()
             claim(self._mirror, self._run_dir, adopt=True)
         return None
 

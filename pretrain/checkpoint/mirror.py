@@ -232,10 +232,11 @@ def claim(mirror: Mirror, run_dir: Path, adopt: bool) -> None:
             f"checkpoint.mirror = {mirror.address!r} holds the checkpoints of another run than {run_dir}; name another "
             "folder there"
         )
-    own = theirs or own or uuid.uuid4().hex
+    shared = theirs or own or uuid.uuid4().hex
     if not theirs:
-        mirror.write(ID, own.encode())
-    write_atomic(file, own.encode())
+        mirror.write(ID, shared.encode())
+    if own != shared:
+        write_atomic(file, shared.encode())
 
 
 def local_files(path: Path) -> dict[str, dict[str, Any]]:

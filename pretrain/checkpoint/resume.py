@@ -63,12 +63,14 @@ def choose(
     mirror: str | None = None,
     fits: Fits | None = None,
     local: LocalDisk | None = None,
+    begins: Callable[[], None] = lambda: None,
 ) -> Path | None:
     """Returns the checkpoint to start from, the same on every rank, or None for a new start.
 
     With `before` it is one of an earlier step than that, to which a run goes back. If `mirror` has a later one than the
     run's folder, it is fetched first; `fits` raises ConfigError if a manifest is that of another run. If the nodes'
-    disks (`local`) have a later one, it is gathered first; those that the run does not follow from are removed.
+    disks (`local`) have a later one, it is gathered first. `begins` raises ConfigError if the run cannot be a new one,
+    which is asked before a mirror is marked as its own.
 
     The main rank looks for it and prints a warning for each damaged checkpoint that it skips. To check a checkpoint it
     asks all ranks, each of which reads its share of the files. Raises ConfigError or CheckpointError, on all ranks, if
@@ -79,7 +81,7 @@ def choose(
     if mesh.is_main:
         answer: dict[str, Any] = {"path": None, "refused": None, "damaged": None}
         try:
-            fetcher = Fetcher(mesh, run_dir, mirror, fits) if mirror and fits else None
+            fetcher = Fetcher(mesh, run_dir, mirror, fits, begins) if mirror and fits else None
             gatherer = LocalGatherer(local) if local and before is None else None
             path = _choose(run_dir, resume, partial(_check_together, mesh), before, fetcher, gatherer)
             answer["path"] = str(path) if path else None
@@ -95,10 +97,7 @@ def choose(
         raise ConfigError(answer["refused"])
     if answer["damaged"]:
         raise CheckpointError(answer["damaged"])
-    path = Path(answer["path"]) if answer["path"] else None
-    if local:
-        local.begin(int(storage.read_manifest(path)["step"]) if path else 0)
-    return path
+    return Path(answer["path"]) if answer["path"] else None
 
 
 def _share(mesh: Mesh, request: dict[str, Any], local: LocalDisk | None) -> Any:
@@ -159,9 +158,13 @@ def check_identity(
             "train stages in their order, or choose another run.dir"
         )
     if passes_on and samples != source.first_sample:
+        rest, batch = source.first_sample - samples, config["train"]["global_batch_size"]
+        reached = rest > 0 and rest % batch == 0
+        first = f"train to there first, on the plan before, with train.steps={manifest['step'] + rest // batch}, or "
         raise ConfigError(
             f"{path} has used {samples:,} samples, and data.plan = {source.location!r} goes on after "
-            f"{source.first_sample:,}; train to there first, or make a plan that goes on from it: "
+            f"{source.first_sample:,}{'' if reached else f', where no step of {batch} samples ends'}; "
+            f"{first if reached else ''}make a plan that goes on from it: "
             f"trivium data replan CONFIG --after {path} --out FOLDER"
         )
     # A key that the checkpoint does not have is newer than it, and was not set.
@@ -180,8 +183,10 @@ def check_identity(
             difference = source.difference(_facts(manifest))
             said += [line for line in _data_keys(manifest["config"], config) if line not in difference]
             said.append(f"its data differ: {difference}")
+        elif key == "adapter" and then and now:
+            said += words({f"adapter.{name}": pair for name, pair in changes(then, now).items()})
         elif key == "adapter":
-            said += words({f"adapter.{name}": pair for name, pair in changes(then or {}, now or {}).items()})
+            said.append(f"section adapter, of kind {(now or then)['kind']}, is {'new' if now else 'gone'}")
         elif key in _WORDS:
             said.append(f"{_WORDS[key]} differs")
         else:
@@ -210,8 +215,9 @@ _WORDS = {
     "roles": "the roles of the tokenizer's tokens",
     "chat_template": "the chat format",
 }
-# Sections that decide which data there are, and keys of them that do not.
-_OF_DATA, _NOT_OF_DATA = ("data", "task"), ("data.plan", "data.text_plan", "task.eval_prompts")
+# Sections, and keys of others, that decide which data there are, and keys of these sections that do not.
+_OF_DATA = ("data", "task", "teacher", "reward_model.kind", "reward_model.margin", "reward_model.separator")
+_NOT_OF_DATA = ("data.plan", "data.text_plan", "task.eval_prompts", "data.max_bad_share")
 _CONFIG_KEYS = {"seed": "run.seed", "seq_length": "train.seq_length", "freeze": "train.freeze"}
 
 
@@ -237,11 +243,12 @@ def _data_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Says which keys that decide the data differ in two configs; a section that only one has is named alone."""
     said = []
     for name in _OF_DATA:
-        then, ours = before.get(name), now.get(name)
+        section, _, key = name.partition(".")
+        then, ours = before.get(section), now.get(section)
         if then and ours:
-            found = changes({name: then}, {name: ours})
-            said += words({key: pair for key, pair in found.items() if key not in _NOT_OF_DATA})
-        elif then or ours:
+            parts = [{section: {key: one.get(key)} if key else one} for one in (then, ours)]
+            said += words({key: pair for key, pair in changes(*parts).items() if key not in _NOT_OF_DATA})
+        elif (then or ours) and not key:
             said.append(f"section {name} is {'new' if ours else 'gone'}")
     return said
 
@@ -309,7 +316,9 @@ def _named(resume: str, check: Callable[[Path], None]) -> Path:
         example = storage.directory(path, steps[-1]) if steps else path / "checkpoints/step_N"
         raise ConfigError(f"--resume {resume} is a run, not a checkpoint; name one of its checkpoints, e.g. {example}")
     if not path.is_dir():
-        raise ConfigError(f"--resume {resume}: there is no such checkpoint; give auto, no, or a path like RUN/step_N")
+        raise ConfigError(
+            f"--resume {resume}: there is no such checkpoint; give auto, no, or a path like RUN/checkpoints/step_N"
+        )
     try:
         check(path)
     except CheckpointError as error:

@@ -135,8 +135,18 @@ class BatchSource(abc.ABC):
 
     def difference(self, before: Mapping[str, Any]) -> str:
         """Describes how the data differ from data with the facts `before`, which are empty if they are unknown."""
-        described = [_in_words(key, *pair) for key, pair in changes(before, self.facts).items()] if before else []
+        found = changes(self.by_keys(before), self.by_keys(self.facts)) if before else {}
+        described = [_in_words(key, *pair) for key, pair in found.items()]
         return "; ".join(described) or "the checkpoint does not say what is different about them"
+
+    def by_keys(self, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns `facts` by the keys of the config that decide them, as messages name them."""
+        return facts
+
+    @property
+    def following(self) -> Path | None:
+        """Folder of the plan with which training goes on after this source's last sample, such as a next stage's."""
+        return None
 
     @property
     def checkpoints(self) -> list[str]:
@@ -200,6 +210,10 @@ class PlanSource(BatchSource):
     def difference(self, before: Mapping[str, Any]) -> str:
         return earlier.differences(before, self.facts) if before else super().difference(before)
 
+    @property
+    def following(self) -> Path | None:
+        return earlier.following(self.plan)
+
     def note_use(self, run_dir: Path) -> None:
         earlier.note_use(self.plan.path, run_dir)
 
@@ -246,12 +260,16 @@ def check_samples(
     lacking = (train.steps - step) * train.global_batch_size - left
     if lacking <= 0:
         return
-    replan = f", or then run `trivium data replan CONFIG --after {checkpoint} --out FOLDER`" if checkpoint else ""
-    most = step + left // train.global_batch_size
+    most, unused = step + left // train.global_batch_size, left % train.global_batch_size
+    go_on = f", or then run `trivium data replan CONFIG --after {checkpoint} --out FOLDER`" if checkpoint else ""
+    stage = "last mixture stage"
+    if source.following is not None:
+        stage = f"mixture stage {Path(source.location or '').name}"
+        go_on += "" if unused else f", or train to step {most} and then go on with data.plan={source.following}"
     without = f", of which {passed:,} are passed over" if passed else ""
     fewer = f"set train.steps={most}, or " if most else ""
     raise ConfigError(
         f"train.steps = {train.steps} needs {lacking:,} samples more than {source.location or 'the data'} has, which "
-        f"are {source.num_samples:,}{without}; {fewer}raise mixture.samples in the data config (of its last mixture "
-        f"stage, if it has stages) by {lacking:,} and run `trivium data run` again{replan}"
+        f"are {source.num_samples:,}{without}; {fewer}raise mixture.samples in the data config (of its {stage}, "
+        f"if it has stages) by {lacking:,} and run `trivium data run` again{go_on}"
     )

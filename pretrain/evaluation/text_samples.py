@@ -30,17 +30,17 @@ class TextSamples:
     def __init__(self, config: EvalConfig, codec: TextCodec, context: int, run_dir: Path, step: Callable[[], int]):
         self._codec, self._path, self._step, self._prompts = codec, run_dir / FILE, step, config.prompts
         self._tokens = min(config.prompt_tokens, context - 1)
-        most = context - self._tokens
         self._ids = [
             codec.encode_chat([{"role": "user", "content": text}]) if config.chat else codec.encode_prompt(text)
             for text in self._prompts
         ]
-        for text, ids in zip(self._prompts, self._ids, strict=True):
-            if len(ids) > most:
-                raise ConfigError(
-                    f"eval.prompts: {text[:40]!r} has {len(ids)} tokens, and with eval.prompt_tokens = {self._tokens} "
-                    f"more the model reads at most {most}; shorten it, or lower eval.prompt_tokens"
-                )
+        longest, text = max(((len(ids), text) for ids, text in zip(self._ids, self._prompts, strict=True)))
+        if longest + self._tokens > context:
+            fewer = f", or set eval.prompt_tokens={context - longest} or less" if longest < context else ""
+            raise ConfigError(
+                f"eval.prompts: {text[:40]!r} has {longest} tokens, and with eval.prompt_tokens = "
+                f"{config.prompt_tokens} more it goes beyond the {context} that the model reads; shorten it{fewer}"
+            )
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
         """Writes the continuations of the moment; returns no measures. Collective: all ranks call it."""

@@ -138,7 +138,8 @@ def _data_changes(before: DataSpan, after: DataSpan) -> list[str]:
     if before["data"] == after["data"]:
         return []
     found = changes(before.get("facts", {}), after.get("facts", {}))
-    settings = {key: pair for key, pair in found.items() if key.startswith("mixture.")}
+    # Distillation has the facts of its plan below `data`.
+    settings = {key.removeprefix("data."): found[key] for key in found if key.startswith(("mixture.", "data.mixture."))}
     return words(settings) or [f"other data than of {before['plan']}" if before["plan"] else "other data"]
 
 

@@ -291,7 +291,7 @@ def _pinned(own: Path, init: InitConfig, run_dir: str) -> tuple[Pin, str | None]
                 f"{begun}, and init.checkpoint = {init.checkpoint!r} is another; name the first, or choose another "
                 "run.dir to start a new one"
             )
-        return pin, f"{begun} and continues from its own weights; init.checkpoint = {init.checkpoint!r} is gone"
+        return pin, f"{begun} and continues from its own weights; init.checkpoint = {init.checkpoint!r} does not exist"
     if init.hf is not None:
         note = _pinned_folder(Path(init.hf), pin, begun)
         return (pin if note else replace(pin, checkpoint=str(Path(init.hf).resolve()))), note
@@ -299,7 +299,7 @@ def _pinned(own: Path, init: InitConfig, run_dir: str) -> tuple[Pin, str | None]
     run = Path(init.run)
     same, steps = storage.directory(run, pin.step), storage.steps(run)
     if not steps:
-        return pin, f"{begun} and continues from its own weights; init.run = {init.run!r} has no checkpoint any more"
+        return pin, f"{begun} and continues from its own weights; init.run = {init.run!r} has no checkpoint"
     if not _is(same, pin) and run.resolve() != pin.run and init.run != manifest["config"]["init"].get("run"):
         raise ConfigError(
             f"{begun}, which init.run = {init.run!r} does not hold; name the run that does, or choose another run.dir "
@@ -320,7 +320,7 @@ def _pinned_folder(folder: Path, pin: Pin, begun: str) -> str | None:
     from export.hf_folder import content_sha256
 
     if not (folder / "config.json").is_file():
-        return f"{begun} and continues from its own weights; init.hf = {str(folder)!r} is gone"
+        return f"{begun} and continues from its own weights; init.hf = {str(folder)!r} does not exist"
     if str(folder.resolve()) == pin.checkpoint or content_sha256(folder) == pin.sha256:
         return None
     raise ConfigError(

@@ -1,4 +1,4 @@
-"""Choice of the plan that a pretraining run trains on: the one at data.plan, or the one it was begun on.
+"""Choice of the plan that a run trains on: the one at data.plan, or the one it was begun on.
 
 A data run that makes a new plan keeps the earlier ones. A training run that was begun on an earlier plan goes on with
 the new one only if both have the same rows for all samples trained on so far and for all later ones that both have;
@@ -6,6 +6,7 @@ else it goes on with its own. Whether the plan fits the checkpoint is checked by
 module imports torch only if there is a checkpoint.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,23 @@ class PlanChoice:
     reason: str | None = None
 
 
-def choose_plan(location: str, run_dir: Path, resume: str = "auto", mirror: str | None = None) -> PlanChoice:
+def own_plan(manifest: Mapping[str, Any]) -> str | None:
+    """Returns the fingerprint of the plan that a checkpoint's pretraining run was trained on; None for a new run."""
+    found = manifest.get("identity", {}).get("data")
+    return None if found is None else str(found)
+
+
+def choose_plan(
+    location: str,
+    run_dir: Path,
+    resume: str = "auto",
+    mirror: str | None = None,
+    wanted_by: Callable[[Mapping[str, Any]], str | None] = own_plan,
+) -> PlanChoice:
     """Chooses the plan of the run in `run_dir`, where `location` is data.plan and `resume` the value of --resume.
 
-    A run whose folder is lost may have a checkpoint in its `mirror`.
+    A run whose folder is lost may have a checkpoint in its `mirror`. `wanted_by` returns the fingerprint of the run's
+    own plan from a checkpoint's manifest.
 
     Raises ConfigError if there is no plan, DamagedData if the plan at `location` or the run's own one is damaged.
     """
@@ -44,7 +58,7 @@ def choose_plan(location: str, run_dir: Path, resume: str = "auto", mirror: str 
     except (ValueError, OSError) as error:
         missing = ConfigError(f"data.plan = {location!r}: {error}")
     manifest = _manifest(run_dir, resume, mirror)
-    wanted = manifest.get("identity", {}).get("data")
+    wanted = wanted_by(manifest)
     own = None
     if wanted is not None and not (current and wanted in (current.fingerprint, current.after)):
         try:

@@ -33,6 +33,8 @@ def go_back(trainer: "Trainer", bad: BadStep, steps: StepLog, saver: Saver) -> N
             "or lower optimizer.lr"
         )
     manifest, reached = storage.read_manifest(path), trainer.step
+    if trainer.run.local:
+        trainer.run.local.begin(manifest["step"])
     state.restore(trainer.engine, path)
     trainer.engine.go_on_from_restored()
     trainer.rewinds.add(bad, manifest["step"])

@@ -159,6 +159,9 @@ def _take(lock: IO[str], run_dir: Path) -> bool:
 
 def _write(lock: IO[str], text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # OSError: the disk is full; ValueError: the file is closed already
+        lock.seek(0)
+        if lock.read() == text:  # a run that is refused leaves the file with its time
+            return
         lock.truncate(0)
         lock.write(text)
         lock.flush()

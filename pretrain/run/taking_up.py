@@ -27,16 +27,13 @@ def load_weights(trainer: "Trainer") -> Path | None:
         mirror=trainer.config.checkpoint.mirror,
         fits=partial(_check_identity, trainer),
         local=trainer.run.local,
+        begins=partial(_check_begins, trainer),
     )
     if path is None:
-        if trainer.source.after:
-            raise ConfigError(
-                f"data.plan = {trainer.source.location!r} continues another plan after its first "
-                f"{trainer.source.first_sample:,} samples, but this run is new: train on that plan first, or name a "
-                "checkpoint of such a run with --resume"
-            )
+        _check_begins(trainer)
         trainer.rewinds.begin(None)
         _check_samples(trainer)
+        _begin_local(trainer)
         if trainer.lineage.init:
             with initial_weights(trainer.lineage.init) as tensors:
                 for name in state.begin_from(trainer.engine, tensors):
@@ -59,7 +56,25 @@ def load_weights(trainer: "Trainer") -> Path | None:
     trainer.context = max(trainer.context, manifest.get("context", 0))
     trainer.origin = resume.origin_of(path, trainer.run.path)
     take_up(trainer, path, manifest)
+    _begin_local(trainer)
     return path
+
+
+def _check_begins(trainer: "Trainer") -> None:
+    """Raises ConfigError if a run that is new cannot train on its data."""
+    if trainer.source.after:
+        raise ConfigError(
+            f"data.plan = {trainer.source.location!r} continues another plan after its first "
+            f"{trainer.source.first_sample:,} samples, but this run is new: train on that plan first, or name a "
+            "checkpoint of such a run with --resume"
+        )
+    check_samples(trainer.source, trainer.config.train, 0, 0)
+
+
+def _begin_local(trainer: "Trainer") -> None:
+    """Begins a start on the nodes' disks, once the run is known to go on from where it is."""
+    if trainer.run.local:
+        trainer.run.local.begin(trainer.step)
 
 
 def take_up(trainer: "Trainer", path: Path, manifest: dict[str, Any]) -> None:

@@ -257,7 +257,7 @@ def test_init_names_a_run_or_a_checkpoint(call: Call, trained: Path, tmp_path: P
         (["init.checkpoint="], r"none of init.run, init.checkpoint and init.hf names the model"),
         ([f"init.run={two}", "init.checkpoint="], "is a checkpoint, not a run; set init.checkpoint="),
         ([f"init.checkpoint={run}"], "is a run, not a checkpoint; set init.checkpoint="),
-        ([f"init.checkpoint={run}/checkpoints/step_9"], "does not exist; checkpoints in .* are step_2, step_4"),
+        ([f"init.checkpoint={run}/checkpoints/step_9"], "does not exist; checkpoints of .* are step_2, step_4: set"),
         (
             [f"run.dir={tmp_path / 'two'}", other, "train.steps=4"],
             "two began from .*, and init.checkpoint = .* is another; name the first",

@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from configs.sealed import CHECKPOINT
 from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens.tokenizer_training import train as train_tokenizer
 from pretrain.checkpoint import storage
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import BASE
 from tests.parallel.runs import metrics
+from tests.published_plans import publish, without_plan
 from tests.small_data import VOCAB, make_tokens
 from tests.training_configs import write_training_config
 
@@ -165,6 +167,60 @@ def test_a_run_is_the_same_in_any_layout(
     assert distill(ranks, base, world, f"run.dir={tmp_path}", f"parallel.{parallel}")["status"] == 0
     losses = [[line["loss"] for line in steps_of(run)] for run in (tmp_path, trained)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_run_on_a_plan_goes_on_once_the_plan_has_grown_or_was_replaced(
+    ranks: RanksOf, base: Path, tmp_path: Path
+) -> None:
+    data = without_plan(base, tmp_path / "data")
+    first = publish(data)
+    rows = [f"data.plan={data / 'plan'}", "train.seq_length=32", "task=none", "distill.on_policy=0.0"]
+
+    def run(name: str, steps: int) -> dict[str, Any]:
+        return distill(ranks, base, 1, *rows, f"run.dir={tmp_path / name}", f"train.steps={steps}")
+
+    assert run("grown", 2)["status"] == run("kept", 2)["status"] == 0
+    said = run("grown", 5)["error"]
+    assert "needs 8 samples more than" in said and "raise mixture.samples" in said
+    longer = publish(data, samples=12 + 8)
+    assert "goes on with the new one" in run("grown", 5)["said"]
+    assert run("straight", 5)["status"] == 0
+    assert steps_of(tmp_path / "grown") == steps_of(tmp_path / "straight")
+    publish(data, weights={"code": 0.9, "prose": 0.1})
+    kept = run("kept", 3)
+    assert kept["status"] == 0 and "weights.code 0.6 -> 0.9" in kept["said"]
+    assert steps_of(tmp_path / "kept") == steps_of(tmp_path / "straight")[:3]
+    found = [
+        storage.read_manifest(storage.directory(tmp_path / name, step)) for name, step in (("kept", 3), ("grown", 5))
+    ]
+    assert [one["source"]["data_plan"] for one in found] == [first, longer]
+
+
+def test_a_run_keeps_the_teacher_that_it_began_with(ranks: RanksOf, base: Path, tmp_path: Path) -> None:
+    """A teacher that has trained further, was moved, or is gone: a run that goes on needs the one it has had."""
+    teacher = shutil.copytree(base / "teacher", tmp_path / "teacher")
+
+    def run(where: Path, steps: int, name: str = "run", data: str = "eval.every=1000") -> dict[str, Any]:
+        own = [f"run.dir={tmp_path / name}", f"teacher.run={where}", f"train.steps={steps}", "distill.on_policy=0.0"]
+        return distill(ranks, base, 1, *own, data)
+
+    assert run(teacher, 1)["status"] == run(base / "teacher", 3, "straight")["status"] == 0
+    manifest = storage.read_manifest(storage.directory(teacher, 1))
+    newer = shutil.copytree(storage.directory(teacher, 1), storage.directory(teacher, 2))
+    (newer / storage.MANIFEST).write_bytes(CHECKPOINT.write({**manifest, "step": 2}))
+    said = run(teacher, 2)
+    assert (
+        said["status"] == 0 and f"began with the teacher {storage.directory(teacher, 1)} and keeps it" in said["said"]
+    )
+    moved = teacher.rename(tmp_path / "moved")
+    assert run(moved, 3)["status"] == 0
+    assert steps_of(tmp_path / "run") == steps_of(tmp_path / "straight")
+    assert "section data is" not in (said := run(moved, 4, data="task.demonstrations=61")["error"])
+    assert "task.demonstrations 60 -> 61; its data differ: " in said
+    shutil.rmtree(storage.directory(moved, 1))
+    said = run(moved, 4)["error"]
+    assert "step_1 when the run began, and that is gone or was replaced; restore it, or choose another run.dir" in said
+    assert "teacher.run " in run(base / "student", 4)["error"], "another one is told by its key"
 
 
 def test_what_does_not_fit_is_refused_before_the_first_step(ranks: RanksOf, base: Path, tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_a_run_goes_on_without_the_folder_that_it_began_from(base: Path, start: 
     moved = start("stopped", 1, "--dry-run", hf=str(tmp_path / "moved"))
     assert f"from {tmp_path / 'moved'}" in moved["said"] and "note" not in moved["said"]
     gone = start("stopped", 1, hf=str(tmp_path / "hub"))
-    assert "hub' is gone" in gone["said"] and gone["losses"] == straight
+    assert "hub' does not exist" in gone["said"] and gone["losses"] == straight
     file = tmp_path / "moved/model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\0")
     with pytest.raises(ConfigError, match=r"began from .*hub, and init\.hf = .* is another; name the first, or choose"):
@@ -206,7 +206,7 @@ def test_what_does_not_fit_the_model_is_refused_with_a_remedy(base: Path, tmp_pa
         ([f"init.hf={ours}"], "is a run or an imported model, not a Hugging Face folder; set init.run="),
         ([f"init.run={ours}"], "name the model to start from; leave only one of them"),
         (["init.hf="], "none of init.run, init.checkpoint and init.hf names"),
-        (["init.hf=nowhere"], "has no config.json"),
+        (["init.hf=nowhere"], "does not exist; name a Hugging Face model directory"),
     ):
         assert words in refused(*overrides), overrides
     assert train.main([*from_hf, "init.hf=", f"init.run={ours}"]) == 0

@@ -7,18 +7,13 @@ from typing import Any
 
 import pytest
 
-from configs.loader import validate
-from configs.mixture import MixtureConfig
-from data_pipeline.core.stage import replace_folder
-from data_pipeline.mixture.earlier import keep_plans
-from data_pipeline.mixture.plan_files import build_stages
-from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import replan
 from pretrain.checkpoint import storage
 from pretrain.run import history
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
 from tests.parallel.runs import metrics, trained_on
+from tests.published_plans import publish, without_plan
 from tests.small_data import VOCAB, make_tokens
 from tests.training_configs import training_config
 
@@ -36,20 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def data(made: Path, tmp_path: Path) -> Path:
     """Folder of a data run that has tokens and a tokenizer, but no plan yet."""
-    (tmp_path / "data").mkdir()
-    for name in ("tokens", "tokenizer"):
-        (tmp_path / "data" / name).symlink_to(made / name)
-    return tmp_path / "data"
-
-
-def publish(data: Path, samples: int = 12, **changes: Any) -> str:
-    """Makes and publishes a new plan, as a data run does; returns its fingerprint, "" for a mixture in stages."""
-    mixture = {"seq_length": 32, "weights": {"code": 0.6, "prose": 0.4}, "max_epochs": 9, "samples": samples, **changes}
-    build_stages(data / "tokens", data / "tokenizer", data / "new", validate(MixtureConfig, mixture).plans())
-    if (data / "plan").exists():
-        keep_plans(data / "plan", data / "new")
-    replace_folder(data / "new", data / "plan")
-    return "" if "stages" in changes else Plan.open(data / "plan").fingerprint
+    return without_plan(made, tmp_path / "data")
 
 
 def tree_of(run: Path, plan: Path, steps: int, seed: int = 3, seq_length: int = 32) -> dict[str, Any]:
@@ -94,6 +76,26 @@ def test_a_longer_plan_goes_on_as_the_same_data(ranks: RanksOf, data: Path, tmp_
     assert losses(run) == losses(tmp_path / "straight")
     # Steps before the change are traced in the earlier plan.
     assert [s["document_id"] for s in trained_on(run)] == [s["document_id"] for s in trained_on(tmp_path / "straight")]
+
+
+def test_each_stage_of_a_mixture_may_grow(ranks: RanksOf, data: Path, tmp_path: Path) -> None:
+    run, general, late = tmp_path / "run", data / "plan/general", data / "plan/late"
+    publish(data, stages={"general": {}, "late": {}})
+    said = train(ranks, run, general, 5)["error"]
+    assert "set train.steps=3, or raise mixture.samples in the data config (of its mixture stage general, if" in said
+    assert f"by 8 and run `trivium data run` again, or train to step 3 and then go on with data.plan={late}" in said
+    assert train(ranks, run, general, 3)["status"] == train(ranks, run, late, 4)["status"] == 0
+    run = tmp_path / "longer"
+    assert train(ranks, run, general, 2)["status"] == 0
+    publish(data, stages={"general": {"samples": 12 + 8}, "late": {}})
+    assert train(ranks, run, general, 5)["status"] == train(ranks, run, late, 6)["status"] == 0
+    said = train(ranks, run, late, 9)["error"]
+    assert "set train.steps=8, or raise mixture.samples in the data config (of its last mixture stage, if" in said
+    publish(data, stages={"general": {"samples": 20}, "late": {"samples": 12 + 4}})
+    assert train(ranks, run, late, 9)["status"] == 0
+    assert train(ranks, tmp_path / "straight", general, 5)["status"] == 0
+    assert train(ranks, tmp_path / "straight", late, 9)["status"] == 0
+    assert losses(run) == losses(tmp_path / "straight")
 
 
 def test_ranks_that_saw_different_plans_do_not_train(ranks: RanksOf, data: Path, tmp_path: Path) -> None:

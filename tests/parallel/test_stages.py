@@ -170,6 +170,9 @@ def test_a_plan_that_does_not_follow_is_refused(ranks: RanksOf, plans: Path, tmp
     assert train(ranks, run, plans / "general", 2, 8) == {"status": 0}
     said = train(ranks, run, plans / "annealing", 6, 4)["error"]
     assert "has used 16 samples" in said and "goes on after 24" in said and "trivium data replan CONFIG --after" in said
+    assert "train to there first, on the plan before, with train.steps=4, or make a plan" in said
+    said = train(ranks, run, plans / "annealing", 6, 6)["error"]
+    assert "goes on after 24, where no step of 6 samples ends; make a plan that goes on from it" in said
     assert "goes on after another plan than" in train(ranks, run, plans / "long_context", 6, 4)["error"]
     assert train(ranks, run, plans / "general", 3, 8) == {"status": 0}
     said = train(ranks, run, plans / "annealing", 6, 4, tie_embeddings=True)["error"]

@@ -1,5 +1,6 @@
 """Output folders that cannot be written to: each command that has one refuses it by a sentence that names the key."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.cli import entrypoint
 from configs.folders import check_run_dir, check_writable
 from configs.loader import ConfigError
 from export import publishing
@@ -20,33 +22,40 @@ IN_OWN_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
 HAS_NAMESPACES = subprocess.run([*IN_OWN_NAMESPACE, "true"], capture_output=True).returncode == 0
 COMMANDS: dict[str, tuple[Callable[[Sequence[str] | None], int], list[str]]] = {
     "run.dir": (train.main, ["configs/pretrain/demo.toml", "run.dir={folder}"]),
-    "run.dir of sft": (sft.main, ["configs/posttrain/demo_sft.toml", "run.dir={folder}"]),
-    "run.dir of rm": (rm.main, ["configs/posttrain/demo_rm.toml", "run.dir={folder}"]),
-    "run.dir of dpo": (dpo.main, ["configs/posttrain/demo_dpo.toml", "run.dir={folder}"]),
-    "run.dir of ppo": (ppo.main, ["configs/posttrain/demo_ppo.toml", "run.dir={folder}"]),
-    "run.dir of grpo": (grpo.main, ["configs/posttrain/demo_grpo.toml", "run.dir={folder}"]),
+    "run.dir of sft": (sft.main, ["configs/posttrain/demo_sft.toml", "run.dir={folder}", "init.run={base}"]),
+    "run.dir of rm": (rm.main, ["configs/posttrain/demo_rm.toml", "run.dir={folder}", "init.run={base}"]),
+    "run.dir of dpo": (dpo.main, ["configs/posttrain/demo_dpo.toml", "run.dir={folder}", "init.run={base}"]),
+    "run.dir of ppo": (ppo.main, ["configs/posttrain/demo_ppo.toml", "run.dir={folder}", "init.run={base}"]),
+    "run.dir of grpo": (grpo.main, ["configs/posttrain/demo_grpo.toml", "run.dir={folder}", "init.run={base}"]),
     "--out": (prove.main, ["configs/pretrain/demo.toml", "--layouts", "tp2", "--out", "{folder}"]),
 }
 
 
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """Folder of a run that seems to have a checkpoint."""
+    (tmp_path / "base/checkpoints/step_1").mkdir(parents=True)
+    return tmp_path / "base"
+
+
 @pytest.mark.parametrize("key", COMMANDS)
-def test_a_file_is_no_folder_and_has_none(tmp_path: Path, key: str) -> None:
+def test_a_file_is_no_folder_and_has_none(tmp_path: Path, base: Path, key: str) -> None:
     main, argv = COMMANDS[key]
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file/run"):
         with pytest.raises(ConfigError) as refused:
-            main([word.format(folder=out) for word in argv])
+            main([word.format(folder=out, base=base) for word in argv])
         words = f"{key.split()[0]} = {str(out)!r}: {tmp_path / 'file'} is a file; name a folder"
         assert str(refused.value) == words
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "rollouts", "reference"])
-def test_a_file_in_place_of_a_runs_folder_is_found_at_the_start(tmp_path: Path, name: str) -> None:
+def test_a_file_in_place_of_a_runs_folder_is_found_at_the_start(tmp_path: Path, base: Path, name: str) -> None:
     (tmp_path / name).touch()
     for command in ("run.dir", "run.dir of sft", "run.dir of grpo"):
         main, argv = COMMANDS[command]
         with pytest.raises(ConfigError, match=rf"^run\.dir = '{tmp_path}': {tmp_path / name} is a file; name a folder"):
-            main([word.format(folder=tmp_path) for word in argv])
+            main([word.format(folder=tmp_path, base=base) for word in argv])
     (tmp_path / name).unlink()
     check_run_dir(tmp_path)
 
@@ -105,3 +114,23 @@ def test_a_folder_of_another_user(tmp_path: Path, mode: int) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "a/run")], capture_output=True, text=True)
     assert f"ConfigError: run.dir = '{tmp_path}/a/run': this user may not write there; name another" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EACCES, "runs/a/report.html is closed to this user; name another, or have its permissions changed"),
+        (errno.EROFS, "runs/a/report.html is on a read-only file system; name another file or folder"),
+        (errno.ENOSPC, "no space is left on disk for runs/a/report.html; make room, then run the same command again"),
+    ],
+)
+def test_a_file_that_is_found_closed_later_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], number: int, words: str
+) -> None:
+    def main(_: Sequence[str] | None) -> int:
+        raise OSError(number, os.strerror(number), "runs/a/report.html")
+
+    told: list[str] = []
+    with pytest.raises(SystemExit) as ended:
+        entrypoint(main, [], on_error=told.append)
+    assert ended.value.code == 1 and words in told[0] and capsys.readouterr().err == f"{told[0]}\n"

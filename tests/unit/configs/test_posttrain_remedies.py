@@ -117,7 +117,7 @@ def recipe(**stage: Any) -> dict[str, Any]:
             "set .task.tasks.NAME. with kind and weight",
             {"kind": "mixture", "tasks": {"NAME": {"kind": "sort", "weight": 2.0}}},
         ),
-        (TaskConfig, {"tasks": {"a": {}}}, "says nothing of kind 'sort'; leave it out", {}),
+        (TaskConfig, {"tasks": {"a": {}}}, r"section tasks \(a\) says nothing of kind 'sort'; leave it out", {}),
         (PreferenceConfig, PAIRS | {"preference": {"smoothing": 0.2}}, "leave it out, or", PAIRS),
         (
             PreferenceConfig,

@@ -89,7 +89,7 @@ def test_a_critic_has_the_policys_tokenizer_and_shape(
         with pytest.raises(ConfigError, match=f"ppo.critic = .*{words}"):
             critic_start(str(tmp_path / name), policy)
     for missing in ("none", "rm/checkpoints/step_9"):
-        with pytest.raises(ConfigError, match=r"ppo\.critic = .* has no checkpoint; train first, or name another"):
+        with pytest.raises(ConfigError, match=r"ppo\.critic = .* does not exist; name the folder of a run"):
             critic_start(str(tmp_path / missing), policy)
 
 

@@ -148,7 +148,17 @@ def test_whatever_a_message_suggests_for_a_layout_is_legal_then(base: Path, run:
     [
         (["init.run={dense}/checkpoints/step_1"], "is a checkpoint, not a run", ["init.run="]),
         (["init.run=", "init.checkpoint={dense}"], "is a run, not a checkpoint", ["init.run="]),
-        (["init.run=", "init.checkpoint={dense}/checkpoints/step_9"], "are step_1", None),
+        (["init.run=", "init.checkpoint={dense}/checkpoints/step_9"], "does not exist; checkpoints of", ["init.run="]),
+        (["init.run=", "init.checkpoint={dense}/step_1"], "dense are step_1: set init.checkpoint", ["init.run="]),
+        (["init.run=", "init.checkpoint={dense}/checkpoints"], "is no checkpoint; checkpoints of", ["init.run="]),
+        (
+            ["init.run=", "init.checkpoint={empty}/step_1"],
+            "no folder above it is a run; name one as RUN/checkpoints/step_N",
+            None,
+        ),
+        (["init.run={dense}/checkpoints"], "is the folder of a run's checkpoints; set init.run=", []),
+        (["init.run=", "init.checkpoint={hub}"], "is a Hugging Face folder, not a checkpoint", ["init.checkpoint="]),
+        (["init.run={empty}/none"], "does not exist; name the folder of a run, which has checkpoints", None),
         (["init.run={empty}"], "has no checkpoint; train first, or name another run", None),
         (["init.run=", "init.checkpoint={empty}"], "it has none yet, so train first", None),
         (["init.run="], "set init.run=RUN for the newest checkpoint", None),
@@ -163,13 +173,17 @@ def test_a_model_to_begin_from_is_found_as_the_message_says(
     """Follows what the message says: `right` are overrides beside its KEY=VALUE, None if it names no value."""
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     (tmp_path / "other").write_text("no such tokenizer")
-    folders = {"dense": base / "dense", "empty": tmp_path / "empty", "other": tmp_path / "other"}
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/config.json").write_text("{}")
+    folders = {"dense": base / "dense", **{name: tmp_path / name for name in ("empty", "other", "hub")}}
     overrides = [one.format(**folders) for one in wrong]
     message = refused(run["grpo"], 1, overrides)
     assert words in message
-    if "are step_1" in message:
-        right, overrides = [overrides[1].replace("step_9", "step_1")], overrides[:1]
-    elif "init.tokenizer" in message or "init.run=RUN" in message or "train first" in message:
+    if "Hugging Face" in message:
+        assert list(remedies(message)) == [("init.hf", str(tmp_path / "hub"))]
+        return
+    without_value = ("init.tokenizer", "init.run=RUN", "train first", "RUN/checkpoints/step_N", "name the folder")
+    if any(words in message for words in without_value):
         right, overrides = [f"init.run={base / 'dense'}"], []
     else:
         right = [*(right or []), *(f"{key}={value}" for key, value in remedies(message) if "/" in value)]
@@ -237,7 +251,7 @@ def test_a_run_that_continues_is_told_no_other_length_of_rows_than_its_own(
             r"ppo\.text_plan = 'none': there is no plan at .*plan.json;",
             [],
         ),
-        ("ppo", ["ppo.critic=none"], "has no checkpoint; train first, or name another run", ["ppo.critic={dense}"]),
+        ("ppo", ["ppo.critic=none"], "does not exist; name the folder of a run", ["ppo.critic={dense}"]),
         ("ppo", ["ppo.critic={moe}"], r"name a reward model .*, or leave ppo\.critic out$", []),
         ("ppo", ["ppo.dialect=ppo@verl", "rl.correction_low=3"], "is above rl.correction_high = 2.0; swap them", None),
         ("grpo", ["grpo.dialect=gspo", "parallel.cp=2"], r"set parallel\.cp=1", ["grpo.dialect=gspo"]),

@@ -377,7 +377,7 @@ def test_a_reward_model_scores_a_batch_at_once(monkeypatch: pytest.MonkeyPatch) 
         return [float("nan") if "bad" in one[-1]["content"] else -3.5 for one in dialogues]
 
     settings = {"model": RewardConfig(kind="reward_model", model="runs/rm")}
-    with pytest.raises(ConfigError, match=r"rewards\.model\.model = 'runs/rm': runs/rm has no checkpoint; train first"):
+    with pytest.raises(ConfigError, match=r"rewards\.model\.model = 'runs/rm' does not exist; name the folder"):
         make_rewards(settings)
     scorer.pin = Pin("runs/rm/checkpoints/step_4", 4, "b00c")  # type: ignore[attr-defined]
     monkeypatch.setattr("posttrain.rewards.dialogue_scorer.open_scorer", lambda path, key: scorer)

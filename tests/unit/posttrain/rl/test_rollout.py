@@ -1,5 +1,6 @@
 """Rollouts: reproducible draws, rows aligned with the trainer's log-probabilities, records, unusable completions."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from configs.loader import ConfigError
-from configs.rl import GRPOSection, RLSection, checked_rollouts
+from configs.rl import EnvironmentConfig, GRPOSection, RLSection, checked_rollouts
 from configs.train import TrainSection
 from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.algorithms.advantages import batch_normalised, decoupled_sums
@@ -293,7 +294,10 @@ def test_a_run_may_change_how_it_learns_but_not_what(chat: ChatFormat, tmp_path:
         (source(chat, tmp_path, group_size=8), "grpo.group_size 4 -> 8"),
     ):
         assert other.fingerprint != first.fingerprint and other.difference(first.facts) == words
-    assert source(chat, tmp_path, epochs=2).fingerprint != first.fingerprint
+    more = source(chat, tmp_path, group_size=8, epochs=2)
+    more.sampling = replace(more.sampling, method="ppo", environment=EnvironmentConfig(max_calls=2))
+    words = "ppo.group_size 4 -> 8; rl.epochs 1 -> 2; rl.environment.tools unset -> ['calculator']; rl.environment."
+    assert more.fingerprint != first.fingerprint and more.difference(first.facts) == f"{words}max_calls unset -> 2"
 
 
 def test_a_checkpoint_in_a_rollout_needs_that_very_rollout(chat: ChatFormat, rollout: Rollout, tmp_path: Path) -> None:
