@@ -188,7 +188,8 @@ def check_identity(
         elif key == "adapter":
             said.append(f"section adapter, of kind {(now or then)['kind']}, is {'new' if now else 'gone'}")
         elif key in _WORDS:
-            said.append(f"{_WORDS[key]} differs")
+            line = f"{_WORDS[key]} differs"
+            said += [] if any(line in other for other in said) else [line]
         else:
             said += words({_CONFIG_KEYS.get(key, key): (then, now)})
     if said:

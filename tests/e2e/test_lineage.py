@@ -308,8 +308,9 @@ def test_an_export_is_known_by_content(tuned: Path, tmp_path: Path, capsys: pyte
     content, times = weights.read_bytes(), (weights.stat().st_atime_ns, weights.stat().st_mtime_ns)
     weights.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     os.utime(weights, ns=times)  # with the same name, size and time
-    assert export(tmp_path / "model", tmp_path / "hf") == 1
-    assert "does not match its SHA-256" in capsys.readouterr().out.replace("\n", " ")
+    for named in ([], ["step=0"]):
+        assert export(tmp_path / "model", tmp_path / "hf", *named) == 1
+        assert "does not match its SHA-256" in capsys.readouterr().out.replace("\n", " ")
     weights.write_bytes(content)
     (tmp_path / "model").rename(tmp_path / "elsewhere")
     assert not exported_anew(tmp_path / "elsewhere")

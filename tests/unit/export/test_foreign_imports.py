@@ -134,3 +134,21 @@ def test_a_folder_with_several_ends_keeps_them_all(tmp_path: Path, capsys: pytes
     assert open_source(tmp_path / "ours").codec().stop_ids == ends
     exports(tmp_path / "ours", tmp_path / "back")
     assert json.loads((tmp_path / "back/config.json").read_text())["eos_token_id"] == ends
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "tokenizer_config.json"])
+def test_an_export_of_a_folder_that_says_other_ends_is_made_anew(
+    file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, files = qwen()
+    ends = [made.token_to_id("<|im_end|>"), made.token_to_id("<|endoftext|>")]
+    hub = write(saved(tmp_path / "hub", made.get_vocab_size() + 9, eos_token_id=ends[0]), made, files)
+    (hub / "generation_config.json").write_text("{}")
+    exports(hub, tmp_path / "back")
+    config = json.loads((hub / "tokenizer_config.json").read_text())
+    other = {"eos_token_id": ends} if file == "generation_config.json" else config | {"eos_token": "<|endoftext|>"}
+    (hub / file).write_text(json.dumps(other))
+    for says_it_again in (False, True):
+        capsys.readouterr()
+        exports(hub, tmp_path / "back")
+        assert ("is up to date with" in capsys.readouterr().out.replace("\n", " ")) == says_it_again

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,20 @@ def test_a_mistake_in_any_stage_is_said_before_the_first_one(override: str, word
 def test_an_input_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"inputs.model = '{tmp_path}/none' does not exist; make it first"):
         recipe.main([str(FOLDER / "r1.toml"), f"dir={tmp_path}/r1", f"inputs.model={tmp_path}/none"])
+
+
+def test_a_hugging_face_folder_is_known_by_its_content(tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in ("config.json", "model.safetensors", "tokenizer.json", "a.jinja")}
+    for file in files.values():
+        file.write_bytes(b"{}")
+    found = result_of(tmp_path)
+    for file in files.values():
+        times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+        file.write_bytes(b"[]")
+        os.utime(file, ns=times)
+        assert result_of(tmp_path) != found, file.name
+        file.write_bytes(b"{}")
+        assert result_of(tmp_path) == found, "with the same content it is the same, whenever that was written"
 
 
 def test_a_result_is_made_from_inputs_and_data_too(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from configs.loader import validate
 from configs.model import ModelConfig
 from export.conversion.family_registry import FAMILIES, computation, differences, family_of, family_of_config
+from export.conversion.table import longest_row
 from export.conversion.tensor_shapes import parameters
 from export.conversion.walk import ConversionError, entries
 from export.hf_config import from_hf_config, to_hf_config
@@ -43,6 +44,25 @@ def test_names_and_shapes_are_those_that_transformers_writes(name):
         if not any(re.fullmatch(pattern, name) for pattern in (*family.ignored, *family.kept))
     }
     assert listed == wanted  # of single experts the facts list the first
+
+
+@pytest.mark.parametrize(
+    ("scaling", "stated"),
+    [
+        ({"kind": "yarn", "factor": 2.0, "original_length": 32}, 76),
+        ({"kind": "dynamic", "factor": 2.0, "original_length": 32}, 32),
+        ({"kind": "longrope", "factor": 2.0, "original_length": 32, "short_factor": [1.0] * 4}, 64),
+        ({"kind": "longrope", "attention_factor": 1.2, "original_length": 32, "short_factor": [1.0] * 4}, 76),
+    ],
+)
+def test_a_context_from_which_readers_compute_scaling_is_the_one_that_it_was_made_for(
+    scaling: dict[str, Any], stated: int
+) -> None:
+    """The model has been trained on texts of 76 tokens."""
+    if scaling["kind"] == "longrope":
+        scaling |= {"long_factor": [2.0] * 4}
+    model = validate(ModelConfig, SIZES | {"position": {"scaling": scaling}})
+    assert longest_row(model, 76) == stated
 
 
 @pytest.mark.parametrize("name", KNOWN)
