@@ -13,7 +13,7 @@ from typing import Any
 from configs.loader import ConfigError
 from configs.model import ModelConfig
 from configs.model_size import mean_layer_parameters, mtp_parameters
-from configs.remedies import Misfit, divisors, multiples, remedies
+from configs.remedies import SEVERAL_KEYS, Misfit, divisors, multiples, remedies
 from configs.train import ParallelConfig, TrainSection
 
 RANKS = "the number of ranks"
@@ -131,7 +131,11 @@ class Layout:
         try:
             return cls.fit(request)
         except Misfit as misfit:
-            raise ConfigError(f"{misfit}; {remedies(misfit, request.value, request.fits)}") from None
+            from configs.nearest_layout import legal_together  # which uses this module
+
+            said = remedies(misfit, request.value, request.fits)
+            together = legal_together(request) if said.endswith(SEVERAL_KEYS) else ""
+            raise ConfigError(f"{misfit}; {said}{together}") from None
 
     @classmethod
     def fit(cls, request: LayoutRequest) -> "Layout":

@@ -7,6 +7,7 @@ parallel, whose ranks exchange the most, never grow. Memory is not predicted her
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,8 @@ from configs.loader import ConfigError
 from configs.model import ModelConfig
 from configs.remedies import Misfit, divisors
 from configs.train import ParallelConfig, TrainSection
+
+TOGETHER = 100  # layouts that are tried for a message
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,39 @@ def nearest_layout(ranks: int, parallel: ParallelConfig, model: ModelConfig, tra
         Layout.of(ranks, parallel, model, train, given=(SEQ_LENGTH,))  # which says what does not fit
         raise ConfigError(f"no layout of {ranks} ranks or fewer fits the model and train.global_batch_size")
     return found
+
+
+def legal_together(request: LayoutRequest) -> str:
+    """Returns overrides that together make an illegal layout of as many ranks legal, as the end of a sentence, or "".
+
+    Of a hundred layouts with other degrees, in which the fewest keys differ, the first legal one is taken. Keys that
+    are given stay as they are.
+    """
+    given, ranks, layers = request.parallel, request.world_size, request.model.num_layers
+    experts = request.model.moe.num_experts if request.model.moe else 1
+    degrees = [
+        {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp, "ep": ep, "sp": given.sp and tp > 1}
+        for tp, cp in itertools.product(divisors(given.tp), divisors(given.cp))
+        if ranks % (tp * cp) == 0
+        for pp in divisors(ranks // (tp * cp))
+        if pp <= layers
+        for vpp in ({1, given.vpp} if pp > 1 else {1})
+        for ep in divisors(experts)
+        if ep <= given.ep
+    ]
+
+    def change(one: dict[str, int]) -> tuple[int, float]:
+        """Returns a sort key: how many degrees differ, and by how much those that split the model do in all."""
+        ratios = (abs(math.log(one[name] / getattr(given, name))) for name in ("tp", "cp", "pp", "ep"))
+        return sum(value != getattr(given, name) for name, value in one.items()), sum(ratios)
+
+    for one in sorted(degrees, key=change)[:TOGETHER]:
+        stages = given.layers_per_stage if one["pp"] * one["vpp"] == given.pp * given.vpp else None
+        parallel = given.model_copy(update={**one, "layers_per_stage": stages})
+        found = _with_batch(request, replace(request, parallel=parallel))
+        if found and not request.given.intersection(found.changed):
+            return f", such as {' '.join(found.overrides)}"
+    return ""
 
 
 def _fewer_data_parallel(request: LayoutRequest) -> NearestLayout | None:

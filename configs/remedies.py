@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+SEVERAL_KEYS = "change more than one key"
+
 
 class Misfit(Exception):
     """A reason why values do not fit together. `tried` has values to try for each key; None leaves the key out."""
@@ -36,7 +38,7 @@ def remedies(misfit: Misfit, present: Callable[[str], Any], fits: Callable[[str,
     clauses = [could_be(key, present(key), tried, partial(fits, key)) for key, tried in misfit.tried.items()]
     if any(clauses):
         return ", or ".join(filter(None, clauses))
-    return f"no other value of {' or '.join(misfit.tried)} alone fits the rest, so change more than one key"
+    return f"no other value of {' or '.join(misfit.tried)} alone fits the rest, so {SEVERAL_KEYS}"
 
 
 def divisors(number: int, least: int = 1) -> list[int]:
