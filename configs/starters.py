@@ -22,7 +22,10 @@ _TITLES = {
     "sample": ("Rejection sampling from the demo's GRPO model (make demo).", "trivium sample"),
     "recipe": ("A recipe: fine-tuning of the demo's pretrained model (make demo), then GRPO.", "trivium recipe run"),
     "export": ("The demo's pretrained model (make demo) as a Hugging Face directory.", "trivium export"),
-    "launch": ("Two nodes of 8 GPUs.", "trivium launch --on slurm --cluster"),
+    "launch": (
+        "Two nodes of 8 GPUs.",
+        "trivium launch --on slurm --cluster THIS_FILE train configs/pretrain/llama3_8b.toml",
+    ),
 }
 _TRAINING: dict[str, Any] = {
     "train.micro_batch_size": 8,
@@ -173,7 +176,8 @@ def starter(kind: str) -> str:
     """Returns a config of this kind as TOML with comments. Raises ConfigError if there is no such kind."""
     schema = schema_of(kind)
     title, command = _TITLES[kind]
-    lines = [f"# {title}", f"# {command} THIS_FILE --dry-run     every key: trivium config --explain {kind}"]
+    command = command if "THIS_FILE" in command else f"{command} THIS_FILE"
+    lines = [f"# {title}", f"# {command} --dry-run", f"# Every key: trivium config --explain {kind}"]
     section = None
     for key, value in _VALUES[kind].items():
         parent, _, name = key.rpartition(".")

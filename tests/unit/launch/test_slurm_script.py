@@ -9,6 +9,7 @@ import pytest
 
 from configs.launch import LaunchConfig
 from configs.loader import ConfigError, load
+from configs.starters import starter
 from launch import ranks, snapshot
 from launch.launched_command import read_command
 
@@ -184,3 +185,13 @@ def test_the_preset_of_llama_3_fits_a_node_of_eight(cluster: str) -> None:
     assert (config.world_size, command.folder) == (8, Path("runs/llama3_8b/pretrain"))
     with pytest.raises(ConfigError, match="does not divide the 7 ranks"):
         read_command(["train", str(ROOT / "configs/pretrain/llama3_8b.toml")], 7)
+
+
+def test_a_new_launch_config_starts_by_the_command_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    file = tmp_path / "launch.toml"
+    file.write_text(starter("launch"))
+    words = starter("launch").splitlines()[1].removeprefix("# trivium launch ").replace("THIS_FILE", str(file)).split()
+    assert ranks.main(words) == 0 and "--dry-run" in words
