@@ -35,6 +35,7 @@ TOKENIZER_CLASS = '''from transformers import PreTrainedTokenizerFast
 class TriviumTokenizer(PreTrainedTokenizerFast):
     """The tokenizer in tokenizer.json, as it is."""
 '''
+_BYTE_SPACE = "\u0120"  # spells a space in byte-level pieces
 _NEVER = 128  # times the lowest score
 
 
@@ -172,7 +173,7 @@ def write_tokenizer(
         # llama.cpp's converter reads these and not tokenizer.json.
         "add_bos_token": adds_bos,
         "add_eos_token": False,
-        "add_prefix_space": False,
+        "add_prefix_space": own.foreign and own.pieces[own.encode("a")[0]].startswith((SPACE, _BYTE_SPACE)),
         "model_max_length": max_length,
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",

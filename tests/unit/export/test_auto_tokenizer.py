@@ -95,6 +95,8 @@ def test_a_tokenizer_trained_elsewhere_keeps_ids_roles_and_template(maker, model
     assert (fast.eos_token_id, fast.pad_token_id) == (ours.eos_id, ours.pad_id)
     assert fast.unk_token == ("<|endoftext|>" if maker is gpt2 else ours.symbols.get("unk_token")), "as its files say"
     assert fast.chat_template == (TEMPLATE if maker is qwen else None)
+    told = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert told["add_prefix_space"] == (maker in (llama2, t5)), "whether it puts a space before a text"
     same = (tmp_path / "out/tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert same == (maker is not bert), "a file stays as it is unless it cuts, fills up or frames texts"
 
