@@ -37,6 +37,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Unpickler that creates nothing but the classes of DCP's metadata."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if module == "pathlib._local":  # Python 3.13's name for where the classes of pathlib are
+            module = "pathlib"
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) in _ALLOWED or is_dtype:
             return super().find_class(module, name)

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,17 @@ def test_tensors_are_read_whole_and_by_row(saved: tuple[Path, dict[str, torch.Te
     assert all(torch.equal(found.read(name), tensor) for name, tensor in tensors.items())
     assert found.read("model.b").dtype == torch.bfloat16
     assert torch.equal(found.read("model.a", 2), tensors["model.a"][2])
+
+
+@pytest.mark.parametrize("module", [b"pathlib", b"pathlib._local"])
+def test_metadata_of_any_python_is_read(saved: tuple[Path, dict[str, torch.Tensor]], module: bytes) -> None:
+    """Writes the class of paths under the name that it has in Python 3.13, and under that of all others."""
+    folder, tensors = saved
+    content = pickle.dumps(pickle.loads((folder / ".metadata").read_bytes()), protocol=2)
+    changed = re.sub(rb"cpathlib(\._local)?\nPosixPath\n", b"c" + module + b"\nPosixPath\n", content)
+    assert b"c" + module + b"\n" in changed
+    (folder / ".metadata").write_bytes(changed)
+    assert torch.equal(DcpFolder(folder).read("model.a"), tensors["model.a"])
 
 
 @pytest.mark.parametrize(

@@ -222,8 +222,9 @@ def test_chat_prompt_is_that_of_training(model, tokenizer_path):
     assert codec.stop_ids == [2, 7]
 
 
-def test_texts_end_at_the_context(model, capsys):
+def test_texts_end_at_the_context(model, capsys, monkeypatch):
     """Fills a context of 128 tokens: a continuation is cut at its end, and a prompt that fills it is refused."""
+    monkeypatch.setattr(TextCodec, "stop_ids", [])  # whose texts end earlier depends on how torch was built
     codec = TextCodec(model / "tokenizer.model")
     long, short = "It was the age of wisdom, " * 9, "It was"
     room = 128 - len(codec.encode_prompt(long))
