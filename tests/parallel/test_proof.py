@@ -195,6 +195,12 @@ def test_the_verdict_names_where_every_planted_bug_first_shows(
     assert any(failed.startswith(sentence) for failed in verdict.failed), verdict.failed[:5]
 
 
+OF_OTHER_SYSTEMS = [
+    *(("pytorch", 160285), ("Megatron-LM", 5916), ("Automodel", 3816)),
+    *(("torchtitan", issue) for issue in (1136, 4148, 4154, 4245)),
+]
+
+
 def test_every_injection_is_tested() -> None:
     of_devices = {"products_in_tf32", "attention_across_documents"}  # in test_against.py
     assert set(INJECTIONS) == {inject for inject, *_ in CAUGHT} | of_devices
@@ -264,6 +270,8 @@ def test_help_knows_every_bug_that_can_be_planted(capsys: pytest.CaptureFixture[
     for name, bug in INJECTIONS.items():
         description = (bug.__doc__ or "").splitlines()[0].removeprefix("Plants a bug: ")
         assert re.search(rf"^  {name}\n    {re.escape(description)}$", shown, re.MULTILINE)
+    for system, issue in OF_OTHER_SYSTEMS:
+        assert re.search(rf"\b{system}\b( issue)? {issue}\b", shown), "the thread is named"
 
 
 @pytest.mark.full
