@@ -8,6 +8,7 @@ no torch, so that it also runs on a login node.
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -45,6 +46,16 @@ class ClusterEnvironment:
     def init_method(self) -> str:
         """The rendezvous as `init_method` of torch.distributed."""
         return f"tcp://{self.master_address}:{self.master_port}"
+
+    @property
+    def is_one_machine(self) -> bool:
+        return self.local_world_size == self.world_size
+
+    @property
+    def opens_loopback(self) -> bool:
+        """Whether this rank opens the port where ranks meet, and on loopback; torchrun opens one for its ranks."""
+        by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return self.rank == 0 and not by_agent and is_loopback(self.master_address)
 
     def as_variables(self) -> dict[str, str]:
         """The variables that torchrun would set for this rank, to start a process with."""
@@ -94,6 +105,11 @@ class ClusterEnvironment:
         address = address or _master_address(env, "slurm", len(per_node) == 1)
         port = _port(env, default=20000 + _integer(env, "SLURM_JOB_ID") % 10000)
         return cls("slurm", rank, world_size, local_rank, per_node[node_rank], node_rank, address, port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only processes of the same machine can reach an address."""
+    return address in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", address) is not None
 
 
 def is_main() -> bool:

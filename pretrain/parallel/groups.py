@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import os
 import platform
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch import nn
 
 from configs.layout import Layout
 from configs.loader import ConfigError
-from launch.environment import ClusterEnvironment
+from launch.environment import ClusterEnvironment, is_loopback
 from pretrain.megatron import parallel_state
 from pretrain.model.slices import Slices, is_expert, tp_split
 from pretrain.parallel import staged_gloo
@@ -27,6 +28,7 @@ from pretrain.parallel.deepspeed_import import deepspeed, redirect_to_cpu
 from pretrain.parallel.host_memory import keep_freed_memory
 from pretrain.parallel.rank_messages import gather_json
 
+LOOPBACK = "lo"  # the name of the loopback interface on Linux
 RECORDED = "2000"  # the last collectives that torch's flight recorder keeps on each rank; the watchdog reads them
 
 
@@ -170,11 +172,11 @@ def start(env: ClusterEnvironment, layout: Layout, backend: str = "auto", timeou
         _use_gpu(device)
     os.environ.update(env.as_variables())  # DeepSpeed reads torchrun's variables whoever the launcher was
     if not dist.is_initialized():
-        alone = env.launcher == "single"  # a world of one rank needs no port
+        store = _store(env, timeout_minutes)
         dist.init_process_group(
             backend_of(device, backend),
-            store=dist.HashStore() if alone else None,
-            init_method=None if alone else "env://",
+            store=store,
+            init_method="env://" if store is None else None,
             rank=env.rank,
             world_size=env.world_size,
             timeout=datetime.timedelta(minutes=timeout_minutes),
@@ -209,6 +211,34 @@ def start(env: ClusterEnvironment, layout: Layout, backend: str = "auto", timeou
         expert_dp_group=parallel_state.get_expert_data_parallel_group(),
         kv_group=_kv_group(layout, env.rank),
     )
+
+
+def _store(env: ClusterEnvironment, timeout_minutes: float) -> dist.Store | None:
+    """Returns the store in which ranks meet if this rank opens one itself; None leaves it to torch.
+
+    torch's store can be reached at all addresses of the machine. Ranks of one machine meet on loopback, and gloo, which
+    would listen at the address of the machine's name, does so too unless GLOO_SOCKET_IFNAME is set.
+    """
+    if env.launcher == "single":  # a world of one rank needs no port
+        return dist.HashStore()
+    if env.is_one_machine and is_loopback(env.master_address) and LOOPBACK in dict(socket.if_nameindex()).values():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+    if not env.opens_loopback:
+        return None
+    try:
+        listener = socket.create_server((env.master_address, env.master_port))
+    except OSError:
+        return None  # torch's own store says what is wrong
+    store = dist.TCPStore(
+        env.master_address,
+        env.master_port,
+        env.world_size,
+        is_master=True,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+    return dist.PrefixStore("default_pg", store)  # as torch names it in the stores of the other ranks
 
 
 @contextlib.contextmanager

@@ -25,6 +25,12 @@ def test_worlds_of_several_sizes_reuse_the_same_processes(ranks: RanksOf) -> Non
     assert len({r["pid"] for r in four}) == 4
 
 
+def test_ranks_of_one_machine_listen_on_loopback_alone(ranks: RanksOf) -> None:
+    found = ranks(2).run(f"{WORKERS}:listening", process_group=False)
+    assert len(found[0]) > len(found[1]) > 0, "both listen by gloo, and the first has the store, too"
+    assert {address for each in found for address in each} <= {"0100007F", f"{'0' * 16}FFFF00000100007F"}
+
+
 def test_an_exception_in_one_rank_reaches_the_test_and_spoils_nothing(ranks: RanksOf, rank_pool: RankPool) -> None:
     rank_pool.close()  # so that no process is replaced in between for its many threads
     before = ranks(2).run(f"{WORKERS}:total", values=[1.0, 2.0])

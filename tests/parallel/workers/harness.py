@@ -2,9 +2,18 @@
 
 import os
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from configs.layout import Layout
+from configs.loader import validate
+from configs.model import ModelConfig
+from configs.train import ParallelConfig, TrainSection
+from launch.environment import ClusterEnvironment
+from pretrain.parallel import groups
+from tests.parallel.matrix import MODELS
 
 
 def total(values: list[float]) -> dict[str, object]:
@@ -12,6 +21,21 @@ def total(values: list[float]) -> dict[str, object]:
     tensor = torch.tensor(values[dist.get_rank()])
     dist.all_reduce(tensor)
     return {"total": tensor.item(), "world_size": dist.get_world_size(), "pid": os.getpid()}
+
+
+def listening() -> list[str]:
+    """Joins the ranks as a training command does, and returns the addresses, in hex, that this process listens at."""
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)  # which only tests set
+    env = ClusterEnvironment.read()
+    section = TrainSection(steps=1, global_batch_size=2, micro_batch_size=1, seq_length=8)
+    layout = Layout.of(env.world_size, ParallelConfig(), validate(ModelConfig, MODELS["dense"]), section)
+    with groups.joined(env, layout):
+        dist.all_reduce(torch.ones(1))
+        own = {os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()}
+        lines = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()]
+        found = [line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in own]
+        dist.barrier()
+    return found
 
 
 def fail_in(rank: int) -> None:
