@@ -36,13 +36,14 @@ def shrunk(name: str) -> dict[str, Any]:
         attention["latent"] |= {key: LATENT[key] for key in LATENT if key in attention["latent"]}
     else:
         model["head_dim"] = HEAD_DIM
-    if "delta" in attention:
-        attention["delta"] |= DELTA
     if "fraction" in position:
         position["fraction"] = 2 / 3
     if "theta" in position:
         position["theta"] = 100.0
     model.get("norm", {}).pop("eps", None)
+    if "delta" in attention:
+        attention["delta"] |= DELTA
+        model["norm"]["eps"] = 0.01  # the reason is beside the model "delta" of `part_models`
     if "scale" in attention:
         attention["scale"] = 0.6
     for section in (attention, *model.get("kinds", {}).values()):

@@ -94,7 +94,7 @@ TOKENS = torch.randint(0, 61, (2, 90), generator=torch.Generator().manual_seed(3
 
 @torch.no_grad()
 def test_documents_of_a_row_are_computed_as_rows_of_their_own(decoder: Decoder) -> None:
-    """fp32 rounds at 6e-8; the layers after a norm of nearly nothing make that some hundred times as large."""
+    """fp32 rounds at 6e-8, and chunks begin elsewhere, so that sums are taken in another order."""
     segments, positions = torch.zeros(2, 90, dtype=torch.long), torch.arange(90).repeat(2, 1)
     spans = ((0, 0, 33), (0, 33, 70), (0, 70, 90), (1, 0, 85))
     for number, (row, start, end) in enumerate(spans):
@@ -103,7 +103,7 @@ def test_documents_of_a_row_are_computed_as_rows_of_their_own(decoder: Decoder) 
     packed = decoder(TOKENS, positions, segments)
     for row, start, end in spans:
         alone = decoder(TOKENS[row : row + 1, start:end], torch.arange(end - start)[None])
-        torch.testing.assert_close(packed[row, start:end], alone[0], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(packed[row, start:end], alone[0], atol=5e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(temperature=1.0)], ids=["greedy", "sampled"])
@@ -119,7 +119,7 @@ def test_generation_has_the_log_probabilities_of_a_forward_pass(decoder: Decoder
         if sampling == GREEDY:
             assert logprobs.argmax(-1).tolist() == text.tokens
         own = logprobs.gather(1, torch.tensor(text.tokens)[:, None])[:, 0]
-        torch.testing.assert_close(own.double(), torch.tensor(text.logprobs, dtype=torch.float64), atol=5e-5, rtol=0)
+        torch.testing.assert_close(own.double(), torch.tensor(text.logprobs, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
 def test_a_cache_has_keys_and_values_of_layers_with_attention_alone(decoder: Decoder) -> None:
