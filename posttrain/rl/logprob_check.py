@@ -24,7 +24,7 @@ class LogprobCheck:
         if not mean <= self._most:
             raise Failure(
                 f"before the first update, log-probabilities of sampler and trainer differ by {mean:.4g} nats a token "
-                f"(at most {float(difference.max()):.4g}), above {self._key} = {self._most}; try "
-                "train.precision=fp32: if it does not help, the cause is not rounding but other weights, positions or "
-                "temperature in the sampler"
+                f"(at most {float(difference.max()):.4g}), above {self._key} = {self._most}; set "
+                "train.precision=fp32, where rounding gives about 1e-6: more than that comes from other weights, "
+                "positions or temperature in the sampler"
             )
