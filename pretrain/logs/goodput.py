@@ -73,7 +73,15 @@ def goodput(starts: Sequence[StartRecord]) -> dict[str, float]:
 
 
 def table(starts: Sequence[StartRecord]) -> list[tuple[str, float, float]]:
-    """Returns (kind of time in words, seconds, share of the whole) for every kind that took time."""
-    found = goodput(starts)
+    """Returns (kind of time in words, seconds, share of the whole) for every kind that took time.
+
+    Shares are rounded to a tenth of a percent so that they add up to 100%: those with the largest rest are rounded up.
+    """
+    found = {kind: seconds for kind, seconds in goodput(starts).items() if seconds > 0}
     whole = sum(found.values()) or 1.0
-    return [(KINDS[kind], found[kind], found[kind] / whole) for kind in KINDS if found[kind] > 0]
+    exact = {kind: 1000 * seconds / whole for kind, seconds in found.items()}
+    tenths = {kind: int(value) for kind, value in exact.items()}
+    by_rest = sorted(exact, key=lambda kind: tenths[kind] - exact[kind])
+    for kind in by_rest[: (1000 if found else 0) - sum(tenths.values())]:
+        tenths[kind] += 1
+    return [(KINDS[kind], found[kind], tenths[kind] / 1000) for kind in found]

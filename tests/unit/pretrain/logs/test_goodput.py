@@ -40,6 +40,14 @@ def test_the_kinds_of_time_sum_to_the_whole() -> None:
     assert sum(share for _, _, share in table(starts)) == pytest.approx(1.0)
 
 
+def test_shares_as_they_are_printed_add_up_to_100_percent() -> None:
+    seconds = {"start": 37.54, "training": 39.94, "preparation": 1.0, "first_step": 0.06, "saving": 0.32, "end": 0.1}
+    for more in (0.0, 0.06, 3.33, 77.7):
+        found = table([StartRecord(0.0, sum(seconds.values()) + more, 0, 9, seconds)])
+        assert round(sum(float(f"{100 * share:.1f}") for _, _, share in found), 6) == 100.0
+    assert table([]) == []
+
+
 def test_steps_that_a_later_start_repeats_again_are_lost_too() -> None:
     starts = [StartRecord(0.0, 10.0, 0, 10, {"training": 10.0}), StartRecord(10.0, 10.0, 10, 10, {})]
     starts.append(StartRecord(10.0, 20.0, 5, 15, {"training": 10.0}))  # from an earlier checkpoint
