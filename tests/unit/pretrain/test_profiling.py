@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from configs.checkpoint_folders import MANIFEST
 from configs.cli import profiled_steps
 from configs.loader import ConfigError
 from pretrain.parallel.engine import OPTIMIZER
@@ -80,9 +81,13 @@ def test_steps_to_profile(chosen: str, steps: range) -> None:
         ("posttrain.grpo", "posttrain/demo_grpo.toml"),
     ],
 )
-def test_every_training_command_checks_the_option_first(command: str, config: str) -> None:
+def test_every_training_command_checks_the_option_first(command: str, config: str, tmp_path: Path) -> None:
+    manifest = tmp_path / "checkpoints" / "step_1" / MANIFEST
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")  # enough of a run to begin from, before any checkpoint is read
+    overrides = ["train.steps=70", *([f"init.run={tmp_path}"] if command.startswith("posttrain") else [])]
     with pytest.raises(ConfigError, match="steps = 70; give others, such as --profile 68-70"):
-        import_module(command).main([str(CONFIGS / config), "train.steps=70", "--dry-run", "--profile", "60-80"])
+        import_module(command).main([str(CONFIGS / config), *overrides, "--dry-run", "--profile", "60-80"])
 
 
 @pytest.mark.parametrize("chosen", ["x", "3-", "-3", "3-x", "0", "0-4", "5-3", "3-13", "13", "1,2", "3-4-5", "\u0663"])

@@ -279,7 +279,7 @@ def test_a_mixture_draws_by_weight_and_scores_by_each_tasks_own_rewards(tmp_path
         ({"kind": "file", "files": ["a"], "answer_pattern": "x"}, "has no group"),
         ({"kind": "file", "files": ["a"], "rewards": {"a/b": {}}}, "letters, digits and _"),
         ({"kind": "mixture"}, "needs tasks"),
-        ({"kind": "sort", "tasks": {"a": {}}}, "tasks = .* says nothing of kind 'sort'"),
+        ({"kind": "sort", "tasks": {"a": {}}}, r"section tasks \(a\) says nothing of kind 'sort'"),
         ({"kind": "countdown", "digits": 9}, r"task\.digits = 9 is outside 3 to 6"),
     ],
 )
