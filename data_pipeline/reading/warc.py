@@ -36,21 +36,21 @@ def read_warc(
     content: BinaryIO, file: FoundFile, source: SourceConfig, limits: ExtractConfig, advance: Advance
 ) -> Iterator[Record]:
     """Yields the records of a file; `position` is the byte where a record, or its compressed member, begins."""
-    held: Record | None = None  # a member's last record, held back until the member has proved undamaged
+    # A member's last record, or a cut one and what is no record after it, until the member has proved undamaged.
+    held: list[Record] = []
     for item in members(content, limits, advance, claimed_compression(file.path)):
         if isinstance(item, Fault):
-            held = None
+            held = []
             yield Record(item.offset, item.size, reason=item.reason)
             continue
-        if held:
-            yield held
-        held = None
+        yield from held
+        held = []
         for record in _records(item, limits):
-            if held:
-                yield held
-            held = record
-    if held:
-        yield held
+            if not (held and held[-1].reason == "cut_record" and record.reason == "bad_warc"):
+                yield from held
+                held = []
+            held.append(record)
+    yield from held
 
 
 def _records(member: Member, limits: ExtractConfig) -> Iterator[Record]:

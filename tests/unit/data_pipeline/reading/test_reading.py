@@ -81,6 +81,14 @@ def test_reading_goes_on_after_a_corrupt_member(tmp_path: Path) -> None:
     assert records[2].size == len(broken)
 
 
+def test_a_corrupt_member_that_still_decompresses_to_a_part_of_a_record_is_reported_once(tmp_path: Path) -> None:
+    members = warc([PAGE.format(n).encode() for n in range(3)])
+    broken = bytearray(gzip.compress(b"WARC/1.0\r\nWARC-Type: response\r\n\r\nno record\r\n" * 9000, mtime=0))
+    broken[-8] ^= 1  # of the checksum
+    content = b"".join([members[0], bytes(broken), *members[1:]])
+    assert reasons(read(tmp_path / "a.warc.gz", content, "warc")) == ["", "corrupt_gzip", "", ""]
+
+
 @pytest.mark.parametrize("left", [1, 5, 40, 200])
 def test_a_cut_warc_reports_its_last_record(tmp_path: Path, left: int) -> None:
     members = warc([PAGE.format(n).encode() for n in range(3)])

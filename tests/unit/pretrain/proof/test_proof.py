@@ -209,6 +209,7 @@ def test_what_cannot_be_proven_is_refused_before_torch_is_imported(tmp_path: Pat
     (tmp_path / "file").touch()
     kept = tmp_path / "kept/checkpoints/step_3"
     kept.mkdir(parents=True)
+    new = [demo, f"run.dir={tmp_path}/new", "--layouts"]
     (kept / "manifest.json").write_text(json.dumps({"config": {"model": plain(load(PretrainConfig, demo).model)}}))
     asked = [
         ([demo, "--layouts", "qq2"], "'qq2' is not a layout"),
@@ -229,11 +230,11 @@ def test_what_cannot_be_proven_is_refused_before_torch_is_imported(tmp_path: Pat
         ([str(tmp_path / "none.toml"), "--layouts", "tp2"], "does not exist"),
         ([str(tmp_path / "broken.toml"), "--layouts", "tp2"], "is not valid TOML"),
         ([demo, "--layouts", "tp2", "--out", str(tmp_path / "file/out")], "file is a file; name a folder"),
-        ([demo, "--layouts", "tp2", f"init.run={tmp_path}/none"], "none' does not exist; name the folder of a run"),
-        ([demo, "--layouts", "tp2", f"init.checkpoint={kept.parent}/step_4"], "are step_3: set init.checkpoint="),
-        ([demo, "--layouts", "tp2", f"init.run={kept}"], f"not a run; set init.checkpoint={kept}"),
-        ([demo, "--layouts", "tp2", f"init.hf={tmp_path}/none"], "none' does not exist; name a Hugging Face model"),
-        ([demo, "--layouts", "tp7", f"init.run={tmp_path}/kept"], "--layouts: tp7: model.num_heads = 4 is not"),
+        ([*new, "tp2", f"init.run={tmp_path}/none"], "none' does not exist; name the folder of a run"),
+        ([*new, "tp2", f"init.checkpoint={kept.parent}/step_4"], "are step_3: set init.checkpoint="),
+        ([*new, "tp2", f"init.run={kept}"], f"not a run; set init.checkpoint={kept}"),
+        ([*new, "tp2", f"init.hf={tmp_path}/none"], "none' does not exist; name a Hugging Face model"),
+        ([*new, "tp7", f"init.run={tmp_path}/kept"], "--layouts: tp7: model.num_heads = 4 is not"),
     ]
     if not torch.cuda.is_available():
         asked.append((["--against", "cpu"], "finds no GPU"))
