@@ -71,8 +71,9 @@ def _reads_like_text(body: bytes) -> bool:
 def _join_chunks(body: bytes, declared: bool) -> bytes:
     """Joins the chunks of `body`; returns it unchanged if it is not chunked.
 
-    `declared` says whether a header names chunks. Without it only a complete sequence of chunks is joined; with it
-    CodingError is raised for a body that ends within a chunk or whose chunk sizes are wrong.
+    `declared` says whether a header names chunks. Without it, a body is taken for chunks if it is a complete
+    sequence of them, or if the first holds the beginning of markup or of compressed data. CodingError is raised for
+    chunks that end in the middle of one, or whose sizes are wrong.
     """
     parts, position = list[bytes](), 0
     while head := _CHUNK_HEAD.match(body, position):
@@ -86,7 +87,9 @@ def _join_chunks(body: bytes, declared: bool) -> bytes:
         if end is None:
             break
         position += len(end)
-    if not declared or (not parts and not _ODD_CHUNK_HEAD.match(body)):
+    begins = parts[0].lstrip() if parts else b""
+    is_chunked = declared or begins.startswith((b"<", *_COMPRESSED))
+    if not is_chunked or (not parts and not _ODD_CHUNK_HEAD.match(body)):
         return body  # the archive stores the chunks joined
     if not parts or position > len(body) or body[position:].strip():
         raise CodingError("bad_content_encoding")

@@ -12,14 +12,26 @@ from data_pipeline.reading.charsets import STATEFUL, WIDE, incremental_decoder, 
 from data_pipeline.reading.input_records import SAMPLE_BYTES
 
 _LONGEST_MARK = 4  # bytes of a byte order mark
+_LATER = bytes(range(0x80, 0xC0))  # bytes of UTF-8 after the first of a character
+_FIRST_OF_FOUR = bytes(range(0xF0, 0xF8))
+
+
+def stored_size(text: bytes, charset: str) -> int:
+    """Returns how many bytes a text, given in UTF-8, has in UTF-16 or UTF-32; in other encodings its own length."""
+    if not charset.startswith(WIDE):
+        return len(text)
+    firsts = text.translate(None, _LATER)
+    if charset.startswith("utf-32"):
+        return 4 * len(firsts)
+    return 2 * (2 * len(firsts) - len(firsts.translate(None, _FIRST_OF_FOUR)))  # two units where UTF-8 has four bytes
 
 
 @dataclass
 class Line:
     """A line of a file: its number (from 1), byte offset in the decompressed content, size without line end, content.
 
-    If `too_long`, `content` is only the beginning of the line. Of a file that is converted to UTF-8, offset and size
-    count the bytes of UTF-8.
+    If `too_long`, `content` is only the beginning of the line. Offset and size count bytes as they are stored; in a
+    stateful encoding, whose lines have no bytes of their own, they count those of the conversion to UTF-8.
     """
 
     number: int
@@ -46,7 +58,7 @@ class LineSplitter:
         self._start: bytes | None = b""  # the file's first bytes, held until a byte order mark would be complete
         self._decoder: codecs.IncrementalDecoder | None = None
         self._parts: list[bytes] = []
-        self._size = 0
+        self._size = self._stored = 0
         self._held = 0
         self._number = 1
         self._offset = 0
@@ -96,6 +108,7 @@ class LineSplitter:
 
     def _add(self, part: bytes) -> None:
         self._size += len(part)
+        self._stored += stored_size(part, self.charset)
         if self._size <= self._limit:
             self._parts.append(part)
         elif self._held <= self._limit:  # the line has just become too long: keep its beginning
@@ -103,8 +116,8 @@ class LineSplitter:
         self._held = self._size
 
     def _line(self) -> Line:
-        line = Line(self._number, self._offset, self._size, b"".join(self._parts), self._size > self._limit)
+        line = Line(self._number, self._offset, self._stored, b"".join(self._parts), self._size > self._limit)
         self._number += 1
-        self._offset += self._size + 1
-        self._parts, self._size, self._held = [], 0, 0
+        self._offset += self._stored + stored_size(b"\n", self.charset)
+        self._parts, self._size, self._stored, self._held = [], 0, 0, 0
         return line

@@ -10,7 +10,7 @@ from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.reading.charsets import WIDE, charset_of, decode_whole
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.input_records import SAMPLE_BYTES, Advance, FoundFile, Record, sample
-from data_pipeline.reading.line_splitter import Line, LineSplitter
+from data_pipeline.reading.line_splitter import Line, LineSplitter, stored_size
 
 
 def read_lines(
@@ -41,7 +41,12 @@ def _record(line: Line, splitter: LineSplitter, file: FoundFile) -> Iterator[Rec
     elif not content.strip():
         return
     else:
-        fill_text(record, content, "utf-8" if splitter.converted else splitter.charset, line.offset)
+        if splitter.converted:
+            fill_text(record, content, "utf-8")
+            if record.reason:
+                record.offset = line.offset + stored_size(content[: record.offset], splitter.charset)
+        else:
+            fill_text(record, content, splitter.charset, line.offset)
         if record.reason == "invalid_utf8":
             record.reason = _undecodable(splitter.charset)
         if not record.reason and not record.text.strip():
@@ -66,7 +71,10 @@ def fill_text(record: Record, content: bytes, charset: str, start: int = 0) -> N
         record.offset = start + error.start
         return
     if (position := text.find("\0")) >= 0:
-        record.reason, record.offset, record.text = "nul_bytes", start + position, text[:SAMPLE_BYTES]
+        is_wide = charset.startswith(WIDE)
+        after = stored_size(text[position:].encode(), charset) if is_wide else len(content) - content.index(0)
+        record.reason, record.text = "nul_bytes", text[:SAMPLE_BYTES]
+        record.offset = start + len(content) - after
         return
     record.text = text
 

@@ -156,9 +156,13 @@ def test_broken_chunks_never_get_into_the_text(body: bytes) -> None:
 def test_codings_that_no_header_names() -> None:
     for body in (chunks(*PARTS), zipped(PAGE), zstandard.compress(PAGE), chunks(zipped(PAGE))):
         assert decode_body(body, response({"X-Crawl-Content-Encoding": "gzip"}), ExtractConfig()) == PAGE
-    for body in (b"2024\r\nwas a year", b"0", b"0\r\n\r\n", chunks(*PARTS, last=b""), chunks(*PARTS)[:900]):
+    for body in (b"2024\r\nwas a year", b"0", b"0\r\n\r\n", b"3\nabc\n5\nwords and more"):
         # Such a body is incomplete, so the number may be part of a text.
         assert decode_body(body, response({}), ExtractConfig()) == body
+    assert decode_body(chunks(*PARTS, last=b""), response({}), ExtractConfig()) == PAGE  # no text begins with 1f4 and <
+    for body in (chunks(*PARTS)[:900], chunks(*PARTS)[:300], chunks(zipped(PAGE))[:40]):
+        with pytest.raises(CodingError, match="bad_content_encoding"):
+            decode_body(body, response({}), ExtractConfig())
     twice = [("transfer-encoding", "gzip"), ("transfer-encoding", "chunked"), ("content-encoding", "br")]
     body = chunked(zipped(brotli.compress(PAGE)) + b"\0" * 700)
     assert decode_body(body, Response(200, twice), ExtractConfig()) == PAGE

@@ -75,7 +75,7 @@ def test_text_that_is_not_what_it_should_be(
     (record,) = read(tmp_path / "a.txt", content, encoding=encoding)
     assert (record.reason, record.offset) == (reason, offset)
     (record,) = read(tmp_path / "a.txt", content, encoding=encoding, document_per="line")
-    assert record.reason == reason
+    assert (record.reason, record.offset) == (reason, offset)
 
 
 def test_lines_are_documents(tmp_path: Path) -> None:
@@ -101,6 +101,12 @@ def test_a_bad_line_costs_itself_alone(tmp_path: Path) -> None:
     wide = "one\n?\nthree".encode("utf-16-le").replace(b"?\0", b"\x00\xdc")
     lines = read(tmp_path / "a.txt", wide, encoding="utf-16", document_per="line")
     assert found(lines) == [(1, "one", ""), (2, "", "invalid_utf16"), (3, "three", "")]
+    text = "Ä\n\U0001f600 two\nb\0\nlast"
+    for codec in WIDE:
+        wide = text.encode(codec)
+        ends = [len(text[: text.index(part)].encode(codec)) for part in ("\U0001f600", "\0", "last")]
+        lines = read(tmp_path / "a.txt", wide, encoding=codec, document_per="line")
+        assert [line.offset for line in lines] == [0, *ends], codec  # bytes of the file, not of UTF-8
     packed = gzip.compress(b"one\ntwo\n" * 9) + gzip.compress(b"three\n" * 99)[:20]
     cut = read(tmp_path / "a.txt", packed, document_per="line")
     reasons_of_cut = [record.reason for record in cut]
