@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from configs.adapters import AdapterConfig
+from configs.checkpoint_folders import MANIFEST, steps
 from configs.files import file_sha256
 from configs.loader import ConfigError
 from configs.model import ModelConfig
@@ -116,13 +117,24 @@ def read_json(file: Path) -> dict[str, Any]:
     """Reads a JSON file that holds an object. Raises ConversionError if it is missing or holds anything else."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConversionError([f"{file.parent} has no {file.name}; name a Hugging Face model directory"]) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConversionError([_what_it_is(file.parent, file.name)]) from None
     except ValueError as error:
         raise ConversionError([f"{file} is not valid JSON: {error}"]) from None
     if not isinstance(found, dict):
         raise ConversionError([f"{file} holds no JSON object; fetch it again"])
     return found
+
+
+def _what_it_is(folder: Path, missing: str) -> str:
+    """Says what a path is that lacks a file of a Hugging Face directory, and what to name instead."""
+    if not folder.is_dir():
+        fault = "is a file" if folder.exists() else "does not exist"
+        return f"{folder} {fault}; name a Hugging Face model directory"
+    if steps(folder) or (folder / MANIFEST).is_file():
+        key = "run" if steps(folder) else "checkpoint"
+        return f"{folder} is Trivium's own {key}, which needs no import; train from it with init.{key}={folder}"
+    return f"{folder} has no {missing}; name a Hugging Face model directory"
 
 
 def _vocabulary_problems(directory: Path, model: ModelConfig) -> list[str]:

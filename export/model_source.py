@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from configs.adapters import AdapterConfig
+from configs.checkpoint_folders import steps
 from configs.files import file_sha256
 from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
@@ -140,6 +141,8 @@ def open_source(path: str | Path, step: int | str = "latest") -> ModelSource:
             f"{path} is an adapter in PEFT's format; make a run of it with its base: trivium import {path} OUT --base "
             "FOLDER"
         )
+    if path.absolute().name == "checkpoints" and steps(path.parent):
+        raise ConfigError(f"{path} is the folder of a run's checkpoints; name the run, {path.parent}, or one of them")
     if not (path / "checkpoints").is_dir():
         raise ConfigError(f"{path} has no checkpoints folder and no config.json; train first, or name another run")
     if step == "latest":
@@ -149,8 +152,10 @@ def open_source(path: str | Path, step: int | str = "latest") -> ModelSource:
         return _checkpoint(latest(path, verify, _warn))
     checkpoint = path / "checkpoints" / f"step_{step}"
     if not checkpoint.is_dir():
-        saved = sorted(int(p.name[5:]) for p in (path / "checkpoints").glob("step_*") if p.name[5:].isdigit())
-        raise ConfigError(f"step = {step} has no checkpoint in {path}; saved steps are {saved or 'none'}")
+        raise ConfigError(
+            f"step = {step} has no checkpoint in {path}; saved steps are {steps(path) or 'none'}: give one of them, or "
+            "leave it out for the newest"
+        )
     return _checkpoint(checkpoint, verified=False)
 
 

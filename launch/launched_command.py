@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.launch import LaunchConfig
 from configs.layout import SEQ_LENGTH, Layout
 from configs.loader import ConfigError, filled_tree, read_tree, validate
 from configs.reference import schema_of
@@ -46,8 +47,11 @@ class LaunchedCommand:
         return Path(self.arguments[0]) if self.folder is not None else None
 
 
-def module_of(name: str) -> str:
-    """Module to run: that of a command that trains (train, sft, grpo), or `name` itself. Raises ConfigError if none."""
+def module_of(name: str, is_job: bool = False) -> str:
+    """Module to run: that of a command that trains (train, sft, grpo), or `name` itself. Raises ConfigError if none.
+
+    `is_job` says that commands of one process could be launched as well, as jobs.
+    """
     if name in ON_RANKS:
         return ON_RANKS[name]
     try:
@@ -57,14 +61,17 @@ def module_of(name: str) -> str:
     if found is not None and found.submodule_search_locations is None:
         return name
     raise ConfigError(
-        f"{name!r} cannot be started as ranks: give {', '.join(ON_RANKS)}, or a module as for `python -m`{_meant(name)}"
+        f"{name!r} cannot be started as ranks: give {', '.join(ON_RANKS)}, or a module as for `python -m`"
+        f"{_meant(name, is_job)}"
     )
 
 
-def _meant(name: str) -> str:
+def _meant(name: str, is_job: bool) -> str:
     """Returns what a word that is no command that can be launched may have meant, as the end of a sentence."""
     if name == "trivium":
         return "; leave out the word 'trivium'"
+    if name == "chat":
+        return "; a chat reads what is typed, and is started as `trivium chat RUN`, without `launch`"
     inside = [command for command, module in ON_RANKS.items() if module.startswith(f"{name}.")]
     rooms = ("pretrain", "posttrain", "export") if name.isidentifier() else ()
     modules = [f"{room}.{name}" for room in rooms if _is_module(f"{room}.{name}")]
@@ -72,6 +79,8 @@ def _meant(name: str) -> str:
     known = [*ON_RANKS, *ON_RANKS.values(), *SINGLE, *SINGLE.values()]
     close = inside or modules or difflib.get_close_matches(spelled, known, n=1)
     alone = next((command for command, module in SINGLE.items() if close in ([command], [module])), None)
+    if alone and is_job:
+        return f"; did you mean `{alone}`?"
     if alone:
         return f"; `trivium {alone} CONFIG` is one process on one machine, and is started without `launch`"
     return f"; did you mean {' or '.join(close)}?" if close else ""
@@ -84,13 +93,19 @@ def _is_module(name: str) -> bool:
 
 def check_is_ranks(words: Sequence[str]) -> None:
     """Raises ConfigError for the words of a command that is one process, and not ranks, or of one that is misspelt."""
+    if alone := _check_spelling(words):
+        raise ConfigError(f"`{alone}` is one process on one machine; start it as `trivium {' '.join(words)}`")
+
+
+def _check_spelling(words: Sequence[str]) -> str:
+    """Returns the command of one process that words begin with, "" if none; raises ConfigError if it is misspelt."""
     alone = [name for name in SINGLE if name.split()[0] == words[0]]
     if not alone:
-        return
+        return ""
     said = " ".join(words[: len(alone[0].split())])
     if said not in alone:
         raise ConfigError(f"`{said}` is no command that can be launched; did you mean `{alone[0]}`?")
-    raise ConfigError(f"`{said}` is one process on one machine; start it as `trivium {' '.join(words)}`")
+    return said
 
 
 def check_input(module: str, arguments: Sequence[str], nproc_per_node: int) -> None:
@@ -117,9 +132,21 @@ def command_of(config: str, arguments: Sequence[str]) -> str:
             found.append(name)
     if len(found) != 1:
         read_tree(config)  # which says it if the file itself is the mistake
+        if not found and _is_launch_config(config):
+            raise ConfigError(
+                f"{config} is a config of `trivium launch` itself: give it as --cluster {config}, and after it a "
+                "command with a config of its own"
+            )
         which = f"those of {' and '.join(found)}" if found else "those of no command that can be launched"
         raise ConfigError(f"the keys of {config} are {which}; name the command before it, as in `train {config}`")
     return found[0]
+
+
+def _is_launch_config(config: str) -> bool:
+    tree = read_tree(config)
+    with contextlib.suppress(ConfigError):
+        return bool(tree) and bool(validate(LaunchConfig, tree))
+    return False
 
 
 def _kind(name: str) -> str:
@@ -135,7 +162,10 @@ def read_command(words: Sequence[str], world_size: int) -> LaunchedCommand:
     """
     name = next((one for one in (" ".join(words[:2]), words[0]) if one in SINGLE or one in TRAINING), "")
     if not name:
-        return LaunchedCommand(words[0], module_of(words[0]), tuple(words[1:]), None, trains=True, resumes=True)
+        _check_spelling(words)
+        return LaunchedCommand(
+            words[0], module_of(words[0], is_job=True), tuple(words[1:]), None, trains=True, resumes=True
+        )
     arguments = tuple(words[len(name.split()) :])
     if not arguments or arguments[0].startswith("-"):
         raise ConfigError(f"the config comes first after `{name}`, as in `trivium launch {name} CONFIG`")

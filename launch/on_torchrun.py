@@ -49,7 +49,8 @@ class RemoteGroup(ProcessGroup):
 def start(command: LaunchedCommand, config: LaunchConfig, first_host: str | None, dry_run: bool) -> int:
     """Starts torchrun on all hosts and returns the status of the first that failed, or prints the commands."""
     if not command.trains:
-        raise ConfigError(f"`{command.name}` is one process and has no ranks; start it as `trivium {command.name}`")
+        alone = shlex.join(["trivium", *command.name.split(), *command.arguments])
+        raise ConfigError(f"`{command.name}` is one process and has no ranks; start it as `{alone}`")
     if config.nodes > 1 and not (config.hosts or first_host):
         raise ConfigError(
             f"nnodes = {config.nodes} needs --master-address, the host of node 0, to print the commands, or hosts, as "

@@ -1,0 +1,84 @@
+"""What messages of generate, eval, export and import tell a user to do is done here, and the command goes on then."""
+
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from configs.loader import ConfigError
+from export import generate, huggingface, import_hf
+from tests.tiny_models import tiny, write_imported
+
+EXPORT = """
+run = "run"
+out = "out"
+prompts = ["It was"]
+chat_prompts = ["a"]
+sample_tokens = 2
+[verify]
+greedy_tokens = 2
+max_tokens = 8
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path, exported: Path) -> Path:
+    """Folder with an imported model, a Hugging Face folder, a file of prompts, and the config of an export."""
+    folder = tmp_path_factory.mktemp("made")
+    write_imported(folder / "run", tiny(), tokenizer_path)
+    shutil.copytree(exported, folder / "hf")
+    (folder / "taken").mkdir()
+    for name, text in (
+        ("taken/notes.txt", "mine"),
+        ("prompts.jsonl", '{"prompt": "It was"}\n'),
+        ("empty.jsonl", "\n"),
+        ("export.toml", EXPORT),
+    ):
+        (folder / name).write_text(text)
+    return folder
+
+
+A, FILE = ["--prompt", "a"], ["--prompts", "prompts.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("command", "refused", "said", "right"),
+    [
+        (generate, ["run/checkpoints", *A], "name the run, run, or one of them", ["run", *A]),
+        (generate, ["run/checkpoints", *A], "or one of them", ["run/checkpoints/step_0", *A]),
+        (generate, ["run", *A, "--step", "9"], "[0]: give one of them", ["run", *A, "--step", "0"]),
+        (generate, ["run", *A, "--step", "9"], "leave it out for the newest", ["run", *A]),
+        (generate, ["run", *A, "--batch-size", "0"], "give 1 or more", ["run", *A, "--batch-size", "1"]),
+        (generate, ["run", *A, "--top-p", "0"], "at most 1", ["run", *A, "--top-p", "1"]),
+        (generate, ["run", *A, "--top-k", "-1"], "or 0 to keep all", ["run", *A, "--top-k", "0"]),
+        (generate, ["run", *A, "--min-p", "1.5"], "a share from 0", ["run", *A, "--min-p", "0"]),
+        (generate, ["run", *A, "--temperature", "-1"], "give 0", ["run", *A, "--temperature", "0"]),
+        (generate, ["run", *A, "--repetition-penalty", "0"], "1.1", ["run", *A, "--repetition-penalty", "1.1"]),
+        (generate, ["run", *A, "--stop", ""], "give a text", ["run", *A, "--stop", "x"]),
+        (generate, ["run", *A, "parallel.pp=2"], "leave the key out", ["run", *A]),
+        (generate, ["run", *FILE, "--output", "taken"], "name a file in it", ["run", *FILE, "--output", "taken/o"]),
+        (generate, ["run", "--prompts", "empty.jsonl"], '{"prompt": "It was"}', ["run", *FILE]),
+        (generate, ["run", "--prompt", "word " * 200], "give a shorter one", ["run", "--prompt", "word"]),
+        (huggingface, ["export.toml", "out=taken"], "choose another folder", ["export.toml", "out=another"]),
+        (huggingface, ["export.toml", "adapter=peft"], "set adapter=merge", ["export.toml", "adapter=merge"]),
+        (huggingface, ["export.toml", "base=run"], "or leave base out", ["export.toml"]),
+        (import_hf, ["hf", "taken"], "name a new folder", ["hf", "new"]),
+        (import_hf, ["hf", "new", "--base", "run"], "leave them out", ["hf", "new"]),
+        (import_hf, ["hf", "new", "--config", "x"], "leave --config out", ["hf", "new"]),
+        (import_hf, ["prompts.jsonl", "new"], "is a file; name a Hugging Face model directory", ["hf", "new"]),
+        (import_hf, ["gone", "new"], "gone does not exist; name a Hugging Face model directory", ["hf", "new"]),
+        (import_hf, ["run", "new"], "needs no import; train from it with init.run=run", []),
+        (import_hf, ["run/checkpoints/step_0", "new"], "with init.checkpoint=run/checkpoints/step_0", []),
+    ],
+)
+def test_a_command_goes_on_once_its_message_was_followed(
+    command: ModuleType, refused: list[str], said: str, right: list[str], made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made)
+    more = {generate: ["--max-new-tokens", "2"]}.get(command, ["--dry-run"])
+    with pytest.raises(ConfigError) as raised:
+        command.main([*refused, *more])
+    assert said in str(raised.value)
+    if right:
+        assert command.main([*right, *more]) == 0

@@ -1,0 +1,70 @@
+"""What a message of `trivium launch` tells a user to do is done here, word for word, and then it is accepted."""
+
+from pathlib import Path
+
+import pytest
+
+from configs.loader import ConfigError
+from launch import ranks
+
+ROOT = Path(__file__).resolve().parents[3]
+TRAIN = ["train", str(ROOT / "configs/pretrain/demo.toml")]
+EXPORT = ["export", str(ROOT / "configs/export/demo.toml")]
+RECIPE = ["recipe", "run", str(ROOT / "configs/recipes/demo.toml")]
+DATA = ["data", "run", str(ROOT / "configs/data/demo.toml")]
+SFT = ["sft", str(ROOT / "configs/posttrain/demo_sft.toml")]
+SLEEP = ["tests.e2e.steps_of_sleep", "x"]
+HOSTS = ["--set", 'hosts=["gpu0", "gpu1"]']
+CPU = str(ROOT / "configs/launch/cpu.toml")
+
+
+@pytest.mark.parametrize(
+    ("way", "refused", "said", "right"),
+    [
+        ("torchrun", ["--nnodes", "2", *TRAIN], "needs --master-address", ["--nnodes=2", "--master-address=a", *TRAIN]),
+        ("torchrun", ["--nnodes", "2", *TRAIN], 'or hosts, as in hosts=["gpu0", "gpu1"]', [*HOSTS, *TRAIN]),
+        ("torchrun", ["--nnodes=2", "--min-nodes=1", *TRAIN], "set hosts", [*HOSTS, "--min-nodes=1", *TRAIN]),
+        ("torchrun", EXPORT, f"start it as `trivium {' '.join(EXPORT)}`", []),
+        ("mpi", ["--nnodes", "2", *TRAIN], 'set hosts, as in hosts=["gpu0", "gpu1"]', [*HOSTS, *TRAIN]),
+        ("local", [*HOSTS, *TRAIN], "use --on torchrun", ["--on", "torchrun", *HOSTS, *TRAIN]),
+        ("mpi", EXPORT, "use --on slurm", ["--on", "slurm", *EXPORT]),
+        ("slurm", [*HOSTS, *TRAIN], "set nnodes, and leave hosts out", ["--set", "nnodes=2", *TRAIN]),
+        ("slurm", [*TRAIN, "--resume", "no"], "leave it out, and name another run.dir", [*TRAIN, "run.dir=other"]),
+        ("slurm", [*RECIPE, "--until", "sft"], "leave it out, each stage is a job", RECIPE),
+        ("slurm", ["--after", "x7", *TRAIN], "is no number of a job", ["--after", "7", *TRAIN]),
+        ("slurm", ["--node-rank", "1", *TRAIN], "leave it out of --on slurm", TRAIN),
+        ("slurm", ["--cluster", "h200", *TRAIN], "none of a100, cpu, h100", ["--cluster", "cpu", *TRAIN]),
+        (
+            "slurm",
+            ["--set", "setup=gone", *TRAIN],
+            "write the shell commands into one",
+            ["--set", "setup=a.sh", *TRAIN],
+        ),
+        ("slurm", SLEEP, "give one, as in --job-dir runs/job", ["--job-dir", "runs/job", *SLEEP]),
+        ("slurm", ["train"], "as in `trivium launch train CONFIG`", TRAIN),
+        ("slurm", [CPU], f"give it as --cluster {CPU}, and after it a command", ["--cluster", CPU, *TRAIN]),
+        ("slurm", ["datarun", DATA[2]], "did you mean `data run`?", DATA),
+        ("slurm", ["data", "rnu", DATA[2]], "did you mean `data run`?", DATA),
+        ("slurm", ["--nnodes=2", "--min-nodes=1", *SFT], "leave min_nodes out", ["--nnodes=2", *SFT]),
+        (
+            "slurm",
+            ["--nnodes=2", "--min-nodes=3", *TRAIN],
+            "set min_nodes=2",
+            ["--nnodes=2", "--set=min_nodes=2", *TRAIN],
+        ),
+        ("slurm", ["--set", 'slurm.options=["--nodes=2"]', *TRAIN], "set nnodes", ["--set", "nnodes=2", *TRAIN]),
+        ("slurm", ["--set", "slurm.time=soon", *TRAIN], '"2-12:00:00"', ["--set", "slurm.time=2-12:00:00", *TRAIN]),
+        ("slurm", ["--set", 'environment=["A=b"]', *TRAIN], "write the name", ["--set", 'environment=["A"]', *TRAIN]),
+        ("local", ["chat", "runs/x"], "is started as `trivium chat RUN`, without `launch`", []),
+    ],
+)
+def test_a_launch_is_accepted_once_its_message_was_followed(
+    way: str, refused: list[str], said: str, right: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.sh").write_text("module load cuda\n")
+    with pytest.raises(ConfigError) as raised:
+        ranks.main(["--on", way, "--dry-run", *refused])
+    assert said in str(raised.value)
+    if right:
+        assert ranks.main([*(() if "--on" in right else ("--on", way)), "--dry-run", *right]) == 0
