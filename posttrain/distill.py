@@ -32,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options=TRAINING_OPTIONS,
     )
     profiled = profiled_steps(args.profile, config.train.steps)
-    if not args.dry_run:
-        check_run_dir(config.run.dir)
+    check_run_dir(config.run.dir)
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.distillation.distill_loss import DistillLoss
     from posttrain.distillation.distill_source import DistillSource, HeldoutDivergence
@@ -43,19 +42,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.rl.task_accuracy import TaskAccuracy
     from pretrain.heldout_loss import Evaluator
     from pretrain.parallel import groups
+    from pretrain.run.dry_start import check_dry_start
     from pretrain.trainer import Trainer
 
     env = ClusterEnvironment.read()
     run = opened(config, args.resume, env)
     if env.is_main:
         print("\n".join(run.said))
+    student, policy = run.student, PolicyCopy(config.distill.sampler)
+    source = DistillSource(run.data, run.sampling, run.teacher.pin, config.train, policy)
     if args.dry_run:
+        check_dry_start(config, student.model, source, student.lineage, args.resume, env.is_main)
         return 0
 
-    student, policy = run.student, PolicyCopy(config.distill.sampler)
     with groups.joined(env, run.layout, config.parallel.backend) as mesh:
-        teacher = Teacher.read(run.teacher, config.train, mesh)
-        source = DistillSource(run.data, run.sampling, run.teacher.pin.sha256, config.train, policy, teacher)
+        source.teacher = teacher = Teacher.read(run.teacher, config.train, mesh)
         loss = DistillLoss(config.distill, teacher, student.model.vocab_size)
         evaluators: list[Evaluator] = [HeldoutDivergence(run.heldout, loss, teacher)]
         if config.task is not None and run.task is not None and config.task.is_scored:

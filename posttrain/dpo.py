@@ -33,8 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options=TRAINING_OPTIONS,
     )
     profiled = profiled_steps(args.profile, config.train.steps)
-    if not args.dry_run:
-        check_run_dir(config.run.dir)
+    check_run_dir(config.run.dir)
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.initial_chat_model import InitialChatModel
     from posttrain.preference.online_run import opened_online
@@ -43,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.data.batch_source import BatchSource
     from pretrain.heldout_loss import Evaluator
     from pretrain.parallel import groups
+    from pretrain.run.dry_start import check_dry_start
     from pretrain.trainer import Trainer
 
     env = ClusterEnvironment.read()
@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{epochs / pairs.rows_per_epoch:.2f} epochs"
             )
     if args.dry_run:
+        check_dry_start(config, initial.model, source, initial.lineage, args.resume, env.is_main)
         return 0
 
     with groups.joined(env, layout, config.parallel.backend) as mesh:

@@ -31,10 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     profiled = profiled_steps(args.profile, config.train.steps)
     rollouts = checked_rollouts(args.rollouts_only, config.rl)
-    if not args.dry_run:
-        check_run_dir(config.run.dir)
-        if config.rl.record:
-            check_writable(config.rl.record, "rl.record")
+    check_run_dir(config.run.dir)
+    if config.rl.record:
+        check_writable(config.rl.record, "rl.record")
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.rl.group_credit import GroupCredit
     from posttrain.rl.logprob_check import LogprobCheck
@@ -45,33 +44,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.rl.rollout_source import RolloutSource
     from posttrain.rl.task_accuracy import TaskAccuracy
     from pretrain.parallel import groups
+    from pretrain.run.dry_start import check_dry_start
     from pretrain.trainer import Trainer
 
     env = ClusterEnvironment.read()
     run = opened(config, config.grpo, "grpo", args.resume, env)
     initial, task, dialect = run.initial, run.sampling.task, run.dialect
+    policy = PolicyCopy(config.rl.sampler)
+    source = RolloutSource(
+        run.sampling,
+        config.rl,
+        config.train,
+        config.run.dir,
+        GroupCredit(dialect, config.rl, task.max_new_tokens, task.reward_weights),
+        dialect.aggregation,
+        policy,
+        LogprobCheck(config.grpo.max_logprob_difference),
+        initial.pin,
+    )
     if args.dry_run:
-        print(run.said)
+        if env.is_main:
+            print(run.said)
+        check_dry_start(config, initial.model, source, initial.lineage, args.resume, env.is_main)
         return 0
 
     with groups.joined(env, run.layout, config.parallel.backend) as mesh:
-        policy, check = PolicyCopy(config.rl.sampler), LogprobCheck(config.grpo.max_logprob_difference)
-        source = RolloutSource(
-            run.sampling,
-            config.rl,
-            config.train,
-            config.run.dir,
-            GroupCredit(dialect, config.rl, task.max_new_tokens, task.reward_weights),
-            dialect.aggregation,
-            policy,
-            check,
-            initial.pin,
-        )
         trainer = Trainer(
             config,
             initial.model,
             source,
-            PolicyLoss(dialect.policy, config.rl, config.grpo.temperature, check),
+            PolicyLoss(dialect.policy, config.rl, config.grpo.temperature),
             mesh,
             [
                 TaskAccuracy(

@@ -31,10 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options=TRAINING_OPTIONS,
     )
     profiled = profiled_steps(args.profile, config.train.steps)
-    if not args.dry_run:
-        check_run_dir(config.run.dir)
-        if config.rl.record:
-            check_writable(config.rl.record, "rl.record")
+    check_run_dir(config.run.dir)
+    if config.rl.record:
+        check_writable(config.rl.record, "rl.record")
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.pretraining_text import PretrainingText
     from posttrain.rl.critic import Critic, critic_start
@@ -46,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.rl.task_accuracy import TaskAccuracy
     from posttrain.rl.text_rows import TextRows
     from pretrain.parallel import groups
+    from pretrain.run.dry_start import check_dry_start
     from pretrain.trainer import Trainer
 
     env, ppo = ClusterEnvironment.read(), config.ppo
@@ -57,33 +57,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = PretrainingText.open(ppo.text_plan, "ppo.text_plan", initial, config.train.seq_length)
         text = TextRows(rows, ppo.text_rows, ppo.text_coef)
         text.check(run.layout.dp * config.train.micro_batch_size)
+    policy = PolicyCopy(config.rl.sampler)
+    critic = Critic(initial.model.with_values(), begins, ppo, config.rl, task.max_new_tokens)
+    source = RolloutSource(
+        run.sampling,
+        config.rl,
+        config.train,
+        config.run.dir,
+        critic,
+        run.dialect.aggregation,
+        policy,
+        LogprobCheck(ppo.max_logprob_difference, "ppo.max_logprob_difference"),
+        initial.pin,
+        text,
+    )
     if args.dry_run:
-        print(run.said)
+        if env.is_main:
+            print(run.said)
+        check_dry_start(config, initial.model, source, initial.lineage, args.resume, env.is_main)
         if text and env.is_main and (unchecked := check_at_once(text.text.plan.store_files())):
             print(f"note: {unchecked}")
         return 0
 
     with groups.joined(env, run.layout, config.parallel.backend) as mesh:
-        policy = PolicyCopy(config.rl.sampler)
-        check = LogprobCheck(ppo.max_logprob_difference, "ppo.max_logprob_difference")
-        critic = Critic(initial.model.with_values(), begins, ppo, config.rl, task.max_new_tokens)
-        source = RolloutSource(
-            run.sampling,
-            config.rl,
-            config.train,
-            config.run.dir,
-            critic,
-            run.dialect.aggregation,
-            policy,
-            check,
-            initial.pin,
-            text,
-        )
         return Trainer(
             config,
             initial.model,
             source,
-            PolicyLoss(run.dialect.policy, config.rl, ppo.temperature, check, has_ptx=text is not None),
+            PolicyLoss(run.dialect.policy, config.rl, ppo.temperature, has_ptx=text is not None),
             mesh,
             [
                 TaskAccuracy(

@@ -128,4 +128,4 @@ def _rollout_row(config: GRPOConfig | PPOConfig, model: ModelConfig) -> RolloutR
 def _policy_loss(config: GRPOConfig | PPOConfig) -> PolicyLoss:
     section, name = (config.ppo, "ppo") if isinstance(config, PPOConfig) else (config.grpo, "grpo")
     dialect = chosen_dialect(section.dialect, section, name)
-    return PolicyLoss(dialect.policy, config.rl, section.temperature, lambda difference, weights: None)
+    return PolicyLoss(dialect.policy, config.rl, section.temperature)

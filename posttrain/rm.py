@@ -37,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options=TRAINING_OPTIONS,
     )
     profiled = profiled_steps(args.profile, config.train.steps)
-    if not args.dry_run:
-        check_run_dir(config.run.dir)
+    check_run_dir(config.run.dir)
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.initial_chat_model import InitialChatModel
     from posttrain.preference.group_packing import PackedSource, pack
@@ -46,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.reward_model.judged_examples import read_examples
     from posttrain.reward_model.reward_losses import loss_of
     from pretrain.parallel import groups
+    from pretrain.run.dry_start import check_dry_start
     from pretrain.trainer import Trainer
 
     env = ClusterEnvironment.read()
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{examples.kind}: {examples}")
         print(f"{len(rows)} rows of {length} tokens; {config.train.steps} steps are {epochs:.2f} epochs")
     if args.dry_run:
+        check_dry_start(config, model, source, initial.lineage, args.resume, env.is_main)
         return 0
 
     loss = loss_of(config.reward_model)

@@ -28,8 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Samples completions and keeps the good ones as dialogues; the same command again goes on.",
         example="trivium sample configs/posttrain/demo_sample.toml sample.problems=64",
     )
-    if not args.dry_run:
-        check_run_dir(config.run.dir)
+    check_run_dir(config.run.dir)
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.rejection.rejection_run import SampleRunner
 

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     profiled = profiled_steps(args.profile, config.train.steps)
     shown = shown_samples(args.show)
-    if not args.dry_run and not shown:
+    if not shown:
         check_run_dir(config.run.dir)
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.chat import mask_xray
@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.heldout_loss import Evaluator, HeldoutLoss
     from pretrain.model.losses import NextToken
     from pretrain.parallel import groups
+    from pretrain.run.dry_start import check_dry_start
     from pretrain.trainer import Trainer
 
     masks = mask_xray.describe(examples, chat, mask_xray.IN_REPORT)
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epochs = source.epochs(config.train.steps * config.train.global_batch_size)
         print(f"{source.rows_per_epoch} rows of {length} tokens; {config.train.steps} steps are {epochs}")
     if args.dry_run:
+        check_dry_start(config, initial.model, source, initial.lineage, args.resume, env.is_main)
         if env.is_main and (unchecked := check_at_once(source.files())):
             print(f"note: {unchecked}")
         return 0

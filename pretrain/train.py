@@ -29,6 +29,7 @@ from pretrain.run.plan_choice import PlanChoice, choose_plan
 
 if TYPE_CHECKING:
     from pretrain.checkpoint.lineage import Lineage
+    from pretrain.data.batch_source import PlanSource
     from pretrain.heldout_loss import HeldoutLoss
     from pretrain.parallel.groups import Mesh
     from pretrain.run.initial_model import InitialModel
@@ -68,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     env = ClusterEnvironment.read()
     layout = Layout.of(env.world_size, config.parallel, config.model, config.train, given=(SEQ_LENGTH,))
-    if not args.dry_run:
-        check_run_dir(config.run.dir)
+    check_run_dir(config.run.dir)
     try:
         choice = _choose_plan(config, args.resume, initial)
         unchecked = check_at_once(choice.plan.store_files()) if args.dry_run and env.is_main else ""
@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if initial and initial.note and env.is_main:
         print(f"note: {initial.note}", flush=True)
     if args.dry_run:
+        from pretrain.run.dry_start import check_dry_start
+
         print(
             f"{config.model.num_parameters():,} parameters ({config.model.num_parameters(active=True):,} active), "
             f"layout {layout}, {layout.grad_accum_steps} micro-batches a step, {config.train.steps} steps of "
@@ -87,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{f', from {initial.pin.checkpoint},' if initial else ''} into {config.run.dir}"
             + (f"\nnote: {unchecked}" if unchecked else "")
         )
+        lineage = _lineage(choice.plan, config, initial)
+        check_dry_start(config, config.model, _source(config, choice), lineage, args.resume, env.is_main)
         return 0
 
     # torch takes seconds to import, so mistakes in the config are reported before.
@@ -120,14 +124,13 @@ def make_trainer(
     profiled: range = range(0),
 ) -> "Trainer":
     """Returns the trainer of a pretraining run, on the plan that was chosen."""
-    from pretrain.data.batch_source import PlanSource
     from pretrain.model.losses import NextToken
     from pretrain.trainer import Trainer
 
     return Trainer(
         config,
         config.model,
-        PlanSource(choice.plan, choice.common_samples, config.run.seed if config.model.has_contexts else None),
+        _source(config, choice),
         NextToken(),
         mesh,
         heldout,
@@ -136,6 +139,12 @@ def make_trainer(
         resume=resume,
         profiled=profiled,
     )
+
+
+def _source(config: PretrainConfig, choice: PlanChoice) -> "PlanSource":
+    from pretrain.data.batch_source import PlanSource
+
+    return PlanSource(choice.plan, choice.common_samples, config.run.seed if config.model.has_contexts else None)
 
 
 def _failed(error: DamagedData, prints: bool) -> int:

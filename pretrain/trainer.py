@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from configs import loader, signals
+from configs import signals
 from configs.model import ModelConfig
 from configs.train import Precision, TrainerConfig
 from pretrain import determinism
@@ -23,6 +23,7 @@ from pretrain.checkpoint import storage
 from pretrain.checkpoint.adapter_base import base_facts, keep_bases
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.mirror_copies import make_up
+from pretrain.checkpoint.resume import identity_of
 from pretrain.checkpoint.saving import Saver
 from pretrain.companion import Companion
 from pretrain.data.batch_source import BatchSource, check_source
@@ -53,7 +54,7 @@ from pretrain.run.agreement import Agreement
 from pretrain.run.rewinding import go_back
 from pretrain.run.run_directory import RunDirectory
 from pretrain.run.step_log import NonFiniteStep, Step, StepLog, StepTimer, peak_memory
-from pretrain.run.taking_up import load_weights
+from pretrain.run.taking_up import begin_to_write, load_weights
 from pretrain.schedule import learning_rate
 from pretrain.tracking.trackers import Trackers, check_installed
 from pretrain.watchdog.watchdog import Watchdog
@@ -100,16 +101,8 @@ class Trainer:
         self.tokens_by_source = dict.fromkeys(source.sources, 0.0)  # trained on, weighted by the loss mask
         self.origin: str | None = None
         # Context length of the model, in tokens; it never shrinks, and grows with the longest text that is trained on.
-        self.context = max(self.lineage.context, source.longest_text or train.seq_length)
-        self.identity = {
-            "model": loader.plain(model_config),
-            "seed": config.run.seed,
-            "seq_length": train.seq_length,
-            "data": source.fingerprint,
-            "freeze": list(train.freeze),
-            "adapter": config.adapter and loader.plain(config.adapter),
-            **self.lineage.identity,
-        }
+        self.context = max(self.lineage.context, source.context(train.seq_length))
+        self.identity = identity_of(self.config, model_config, source, self.lineage)
         if config.adapter:
             config.adapter.check_init(self.lineage.init is not None)
         self.agreement = Agreement()
@@ -152,6 +145,8 @@ class Trainer:
                 return 0
             self.run.begin_data_span(self.step, self.samples, self.print)
             self.agreement.first_step = self.step
+            self.rows.prepare(self.engine, self.step)
+            begin_to_write(self, saved)
             stack.enter_context(self.start_recorder.of_start(self.step))
             log = display = None
             if self.mesh.is_main:
@@ -291,7 +286,7 @@ class Trainer:
             if (first := self.rewinds.first_of(self.samples, train.global_batch_size)) != self.samples:
                 self.samples = first
                 self.run.pass_over(self.step, first, self.print)
-            self.source.prepare(self.engine, self.step)
+            self.rows.prepare(self.engine, self.step)
             batches = self.rows.next(self.samples)
         if (checks := self.config.checks.interval(self.config.parallel)) and (self.step + 1) % checks == 0:
             self.activities.begin(CHECKING, self.step + 1)
@@ -350,7 +345,7 @@ class Trainer:
             "data_spans": self.run.data_spans,
             "passed_over": self.rewinds.ranges,
             "identity": self.identity,
-            "context": self.context,
+            "context": max(self.context, self.source.context(self.config.train.seq_length)),
             **self.lineage.facts,
             # Dropout is keyed by seed and sample number, so the seed and `samples` are the whole RNG state.
             "rng": {"seed": self.config.run.seed},

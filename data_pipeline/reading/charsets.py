@@ -100,7 +100,7 @@ def charset_of(label: str) -> str:
     try:
         name = codecs.lookup(label).name
     except LookupError:
-        return ""
+        return charset_of(label[2:]) if label.startswith("x-") else ""  # as in Java's x-windows-949
     if name in _FURTHER or name in _table().values():
         return name
     return _table().get(name) or _table().get(name.replace("_", "-"), "")

@@ -23,6 +23,7 @@ from posttrain.rl.rollout import Rollout
 from posttrain.rl.rollout_rows import rollout_rows
 from posttrain.rl.shared_sampling import sample_together
 from posttrain.tasks.task import Task
+from pretrain.checkpoint.lineage import Pin
 from pretrain.data.batch_source import BatchSource, micro_batches
 from pretrain.heldout_loss import batches_of_rank
 from pretrain.parallel.engine import Engine
@@ -57,7 +58,10 @@ def plan_in(manifest: Mapping[str, Any]) -> str | None:
 
 
 class DistillSource(BatchSource):
-    """Batch source that lets the teacher see every row. `data` is None if all steps learn from samples."""
+    """Batch source that lets the teacher, the model of `pin`, see every row.
+
+    `data` is None if all steps learn from samples.
+    """
 
     reads_ahead = False  # the teacher sees rows in the main thread, on all ranks together
 
@@ -65,10 +69,9 @@ class DistillSource(BatchSource):
         self,
         data: BatchSource | None,
         sampling: StudentSampling | None,
-        teacher_sha256: str,
+        pin: Pin,
         train: TrainSection,
         policy: PolicyCopy,
-        teacher: Teacher,
     ) -> None:
         assert data is not None or (sampling is not None and sampling.share == 1)
         self._data, self._sampling, self._train, self._policy = data, sampling, train, policy
@@ -78,11 +81,11 @@ class DistillSource(BatchSource):
         lengths = ([data.longest_text] if data else []) + ([sampling.longest] if sampling else [])
         known = [length for length in lengths if length is not None]
         self.longest_text = max(known) if len(known) == len(lengths) else None
-        self._teacher_sha256 = teacher_sha256
+        self._pin = pin
+        self.teacher: Teacher | None = None  # until it has been read, which the ranks do together
         self.fingerprint = self._fingerprint(data.fingerprint if data else None)
         common = data.common_samples if data else {}
         self.common_samples = {self._fingerprint(plan): samples for plan, samples in common.items()}
-        self._teacher = teacher
         self._rollout: Rollout | None = None
         self._dp_rank = 0
 
@@ -91,7 +94,7 @@ class DistillSource(BatchSource):
         sampling = self._sampling
         identity = {
             "data": data,
-            "teacher": self._teacher_sha256,
+            "teacher": self._pin.sha256,
             "samples": sampling and {"task": sampling.task.facts, "share": sampling.share},
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -101,7 +104,7 @@ class DistillSource(BatchSource):
         """The teacher's checksum, the share of steps on samples, and the facts of the data."""
         share = self._sampling.share if self._sampling else 0.0
         return {
-            "teacher": self._teacher_sha256[:12],
+            "teacher": self._pin.sha256[:12],
             "on_policy": share,
             "data": self._data.facts if self._data else {},
             "task": self._sampling.task.facts if self._sampling else {},
@@ -109,7 +112,7 @@ class DistillSource(BatchSource):
 
     @property
     def checkpoints(self) -> list[str]:
-        return [self._teacher.checkpoint]
+        return [self._pin.checkpoint]
 
     @property
     def following(self) -> Path | None:
@@ -125,7 +128,7 @@ class DistillSource(BatchSource):
         }
 
     def state(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"teacher": {"checkpoint": self._teacher.checkpoint, "sha256": self._teacher_sha256}}
+        found: dict[str, Any] = {"teacher": {"checkpoint": self._pin.checkpoint, "sha256": self._pin.sha256}}
         return found | ({_PLAN: self._data.fingerprint} if self._data and self._data.location else {})
 
     def files(self) -> list[Expected]:
@@ -160,7 +163,8 @@ class DistillSource(BatchSource):
             source = len(self.sources) - 1
             found = rollout_rows(self._rollout, range(first, first + len(samples)))
             rows = [replace(row, source=source) for row in found]
-        self._teacher.see(micro_batches(rows, self._train.micro_batch_size, samples.start))
+        assert self.teacher is not None, "the teacher is read before training"
+        self.teacher.see(micro_batches(rows, self._train.micro_batch_size, samples.start))
         return rows
 
 

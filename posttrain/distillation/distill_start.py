@@ -68,7 +68,7 @@ def opened(config: DistillConfig, resume: str, env: ClusterEnvironment) -> Opene
         check_template(config, teacher, student.chat.template)
     sampling = None
     if config.distill.on_policy and task is not None:
-        check_way(config.distill.sampler, layout)
+        check_way(config.distill.sampler, layout, config.adapter)
         settings = config.distill
         sampling = StudentSampling(
             task, student.chat, settings.on_policy, settings.sampling_temperature, config.run.seed, longest

@@ -117,8 +117,6 @@ class HeldoutPreference:
         self.source, self.limit = source, limit
 
     def __call__(self, engine: Engine) -> dict[str, dict[str, float]]:
-        if not self.source.has_reference:  # eval.at_start, before the first step
-            self.source.prepare(engine, 0)
         rows: Sequence[PackedRow] = self.source.heldout[: self.limit]
         if not rows:
             return {}

@@ -13,18 +13,20 @@ class LogprobCheck:
     """
 
     def __init__(self, most: float, key: str = "grpo.max_logprob_difference") -> None:
-        self._most, self._key, self._done = most, key, False
+        self._most, self._key = most, key
+        self.is_due = True  # until the first call
 
-    def __call__(self, difference: torch.Tensor, weights: torch.Tensor) -> None:
-        """Checks absolute differences, of tokens that are weighted by `weights`."""
-        if self._done:
+    def __call__(self, difference: torch.Tensor, mask: torch.Tensor) -> None:
+        """Checks absolute differences, of the tokens in `mask`."""
+        if not self.is_due:
             return
-        self._done = True
-        mean = float((difference * weights).sum() / weights.sum().clamp(min=1e-12))
+        self.is_due = False
+        found = difference[mask]
+        mean = float(found.double().mean()) if len(found) else 0.0
         if not mean <= self._most:
             raise Failure(
                 f"before the first update, log-probabilities of sampler and trainer differ by {mean:.4g} nats a token "
-                f"(at most {float(difference.max()):.4g}), above {self._key} = {self._most}; set "
+                f"(at most {float(found.max()):.4g}), above {self._key} = {self._most}; set "
                 "train.precision=fp32, where rounding gives about 1e-6: more than that comes from other weights, "
                 "positions or temperature in the sampler"
             )

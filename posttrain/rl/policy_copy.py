@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from configs.adapters import AdapterConfig
 from configs.layout import Layout
 from configs.loader import ConfigError
 from pretrain.checkpoint.state import gathered_weights
@@ -28,8 +29,13 @@ from pretrain.parallel.split_decoder import SplitDecoder
 Way = Literal["whole", "split"]
 
 
-def check_way(way: Way, layout: Layout) -> None:
-    """Raises ConfigError if completions cannot be sampled in this way at this layout."""
+def check_way(way: Way, layout: Layout, adapter: AdapterConfig | None) -> None:
+    """Raises ConfigError if completions cannot be sampled in this way at this layout, or with these adapters."""
+    if way == "split" and adapter is not None and adapter.base != "full":
+        raise ConfigError(
+            f"rl.sampler = 'split' samples with the slices that are trained, and those of adapter.base = "
+            f"{adapter.base!r} are in 4 bits; set rl.sampler=whole"
+        )
     if way == "split" and (layout.pp > 1 or layout.cp > 1 or layout.sp or layout.zero == 3):
         raise ConfigError(
             f"rl.sampler = 'split' samples with the slices of tensor and expert parallel alone, and the layout is "
@@ -85,11 +91,6 @@ class PolicyCopy:
         self._mesh, layout = engine.mesh, engine.mesh.layout
         zero.wait_for_weights(engine.zero)
         if self.way == "split":
-            if engine.adapter is not None and engine.adapter.base != "full":
-                raise ConfigError(
-                    f"rl.sampler = 'split' samples with the slices that are trained, and those of adapter.base = "
-                    f"{engine.adapter.base!r} are in 4 bits; set rl.sampler=whole"
-                )
             if not isinstance(self._decoder, SplitDecoder):
                 self._decoder = SplitDecoder(engine.model_config, None, self.mesh, _dtype(engine), engine.adapter)
             _use_memory(self._decoder.decoder, engine)

@@ -19,7 +19,7 @@ PTX = 1  # the source of rows of pretraining text; rollouts are source 0
 
 
 class PolicyLoss:
-    """The policy's loss per token, as a loss function for the trainer; `check` is a `LogprobCheck`.
+    """The policy's loss per token, as a loss function for the trainer.
 
     Rows have `extra` arrays by the names in `TokenBatch`, and may have `factor`, which multiplies the loss and the
     metrics of their tokens: the share of a kind of rows in the whole.
@@ -32,20 +32,16 @@ class PolicyLoss:
         policy: Callable[[TokenBatch], TokenLoss],
         settings: RLSection,
         temperature: float,
-        check: Callable[[torch.Tensor, torch.Tensor], None],
         has_ptx: bool = False,
     ) -> None:
-        self._policy, self._settings, self.temperature, self._check = policy, settings, temperature, check
+        self._policy, self._settings, self.temperature = policy, settings, temperature
         self._has_ptx = has_ptx
         charged = ("kl_reference",) if settings.kl == "loss" else ()
         weighed = ("correction_weight", "corrected") if settings.correction != "report" else ()
         self.metrics = ("logprob_difference", "kl_rollout", "clipped", *charged, *weighed, *(("ptx_loss",) * has_ptx))
 
     def __call__(self, logprobs_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns the loss per token and the metrics per token, each [B, S].
-
-        Raises ValueError if sampler and trainer differ more than they may before the first update.
-        """
+        """Returns the loss per token and the metrics per token, each [B, S]."""
         tokens = self._tokens(logprobs_BS, batch)
         loss_BS, clipped_BS = self._policy(tokens)
         found = self._measured(tokens, batch) | {"clipped": clipped_BS.float()}
@@ -93,11 +89,8 @@ class PolicyLoss:
     def _measured(self, tokens: TokenBatch, batch: Batch) -> dict[str, torch.Tensor]:
         old_BS = torch.where(tokens.mask, tokens.need("old_logprobs"), 0.0)
         sampled_BS = torch.where(tokens.mask, tokens.need("rollout_logprobs"), 0.0)
-        is_recomputed = "old_logprobs" in batch.extra
-        difference_BS = ((old_BS if is_recomputed else tokens.logprobs) - sampled_BS).abs()
-        if not is_recomputed:
-            self._check(difference_BS, batch.loss_mask)
+        before_BS = old_BS if "old_logprobs" in batch.extra else tokens.logprobs
         return {
-            "logprob_difference": difference_BS,
+            "logprob_difference": (before_BS - sampled_BS).abs(),
             "kl_rollout": kl_estimate(old_BS, tokens.logprobs, KLEstimator.K3),
         }

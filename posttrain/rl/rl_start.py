@@ -87,7 +87,7 @@ def check_layout(config: GRPOConfig | PPOConfig, section: GRPOSection | PPOSecti
             f"parallel.zero = {config.parallel.zero}: policy and critic are two models in one process, which train at "
             "ZeRO stage 1; set parallel.zero=1"
         )
-    check_way(config.rl.sampler, layout)
+    check_way(config.rl.sampler, layout, config.adapter)
     if section.dialect == "gspo" and config.parallel.cp > 1:
         raise ConfigError(
             f"parallel.cp = {config.parallel.cp} divides sequences, whose whole probability ratio {name}.dialect = "

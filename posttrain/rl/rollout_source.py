@@ -66,8 +66,8 @@ class Credit(Protocol):
 class SamplingPlan:
     """The task whose prompts are sampled, and how; `seed` and the number of a sample fix its prompt and its draws.
 
-    `longest` is the number of tokens that a prompt and its completion may have, None if that is a whole row, and
-    `method` the section of the config that has `group_size`.
+    `longest` is the number of tokens that a prompt and its completion may have, None in an environment, where only an
+    episode itself shows it, and `method` the section of the config that has `group_size`.
     """
 
     task: Task
@@ -111,7 +111,7 @@ class RolloutSource(BatchSource):
         self.policy, self.seq_length, self.folder = policy, train.seq_length, Path(run_dir, ROLLOUTS)
         self.phases = Phases(settings.rollout_batch, settings.epochs, train.global_batch_size, sampling.seed)
         self._text, self.sources = text, [sampling.task.name, *(["text"] if text else [])]
-        self.longest_text = None if text else sampling.longest
+        self.longest_text = None if text else sampling.longest or 0
         # Covers what decides the prompts; other settings may change when a run continues, as the optimizer's may.
         self.fingerprint = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
         self._check, self._initial = check, reference
@@ -224,12 +224,11 @@ class RolloutSource(BatchSource):
                 "stays so, choose an easier task, a better model to start from, or a higher temperature",
                 flush=True,
             )
-        if self._recomputes:
+        if self._recomputes or self._check.is_due:
             rows = rollout_rows(rollout, range(len(rollout)), replays_experts=True)
             old = token_values(engine, rows, self.sampling.temperature)
-            difference, mask = (old - torch.from_numpy(rollout.rollout_logprobs)).abs(), torch.from_numpy(rollout.mask)
-            self._check(difference, mask.float())
-            rollout = rollout.plus(old_logprobs=old.numpy())
+            self._check((old - torch.from_numpy(rollout.rollout_logprobs)).abs(), torch.from_numpy(rollout.mask))
+            rollout = rollout.plus(old_logprobs=old.numpy()) if self._recomputes else rollout
         if self.settings.kl != "none":
             if self._reference is None:
                 assert self._initial is not None, "the divergence is measured from the run's initial model"
@@ -348,6 +347,8 @@ class RolloutSource(BatchSource):
         rollout = self._rollout
         assert rollout is not None and self._mesh is not None, "the trainer calls prepare before it asks for rows"
         chosen = self.phases.minibatch(self._step)
+        if self.longest_text is not None and self.sampling.longest is None:
+            self.longest_text = max(self.longest_text, int(rollout.lengths[chosen].max()))
         lengths, scored = rollout.completion_lengths(), ~np.isnan(rollout.scores)
         weights = np.array([token_weight(int(n), self.aggregation) for n in np.maximum(lengths, 1)]) * scored
         trained = [i for i in chosen if scored[i]]

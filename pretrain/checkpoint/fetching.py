@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from configs.files import sync, write_atomic
 from configs.loader import ConfigError
 from configs.sealed import CHECKPOINT
 from pretrain.checkpoint import storage
-from pretrain.checkpoint.mirror import RUN_FILES, Mirror, MirrorError, claim, files_of, newest, patiently
+from pretrain.checkpoint.mirror import RUN_FILES, Mirror, MirrorError, check_owner, claim, files_of, newest, patiently
 from pretrain.checkpoint.storage import MANIFEST, CheckpointError
 from pretrain.parallel.groups import Mesh
 
@@ -30,26 +31,13 @@ class Fetcher:
     The main rank makes one and calls its methods.
     """
 
-    def __init__(self, mesh: Mesh, run_dir: Path, address: str, fits: Fits, begins: Callable[[], None]):
-        self._mesh, self._run_dir, self._fits, self._begins = mesh, run_dir, fits, begins
-        self._mirror = Mirror(address)
-        if self._mirror.is_local and Path(address).resolve() == run_dir.resolve():
-            raise ConfigError(
-                f"checkpoint.mirror = {address!r} is run.dir itself; name another folder, on another disk"
-            )
+    def __init__(self, mesh: Mesh, run_dir: Path, address: str, fits: Fits):
+        self._mesh, self._run_dir, self._fits = mesh, run_dir, fits
+        self._mirror = _opened(address, run_dir)
 
     def check_is_new(self) -> None:
-        """Claims the mirror for a new run. Raises ConfigError if it has checkpoints, CheckpointError if it fails."""
-        try:
-            if steps := self._mirror.steps():
-                raise ConfigError(
-                    f"checkpoint.mirror = {self._mirror.address!r} holds checkpoints, the newest of step {steps[-1]}, "
-                    "which --resume no would overwrite; name another folder there, or leave --resume out to go on"
-                )
-            self._begins()
-            claim(self._mirror, self._run_dir, adopt=True)
-        except MirrorError as error:
-            raise self._unreachable(error) from None
+        """Raises ConfigError if the mirror of a new run has checkpoints, CheckpointError if it cannot be read."""
+        _check_is_new(self._mirror)
 
     def fetch_newer(self, own: Path | None) -> Path | None:
         """Returns the fetched checkpoint if the mirror has a whole one of a later step than `own`, else None.
@@ -60,9 +48,10 @@ class Fetcher:
             return self._fetch_newer(own)
         except MirrorError as error:
             if own is None:
-                raise self._unreachable(error) from None
+                raise _unreachable(self._mirror.address, error) from None
             print(
-                f"warning: {self._unreachable(error)}; going on from {own}, the newest in the run's own folder",
+                f"warning: {_unreachable(self._mirror.address, error)}; going on from {own}, the newest in the run's "
+                "own folder",
                 flush=True,
             )
             return None
@@ -70,7 +59,7 @@ class Fetcher:
     def _fetch_newer(self, own: Path | None) -> Path | None:
         stop = threading.Event()
         if own is not None:
-            claim(self._mirror, self._run_dir, adopt=False)
+            check_owner(self._mirror, self._run_dir)
         step = int(storage.read_manifest(own)["step"]) if own else -1
         candidates = patiently(lambda: list(newest(self._mirror, step)), stop)
         for number, (found, manifest) in enumerate(candidates):
@@ -83,9 +72,6 @@ class Fetcher:
                         f"no checkpoint in {self._mirror.address} is whole; remove them there to start from the "
                         "beginning, or name another checkpoint.mirror"
                     ) from None
-        if own is None:
-            self._begins()
-            claim(self._mirror, self._run_dir, adopt=True)
         return None
 
     def _fetch(self, step: int, manifest: bytes, own: Path | None) -> Path:
@@ -109,7 +95,7 @@ class Fetcher:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise (MirrorError if "mirror" in faults[0] else CheckpointError)(next(iter(faults[0].values())))
         put_whole(temporary, final, manifest)
-        claim(self._mirror, self._run_dir, adopt=own is None)
+        claim(self._mirror, self._run_dir)
         for name in RUN_FILES:
             if (content := patiently(partial(self._mirror.read, name), threading.Event())) is not None:
                 write_atomic(self._run_dir / name, content)
@@ -122,12 +108,76 @@ class Fetcher:
         )
         return final
 
-    def _unreachable(self, error: MirrorError) -> CheckpointError:
-        return CheckpointError(
-            f"checkpoint.mirror = {self._mirror.address!r} cannot be used ({error}), and it may have checkpoints of "
-            "this run; check the address, and endpoint and credentials in the environment (AWS_ENDPOINT_URL, "
-            "AWS_ACCESS_KEY_ID...), or leave it out (as an override: checkpoint.mirror=) to go on without it"
-        )
+
+def newer_manifest(run_dir: Path, address: str, own: Path | None, is_new: bool) -> tuple[str, dict[str, Any]] | None:
+    """Returns address and manifest of the checkpoint that a run would fetch; None if its `own` is the newest.
+
+    Only manifests are read. Raises ConfigError and CheckpointError as `Fetcher` does; `is_new` says that the run has
+    to be a new one.
+    """
+    mirror = _opened(address, run_dir)
+    if is_new:
+        _check_is_new(mirror)
+        return None
+    step = int(storage.read_manifest(own)["step"]) if own else -1
+    try:
+        if own is not None:
+            check_owner(mirror, run_dir)
+        for found, manifest in newest(mirror, step):
+            with suppress(ValueError):
+                return mirror.named(found), CHECKPOINT.read(manifest, Path(MANIFEST))
+    except MirrorError as error:
+        if own is None:
+            raise _unreachable(address, error) from None
+    return None
+
+
+def _opened(address: str, run_dir: Path) -> Mirror:
+    mirror = Mirror(address)
+    if mirror.is_local and Path(address).resolve() == run_dir.resolve():
+        raise ConfigError(f"checkpoint.mirror = {address!r} is run.dir itself; name another folder, on another disk")
+    return mirror
+
+
+def _check_is_new(mirror: Mirror) -> None:
+    try:
+        if steps := mirror.steps():
+            raise ConfigError(
+                f"checkpoint.mirror = {mirror.address!r} holds checkpoints, the newest of step {steps[-1]}, which "
+                "--resume no would overwrite; name another folder there, or leave --resume out to go on"
+            )
+    except MirrorError as error:
+        raise _unreachable(mirror.address, error) from None
+
+
+def claim_mirror(mesh: Mesh, run_dir: Path, address: str) -> None:
+    """Notes in a run and in its mirror that they belong together, once nothing refuses the run. Collective.
+
+    Raises ConfigError if the mirror is another run's, and CheckpointError if it cannot be written and the run has no
+    checkpoint yet; a run that has one goes on without its mirror, and has said so.
+    """
+    answer: dict[str, str] = {}
+    if mesh.is_main:
+        has_checkpoints = bool(storage.steps(run_dir))
+        try:
+            if has_checkpoints:
+                check_owner(Mirror(address), run_dir)
+            claim(Mirror(address), run_dir)
+        except ConfigError as error:
+            answer = {"refused": str(error)}
+        except MirrorError as error:
+            answer = {} if has_checkpoints else {"failed": str(_unreachable(address, error))}
+    answer = mesh.gather_json(answer)[0]
+    if answer:
+        raise ConfigError(answer["refused"]) if "refused" in answer else CheckpointError(answer["failed"])
+
+
+def _unreachable(address: str, error: MirrorError) -> CheckpointError:
+    return CheckpointError(
+        f"checkpoint.mirror = {address!r} cannot be used ({error}), and it may have checkpoints of this run; check the "
+        "address, and endpoint and credentials in the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID...), or leave "
+        "it out (as an override: checkpoint.mirror=) to go on without it"
+    )
 
 
 def put_whole(temporary: Path, final: Path, manifest: bytes) -> None:

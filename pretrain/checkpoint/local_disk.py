@@ -47,7 +47,7 @@ class LocalDisk:
         return self._folder / f"start_{self.start}"
 
     def open(self, begins_anew: bool = False) -> None:
-        """Finds the run's folder, and removes those of earlier runs in the same `run.dir`.
+        """Finds the run's folder.
 
         If `run.dir` has neither checkpoints nor `local.json`, the folder may have been lost: raises ConfigError if a
         node has checkpoints of a run in it, unless the user says that the run `begins_anew`.
@@ -60,13 +60,17 @@ class LocalDisk:
                 self._refuse(*found)
         self._starts = facts["starts"]
         self._folder = Path(self.local_dir, f"{facts['run_hash']}-{facts['id']}")
-        for other in self._folder.parent.glob(f"{facts['run_hash']}-*"):
-            if other != self._folder:
-                shutil.rmtree(other, ignore_errors=True)
 
     def begin(self, step: int) -> None:
-        """Begins a start of the run from `step`; local checkpoints that it does not follow from are removed."""
+        """Begins a start of the run from `step`.
+
+        Local checkpoints that it does not follow from are removed, and those of earlier runs in the same `run.dir`.
+        """
         self._starts.append(step)
+        run_hash = self._folder.name.partition("-")[0]
+        for other in self._folder.parent.glob(f"{run_hash}-*"):
+            if other != self._folder:
+                shutil.rmtree(other, ignore_errors=True)
         if self.mesh.is_main:
             write_atomic(self.run_dir / FILE, self._facts())
         self.remove(lambda start, there: not self._is_followed(start, there))

@@ -219,24 +219,31 @@ def newest_manifest(address: str) -> dict[str, Any]:
     return {}
 
 
-def claim(mirror: Mirror, run_dir: Path, adopt: bool) -> None:
-    """Notes in run and mirror that they belong together; `adopt` takes over a mirror whose run is lost.
-
-    Raises ConfigError if the mirror is that of another run.
-    """
+def _ids(mirror: Mirror, run_dir: Path) -> tuple[str, str]:
+    """Returns what the run and the mirror have noted of each other, "" where nothing is."""
     file = run_dir / ID
     own = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
-    theirs = (mirror.read(ID) or b"").decode(errors="replace").strip()
-    if theirs and own != theirs and not adopt:
+    return own, (mirror.read(ID) or b"").decode(errors="replace").strip()
+
+
+def check_owner(mirror: Mirror, run_dir: Path) -> None:
+    """Raises ConfigError if the mirror is that of another run than the one in `run_dir`, which has checkpoints."""
+    own, theirs = _ids(mirror, run_dir)
+    if theirs and own != theirs:
         raise ConfigError(
             f"checkpoint.mirror = {mirror.address!r} holds the checkpoints of another run than {run_dir}; name another "
             "folder there"
         )
+
+
+def claim(mirror: Mirror, run_dir: Path) -> None:
+    """Notes in run and mirror that they belong together, also where the mirror outlived the folder of its run."""
+    own, theirs = _ids(mirror, run_dir)
     shared = theirs or own or uuid.uuid4().hex
     if not theirs:
         mirror.write(ID, shared.encode())
     if own != shared:
-        write_atomic(file, shared.encode())
+        write_atomic(run_dir / ID, shared.encode())
 
 
 def local_files(path: Path) -> dict[str, dict[str, Any]]:

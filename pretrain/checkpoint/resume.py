@@ -19,15 +19,29 @@ from configs.adapters import AdapterConfig
 from configs.differences import Changes, changes, words
 from configs.loader import ConfigError, plain, validate
 from configs.model import ModelConfig
+from configs.train import TrainerConfig
 from pretrain.checkpoint import local_gathering, storage
 from pretrain.checkpoint.fetching import Fetcher, Fits, fetch_share
-from pretrain.checkpoint.lineage import Pin, text_sha256
+from pretrain.checkpoint.lineage import Lineage, Pin, text_sha256
 from pretrain.checkpoint.local_disk import LocalDisk
 from pretrain.checkpoint.local_gathering import LocalGatherer
 from pretrain.checkpoint.storage import CheckpointError
 from pretrain.checkpoint.whole_model import verify
 from pretrain.data.batch_source import BatchSource
 from pretrain.parallel.groups import Mesh
+
+
+def identity_of(config: TrainerConfig, model: ModelConfig, source: BatchSource, lineage: Lineage) -> dict[str, Any]:
+    """Returns what may not change while a run goes on, as its checkpoints keep it."""
+    return {
+        "model": plain(model),
+        "seed": config.run.seed,
+        "seq_length": config.train.seq_length,
+        "data": source.fingerprint,
+        "freeze": list(config.train.freeze),
+        "adapter": config.adapter and plain(config.adapter),
+        **lineage.identity,
+    }
 
 
 def check_ranks(
@@ -63,14 +77,12 @@ def choose(
     mirror: str | None = None,
     fits: Fits | None = None,
     local: LocalDisk | None = None,
-    begins: Callable[[], None] = lambda: None,
 ) -> Path | None:
     """Returns the checkpoint to start from, the same on every rank, or None for a new start.
 
     With `before` it is one of an earlier step than that, to which a run goes back. If `mirror` has a later one than the
     run's folder, it is fetched first; `fits` raises ConfigError if a manifest is that of another run. If the nodes'
-    disks (`local`) have a later one, it is gathered first. `begins` raises ConfigError if the run cannot be a new one,
-    which is asked before a mirror is marked as its own.
+    disks (`local`) have a later one, it is gathered first.
 
     The main rank looks for it and prints a warning for each damaged checkpoint that it skips. To check a checkpoint it
     asks all ranks, each of which reads its share of the files. Raises ConfigError or CheckpointError, on all ranks, if
@@ -81,7 +93,7 @@ def choose(
     if mesh.is_main:
         answer: dict[str, Any] = {"path": None, "refused": None, "damaged": None}
         try:
-            fetcher = Fetcher(mesh, run_dir, mirror, fits, begins) if mirror and fits else None
+            fetcher = Fetcher(mesh, run_dir, mirror, fits) if mirror and fits else None
             gatherer = LocalGatherer(local) if local and before is None else None
             path = _choose(run_dir, resume, partial(_check_together, mesh), before, fetcher, gatherer)
             answer["path"] = str(path) if path else None
@@ -260,10 +272,15 @@ def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
     return dict(data_spans[-1].get("facts", {}))
 
 
+def choose_alone(run_dir: Path, resume: str) -> Path | None:
+    """Returns what `choose` would from the run's folder alone, in one process. Raises as `choose`."""
+    return _choose(run_dir, resume, verify, None, None, None)
+
+
 def _choose(
     run_dir: Path,
     resume: str,
-    check: Callable[[Path], None],
+    check: Callable[[Path], object],
     before: int | None,
     fetcher: Fetcher | None,
     gatherer: LocalGatherer | None,
@@ -309,7 +326,7 @@ def origin_of(path: Path, run_dir: Path) -> str | None:
     return None if origin is None else str(origin)
 
 
-def _named(resume: str, check: Callable[[Path], None]) -> Path:
+def _named(resume: str, check: Callable[[Path], object]) -> Path:
     """Returns the checkpoint that `--resume` names. Raises ConfigError if there is none or it is damaged."""
     path = Path(resume)
     if (path / "checkpoints").is_dir():

@@ -122,7 +122,8 @@ class BatchSource(abc.ABC):
     first_sample: int = 0  # number in the run of this source's first sample; earlier samples came from `after`
     after: str | None = None  # fingerprint of the source that this one continues
     location: str | None = None  # folder of the plan, for tools that look up what a step was trained on
-    longest_text: int | None = None  # tokens of the longest text in a row; None if texts may be as long as rows
+    # Tokens of the longest text in a row, or in those up to now where rows are sampled; None if as long as rows.
+    longest_text: int | None = None
     # Whether `rows` depends on its samples alone, and calls no collectives, so that a thread may call it ahead of time.
     reads_ahead: bool = False
     # Fingerprints of other sources, with how many of the run's first samples are the same in them as in this one.
@@ -153,6 +154,10 @@ class BatchSource(abc.ABC):
         """Folders of other runs' checkpoints that the source needs as long as the run goes on."""
         return []
 
+    def context(self, seq_length: int) -> int:
+        """Returns the tokens of the longest text in rows of `seq_length` tokens."""
+        return seq_length if self.longest_text is None else self.longest_text
+
     def note_use(self, run_dir: Path) -> None:  # noqa: B027  most sources need nothing
         """Leaves a note beside the data that run `run_dir` uses them, or one on the data in the run's folder.
 
@@ -160,7 +165,10 @@ class BatchSource(abc.ABC):
         """
 
     def prepare(self, engine: Any, step: int) -> None:  # noqa: B027  most sources need nothing
-        """Prepares the rows of step `step`; all ranks call it before `rows`. RL samples its rollouts here."""
+        """Prepares the rows of step `step`; all ranks call it before `rows`. RL samples its rollouts here.
+
+        The trainer has the first step prepared before it writes anything. Raises Failure if the run cannot go on.
+        """
 
     def state(self) -> dict[str, Any]:
         """Returns JSON values that a checkpoint keeps, for sources whose rows depend on more than their number."""

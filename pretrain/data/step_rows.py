@@ -10,6 +10,7 @@ from pretrain.data.batch_source import BatchSource, micro_batches, share_of_rank
 from pretrain.data.read_ahead import ReadAhead
 from pretrain.health.rewind_history import Rewinds
 from pretrain.model.batch import Batch
+from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
 
 
@@ -22,6 +23,13 @@ class StepRows:
     def __init__(self, source: BatchSource, train: TrainSection, mesh: Mesh, rewinds: Rewinds):
         self._source, self._train, self._mesh, self._rewinds = source, train, mesh, rewinds
         self._ahead: ReadAhead | None = None
+        self._prepared: int | None = None  # the last step that the source has prepared
+
+    def prepare(self, engine: Engine, step: int) -> None:
+        """Has the source prepare the rows of a step, if that is not done. Collective."""
+        if step != self._prepared:
+            self._source.prepare(engine, step)
+        self._prepared = step
 
     def start(self, stack: ExitStack, sample: int, steps: int) -> None:
         """Begins to prepare the next `steps` steps, of which the first begins with `sample`, until `stack` is left."""
@@ -31,6 +39,7 @@ class StepRows:
 
     def go_back(self, sample: int, steps: int) -> None:
         """Goes on with `sample`, as if all that came after it had not been asked for."""
+        self._prepared = None
         if self._ahead:
             self._ahead.restart(self._firsts(sample, steps))
 

@@ -9,16 +9,24 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from configs import files
 from configs.train import SpikesConfig
 from pretrain.health.spikes import PERIOD
 from pretrain.model.batch import Batch
-from pretrain.parallel.groups import Mesh
 
 FILE = "rewinds.json"
 SampleRange = tuple[int, int]  # the first sample, and the one after the last
+
+
+class Ranks(Protocol):
+    """The ranks of a run, of which one writes."""
+
+    @property
+    def is_main(self) -> bool: ...
+
+    def gather_json(self, value: Any) -> list[Any]: ...
 
 
 class BadStep(Exception):
@@ -56,20 +64,25 @@ class Rewinds:
     manifest of the checkpoint that a run begins from.
     """
 
-    def __init__(self, settings: SpikesConfig, run_dir: Path, mesh: Mesh, data: str):
+    def __init__(self, settings: SpikesConfig, run_dir: Path, mesh: Ranks, data: str):
         self._settings, self._path, self._mesh, self._data = settings, run_dir / FILE, mesh, data
         self._known: list[Rewind] = []
         self.ranges: list[SampleRange] = sorted(settings.pass_over)
 
     def begin(self, manifest: dict[str, Any] | None) -> None:
         """Reads what is known when training starts, from `manifest` unless the run is new. Collective."""
-        if self._mesh.is_main and manifest is None:
-            self._path.unlink(missing_ok=True)  # of an earlier run, whose checkpoints somebody removed
-        found = json.loads(self._path.read_text(encoding="utf-8")) if self._path.is_file() else []
-        found = self._mesh.gather_json(found if self._mesh.is_main else [])[0]
+        found = []
+        if self._mesh.is_main and manifest is not None and self._path.is_file():
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+        found = self._mesh.gather_json(found)[0]
         self._known = [Rewind(**{**one, "samples": tuple(one["samples"])}) for one in found]
         earlier = [(first, end) for first, end in (manifest or {}).get("passed_over", [])]
         self._add(*earlier, *(one.samples for one in self._known if one.data == self._data))
+
+    def forget(self) -> None:
+        """Removes the file of an earlier run, whose checkpoints somebody removed."""
+        if self._mesh.is_main:
+            self._path.unlink(missing_ok=True)
 
     def first_of(self, sample: int, count: int) -> int:
         """Returns the first sample of the next step, which has `count` samples and would begin with `sample`."""

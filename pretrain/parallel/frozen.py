@@ -23,7 +23,7 @@ def freeze(stage: PipelineStage, patterns: Sequence[str], mesh: Mesh, has_adapte
     if not patterns and not has_adapters:
         return
     if patterns:
-        _check({name: None for own in mesh.gather_json([name for name, _ in named]) for name in own}, patterns)
+        check_patterns({name: None for own in mesh.gather_json([name for name, _ in named]) for name in own}, patterns)
     for name, parameter in named:
         is_base = has_adapters and not is_adapter(name) and name != value_head.NAME
         if is_base or any(fnmatchcase(name, pattern) for pattern in patterns):
@@ -32,7 +32,8 @@ def freeze(stage: PipelineStage, patterns: Sequence[str], mesh: Mesh, has_adapte
         chunk.is_partly_frozen = True
 
 
-def _check(names: dict[str, None], patterns: Sequence[str]) -> None:
+def check_patterns(names: dict[str, None], patterns: Sequence[str]) -> None:
+    """Raises ConfigError if a pattern matches none of the names of a model's weights, or all are frozen."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(

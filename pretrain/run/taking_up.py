@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.loader import ConfigError
+from configs.train import TrainSection
 from pretrain.checkpoint import resume, state, storage
-from pretrain.data.batch_source import check_samples
+from pretrain.checkpoint.fetching import claim_mirror
+from pretrain.data.batch_source import BatchSource, check_samples
+from pretrain.health.rewind_history import Rewinds
 from pretrain.run.initial_model import initial_weights
 
 if TYPE_CHECKING:
@@ -27,13 +30,10 @@ def load_weights(trainer: "Trainer") -> Path | None:
         mirror=trainer.config.checkpoint.mirror,
         fits=partial(_check_identity, trainer),
         local=trainer.run.local,
-        begins=partial(_check_begins, trainer),
     )
     if path is None:
-        _check_begins(trainer)
         trainer.rewinds.begin(None)
-        _check_samples(trainer)
-        _begin_local(trainer)
+        check_begins(trainer.source, train, trainer.rewinds)
         if trainer.lineage.init:
             with initial_weights(trainer.lineage.init) as tensors:
                 for name in state.begin_from(trainer.engine, tensors):
@@ -56,25 +56,30 @@ def load_weights(trainer: "Trainer") -> Path | None:
     trainer.context = max(trainer.context, manifest.get("context", 0))
     trainer.origin = resume.origin_of(path, trainer.run.path)
     take_up(trainer, path, manifest)
-    _begin_local(trainer)
     return path
 
 
-def _check_begins(trainer: "Trainer") -> None:
+def check_begins(source: BatchSource, train: TrainSection, rewinds: Rewinds) -> None:
     """Raises ConfigError if a run that is new cannot train on its data."""
-    if trainer.source.after:
+    if source.after:
         raise ConfigError(
-            f"data.plan = {trainer.source.location!r} continues another plan after its first "
-            f"{trainer.source.first_sample:,} samples, but this run is new: train on that plan first, or name a "
-            "checkpoint of such a run with --resume"
+            f"data.plan = {source.location!r} continues another plan after its first {source.first_sample:,} samples, "
+            "but this run is new: train on that plan first, or name a checkpoint of such a run with --resume"
         )
-    check_samples(trainer.source, trainer.config.train, 0, 0)
+    check_samples(source, train, 0, 0, passed=rewinds.passed_over(0, train.global_batch_size, train.steps))
 
 
-def _begin_local(trainer: "Trainer") -> None:
-    """Begins a start on the nodes' disks, once the run is known to go on from where it is."""
+def begin_to_write(trainer: "Trainer", saved: Path | None) -> None:
+    """Claims mirror and nodes' disks for a run that goes on from `saved`, once nothing refuses it. Collective.
+
+    Raises ConfigError and CheckpointError as `claim_mirror`.
+    """
+    if mirror := trainer.config.checkpoint.mirror:
+        claim_mirror(trainer.mesh, trainer.run.path, mirror)
     if trainer.run.local:
         trainer.run.local.begin(trainer.step)
+    if saved is None:
+        trainer.rewinds.forget()
 
 
 def take_up(trainer: "Trainer", path: Path, manifest: dict[str, Any]) -> None:
@@ -83,7 +88,7 @@ def take_up(trainer: "Trainer", path: Path, manifest: dict[str, Any]) -> None:
     trainer.tokens_by_source |= manifest.get("ledger", {})
     trainer.spikes.restore(manifest.get("spikes", {}))
     trainer.run.take_data_spans(manifest)
-    _check_samples(trainer, path)
+    check_left(trainer.source, trainer.config.train, trainer.rewinds, manifest, path)
     if trainer.step < trainer.config.train.steps:
         trainer.source.go_on(path, manifest)
 
@@ -92,7 +97,10 @@ def _check_identity(trainer: "Trainer", path: Path | str, manifest: dict[str, An
     resume.check_identity(path, manifest, trainer.identity, trainer.source, trainer.run.full_config)
 
 
-def _check_samples(trainer: "Trainer", path: Path | None = None) -> None:
-    train = trainer.config.train
-    passed = trainer.rewinds.passed_over(trainer.samples, train.global_batch_size, train.steps - trainer.step)
-    check_samples(trainer.source, train, trainer.step, trainer.samples, path, passed)
+def check_left(
+    source: BatchSource, train: TrainSection, rewinds: Rewinds, manifest: dict[str, Any], path: Path | None
+) -> None:
+    """Raises ConfigError if the data have too few samples for the steps after a checkpoint, the one at `path`."""
+    step, samples = manifest["step"], manifest["samples"]
+    passed = rewinds.passed_over(samples, train.global_batch_size, train.steps - step)
+    check_samples(source, train, step, samples, path, passed)

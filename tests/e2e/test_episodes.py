@@ -22,6 +22,7 @@ from tests.parallel.harness import RankError, RanksOf
 from tests.parallel.runs import metrics
 
 Run = Callable[..., Path]
+ROWS = 160  # tokens; more than the model was trained on and than an episode has
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "ppo": {"rl": {"environment": environment, "kl": "none", "epochs": 2}},
     }
     for command, sections in of_method.items():
-        config = rl_config(base, command, 3, (16, 8), 128, **own, **sections)
+        config = rl_config(base, command, 3, (16, 8), ROWS, **own, **sections)
         (base / f"{command}_episodes.toml").write_bytes(toml(config))
     options = [f"data.dialogues=['{base}/calls.jsonl']", "task.demonstrations=0", "task.eval_prompts=1"]
     argv = [str(base / "sft.toml"), *options, "train.steps=200"]
@@ -115,6 +116,10 @@ def test_calls_are_answered_and_results_are_never_learnt(base: Path, one: Path) 
     last = steps_of(one)[-1]
     assert last["turns"] > 1 and last["logprob_difference"] < 1e-5  # sampler and trainer agree, replies included
     assert set(metrics(one)[-1]["eval"]) == {"sums answers"}
+    manifest = storage.read_manifest(storage.latest(one))
+    began = storage.read_manifest(manifest["init"]["checkpoint"])["context"]
+    longest = max(int(rollout_of(one, number).lengths.max()) for number in range(3))
+    assert manifest["context"] == max(began, longest) < ROWS
 
 
 def assert_same(ours: Path, theirs: Path) -> None:

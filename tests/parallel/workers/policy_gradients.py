@@ -13,7 +13,6 @@ from configs.rl import RLSection
 from posttrain.algorithms.dialects import DIALECTS
 from posttrain.chat.dialogues import Example
 from posttrain.chat.sft_data import pack
-from posttrain.rl.logprob_check import LogprobCheck
 from posttrain.rl.policy_loss import PolicyLoss
 from posttrain.rl.rollout_rows import RolloutRow
 from pretrain.data.batch_source import micro_batches
@@ -38,7 +37,7 @@ def gradients(
     settings = RLSection(kl="loss", kl_coef=0.1, correction="truncate", correction_high=1.2)
     tensors = {}
     for name in dialects:
-        engine.accumulate(batches, PolicyLoss(DIALECTS[name].policy, settings, 0.9, LogprobCheck(float("inf"))))
+        engine.accumulate(batches, PolicyLoss(DIALECTS[name].policy, settings, 0.9))
         tensors |= _whole_gradients(engine, f"{name}/")
     _save(engine, tensors, out)
 
@@ -59,7 +58,7 @@ def replayed_gradients(model: dict[str, Any], parallel: dict[str, Any], out: str
         rows.append(replace(_row([_sample(i, config.vocab_size)]), experts=own.astype(np.int16) if chosen else None))
     share = len(rows) // mesh.layout.dp
     batches = micro_batches(rows[mesh.dp_rank * share :][:share], micro)
-    loss = PolicyLoss(DIALECTS["grpo@trl"].policy, RLSection(), 0.9, LogprobCheck(float("inf")))
+    loss = PolicyLoss(DIALECTS["grpo@trl"].policy, RLSection(), 0.9)
     engine.accumulate(batches, loss)
     _save(engine, _whole_gradients(engine), out)
 

@@ -158,6 +158,7 @@ def test_names_that_are_no_character_encoding() -> None:
     ):
         assert charset_of(label) == "", label
     assert (charset_of(" Latin1 "), charset_of("gb2312"), charset_of("windows-31j")) == ("cp1252", "gb18030", "cp932")
+    assert (charset_of("x-windows-949"), charset_of("x-cp1251"), charset_of("x-x-none")) == ("cp949", "cp1251", "")
 
 
 @pytest.mark.parametrize(
