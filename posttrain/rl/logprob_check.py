@@ -21,7 +21,7 @@ class LogprobCheck:
         if not self.is_due:
             return
         self.is_due = False
-        found = difference[mask]
+        found = difference[mask].detach()
         mean = float(found.double().mean()) if len(found) else 0.0
         if not mean <= self._most:
             raise Failure(

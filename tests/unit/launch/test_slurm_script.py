@@ -131,7 +131,7 @@ def test_names_of_variables_are_written_and_no_values(
         (["--node-rank", "1", *TRAIN], "--node-rank is for --on local; leave it out of --on slurm"),
         (["--nproc-per-node", "3", *TRAIN, "parallel.tp=2"], "does not divide the 3 ranks"),
         ([*TRAIN, "train.stpes=3"], "did you mean 'steps'?"),
-        ([str(ROOT / "configs/launch/cpu.toml")], "those of no command that can be launched; name the command before"),
+        ([str(ROOT / "configs/launch/cpu.toml")], "is a config of `trivium launch` itself: give it as --cluster"),
         (["train"], "the config comes first after `train`"),
         (["tests.e2e.steps_of_sleep", "x"], "is a module and names no folder for its job"),
         (["generate", "x"], "'generate' cannot be started as ranks"),
