@@ -194,7 +194,7 @@ def test_the_context_of_an_imported_model_is_what_it_states(tmp_path):
 
 
 def test_bad_folders_and_files(tmp_path):
-    with pytest.raises(ConfigError, match=r"has no config\.json"):
+    with pytest.raises(ConfigError, match=r"nowhere does not exist; name a Hugging Face"):
         main([str(tmp_path / "nowhere"), str(tmp_path / "out")])
     saved(tmp_path, moe=False)
     file = next((tmp_path / "hf").glob("*.safetensors"))
