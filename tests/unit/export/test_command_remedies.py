@@ -1,4 +1,4 @@
-"""What messages of generate, eval, export and import tell a user to do is done here, and the command goes on then."""
+"""Remedies in messages of generate, export and import: each is done word for word, and the command goes on then."""
 
 import shutil
 from pathlib import Path

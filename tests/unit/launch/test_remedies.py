@@ -1,4 +1,4 @@
-"""What a message of `trivium launch` tells a user to do is done here, word for word, and then it is accepted."""
+"""Remedies in messages of `trivium launch`: each is done word for word, and the launch is accepted then."""
 
 from pathlib import Path
 
