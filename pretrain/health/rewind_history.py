@@ -20,7 +20,7 @@ FILE = "rewinds.json"
 SampleRange = tuple[int, int]  # the first sample, and the one after the last
 
 
-class Ranks(Protocol):
+class RunRanks(Protocol):
     """The ranks of a run, of which one writes."""
 
     @property
@@ -64,7 +64,7 @@ class Rewinds:
     manifest of the checkpoint that a run begins from.
     """
 
-    def __init__(self, settings: SpikesConfig, run_dir: Path, mesh: Ranks, data: str):
+    def __init__(self, settings: SpikesConfig, run_dir: Path, mesh: RunRanks, data: str):
         self._settings, self._path, self._mesh, self._data = settings, run_dir / FILE, mesh, data
         self._known: list[Rewind] = []
         self.ranges: list[SampleRange] = sorted(settings.pass_over)

@@ -80,7 +80,7 @@ def _checked(
 
 
 def _check_weights(config: TrainerConfig, model: ModelConfig, lineage: Lineage) -> None:
-    """Raises ConfigError if the model has no place for the adapters, or no weights that train.freeze names."""
+    """Raises ConfigError if the model cannot have the adapters, or has no weights that train.freeze names."""
     adapter, context = config.adapter, LayerContext(device=torch.device("meta"))
     if adapter:
         adapter.check_init(lineage.init is not None)
