@@ -41,10 +41,10 @@ class InitialChatModel(initial_model.InitialModel):
         if not takes_values:
             found.check_writes_text()
         if found.tokenizer is None:
-            raise ConfigError(
-                f"{found.said}: nothing says which tokenizer the model was trained with; set init.tokenizer to its "
-                "folder"
-            )
+            remedy = "set init.tokenizer to its folder"
+            if isinstance(init, NamedModel):
+                remedy = "name a run, which keeps its tokenizer"
+            raise ConfigError(f"{found.said}: nothing says which tokenizer the model was trained with; {remedy}")
         if template is not None:
             found = replace(found, lineage=replace(found.lineage, chat_template=_read_template(template)))
         try:

@@ -310,8 +310,8 @@ class RolloutSource(BatchSource):
             raise ConfigError(
                 f"rl.replay: rollout {number} has {have[0]} samples in groups of {have[1]} and rows of {have[2]} "
                 f"tokens, and this run takes {self.phases.samples} in groups of {group_size} and rows of "
-                f"{self.seq_length}; set train.global_batch_size, rl.rollout_batch, group_size and train.seq_length as "
-                "they were when it was recorded"
+                f"{self.seq_length}; set {self.sampling.method}.group_size={have[1]}, train.seq_length={have[2]}, and "
+                f"train.global_batch_size and rl.rollout_batch so that their product is {have[0]}"
             )
         own = ("tokens", "labels", "mask", "lengths", "prompts", "scores", "stopped", "rollout_logprobs")
         parts = [name for name in rollout.arrays if name.startswith(PART)]

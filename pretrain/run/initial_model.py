@@ -273,27 +273,30 @@ def _pinned(own: Path, init: InitConfig, run_dir: str) -> tuple[Pin, str | None]
 
     Raises ConfigError if `init` names a different model.
     """
-    manifest = storage.read_manifest(own)
+    manifest, is_named = storage.read_manifest(own), storage.run_of(own) != Path(run_dir).resolve()
+    anew = f"{'leave --resume out' if is_named else 'choose another run.dir'} to start a new one"
     if not manifest.get("init"):
         kind = "an imported model" if "config" not in manifest or "train" not in manifest["config"] else ""
-        raise ConfigError(
-            f"run.dir = {run_dir!r} holds {own} of {kind or 'a run that began from random weights'}; choose another "
-            "run.dir"
-        )
+        kind = kind or "a run that began from random weights"
+        if is_named:
+            raise ConfigError(
+                f"--resume {own} is of {kind}, and this run begins from a model; leave --resume out, and to begin from "
+                f"that one set {init.section}.checkpoint={own} in place of {init.named_by}"
+            )
+        raise ConfigError(f"run.dir = {run_dir!r} holds {own} of {kind}; choose another run.dir")
     pin = Pin(**manifest["init"])
-    begun = f"{run_dir} began from {pin.checkpoint}"
+    begun = f"{storage.run_of(own) if is_named else run_dir} began from {pin.checkpoint}"
     if init.checkpoint is not None:
         named = Path(init.checkpoint)
         if _is(named, pin):
             return replace(pin, checkpoint=str(named.resolve())), None  # both may have been moved
         if (named / storage.MANIFEST).is_file():
             raise ConfigError(
-                f"{begun}, and init.checkpoint = {init.checkpoint!r} is another; name the first, or choose another "
-                "run.dir to start a new one"
+                f"{begun}, and init.checkpoint = {init.checkpoint!r} is another; name the first, or {anew}"
             )
         return pin, f"{begun} and continues from its own weights; init.checkpoint = {init.checkpoint!r} does not exist"
     if init.hf is not None:
-        note = _pinned_folder(Path(init.hf), pin, begun)
+        note = _pinned_folder(Path(init.hf), pin, begun, anew)
         return (pin if note else replace(pin, checkpoint=str(Path(init.hf).resolve()))), note
     assert init.run is not None
     run = Path(init.run)
@@ -301,10 +304,7 @@ def _pinned(own: Path, init: InitConfig, run_dir: str) -> tuple[Pin, str | None]
     if not steps:
         return pin, f"{begun} and continues from its own weights; init.run = {init.run!r} has no checkpoint"
     if not _is(same, pin) and run.resolve() != pin.run and init.run != manifest["config"]["init"].get("run"):
-        raise ConfigError(
-            f"{begun}, which init.run = {init.run!r} does not hold; name the run that does, or choose another run.dir "
-            "to start a new one"
-        )
+        raise ConfigError(f"{begun}, which init.run = {init.run!r} does not hold; name the run that does, or {anew}")
     if _is(same, pin):
         pin = replace(pin, checkpoint=str(same.resolve()))
     elif (same / storage.MANIFEST).is_file():
@@ -315,7 +315,7 @@ def _pinned(own: Path, init: InitConfig, run_dir: str) -> tuple[Pin, str | None]
     return pin, None
 
 
-def _pinned_folder(folder: Path, pin: Pin, begun: str) -> str | None:
+def _pinned_folder(folder: Path, pin: Pin, begun: str, anew: str) -> str | None:
     """Returns a note if the Hugging Face folder that a run began from is gone. Raises ConfigError for another one."""
     from export.hf_folder import content_sha256
 
@@ -323,10 +323,7 @@ def _pinned_folder(folder: Path, pin: Pin, begun: str) -> str | None:
         return f"{begun} and continues from its own weights; init.hf = {str(folder)!r} does not exist"
     if str(folder.resolve()) == pin.checkpoint or content_sha256(folder) == pin.sha256:
         return None
-    raise ConfigError(
-        f"{begun}, and init.hf = {str(folder)!r} is another; name the first, or choose another run.dir to start a new "
-        "one"
-    )
+    raise ConfigError(f"{begun}, and init.hf = {str(folder)!r} is another; name the first, or {anew}")
 
 
 def _is(checkpoint: Path, pin: Pin) -> bool:

@@ -58,8 +58,10 @@ def base(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copy(tokenizer_file, folder / "begun/tokenizer.model")
     facts = json.loads(Path(began.checkpoint, "manifest.json").read_text())
     init = {"run": str(folder / "dense")}
-    facts |= {"step": 2, "init": vars(began), "config": facts["config"] | {"init": init}}
-    facts["identity"]["seq_length"] = ROW
+    config = facts["config"] | {"init": init, "train": {"global_batch_size": 16}}
+    facts |= {"step": 2, "samples": 32, "init": vars(began), "config": config}
+    del facts["identity"]["chat_template"]
+    facts["identity"] |= {"seq_length": ROW, "init": began.sha256}
     (begun / "manifest.json").write_bytes(CHECKPOINT.write(facts))
     talk = [{"role": "user", "content": "how are you?"}, {"role": "assistant", "content": "I am fine, thank you."}]
     lines = [json.dumps({"id": str(i), "messages": talk * (1 + i % 3)}) for i in range(20)]
@@ -188,6 +190,15 @@ def test_a_model_to_begin_from_is_found_as_the_message_says(
     else:
         right = [*(right or []), *(f"{key}={value}" for key, value in remedies(message) if "/" in value)]
     assert not refused(run["grpo"], 1, [*overrides, *right])
+
+
+def test_a_checkpoint_to_resume_that_is_of_another_kind_of_run_is_told(base: Path, run: dict[str, Run]) -> None:
+    step_1 = base / "dense/checkpoints/step_1"
+    message = refused(run["grpo"], 1, ["--resume", str(step_1)])
+    assert f"--resume {step_1} is of a run that began from random weights" in message or "is of an imported" in message
+    ((key, value),) = remedies(message)
+    assert f"set {key}={value} in place of init.run" in message
+    assert not refused(run["grpo"], 1, ["init.run=", f"{key}={value}"])
 
 
 @pytest.mark.parametrize(("command", "rows"), [("sft", ["train.seq_length=8"]), ("grpo", [])])
