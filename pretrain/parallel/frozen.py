@@ -3,9 +3,14 @@
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+import torch
+
+from configs.adapters import AdapterConfig
 from configs.loader import ConfigError
-from pretrain.model import value_head
-from pretrain.model.adapters import is_adapter
+from configs.model import ModelConfig
+from pretrain import megatron
+from pretrain.model import Decoder, LayerContext, value_head
+from pretrain.model.adapters import add_adapters, is_adapter
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
 
@@ -30,6 +35,22 @@ def freeze(stage: PipelineStage, patterns: Sequence[str], mesh: Mesh, has_adapte
             parameter.requires_grad_(False)
     for chunk in stage.chunks:
         chunk.is_partly_frozen = True
+
+
+def names_of_weights(model: ModelConfig, adapter: AdapterConfig | None) -> list[str]:
+    """Returns the global names of a model's weights and of its adapters', without memory for them.
+
+    Raises ConfigError if the model lacks layers that the adapters are for.
+    """
+    context = LayerContext(device=torch.device("meta"))
+    megatron.redirect_to(context.device)
+    try:
+        decoder = Decoder(model, context=context)
+        if adapter is not None:
+            add_adapters(decoder, adapter.model_copy(update={"base": "full"}), context)
+    finally:
+        megatron.redirect_to_cpu()
+    return [name for name, _ in decoder.named_global_parameters()]
 
 
 def check_patterns(names: dict[str, None], patterns: Sequence[str]) -> None:

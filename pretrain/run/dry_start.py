@@ -8,8 +8,6 @@ what only weights can show, such as a sampler that differs from the trainer, is 
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from configs.loader import plain
 from configs.model import ModelConfig
 from configs.train import TrainerConfig
@@ -20,9 +18,7 @@ from pretrain.data.batch_source import BatchSource, check_source
 from pretrain.evaluation.task_scores import task_scores
 from pretrain.evaluation.text_samples import text_samples
 from pretrain.health.rewind_history import Rewinds
-from pretrain.model import Decoder, LayerContext
-from pretrain.model.adapters import add_adapters
-from pretrain.parallel.frozen import check_patterns
+from pretrain.parallel.frozen import check_patterns, names_of_weights
 from pretrain.run.taking_up import check_begins, check_left
 from pretrain.tracking.trackers import check_installed
 
@@ -81,12 +77,9 @@ def _checked(
 
 def _check_weights(config: TrainerConfig, model: ModelConfig, lineage: Lineage) -> None:
     """Raises ConfigError if the model cannot have the adapters, or has no weights that train.freeze names."""
-    adapter, context = config.adapter, LayerContext(device=torch.device("meta"))
+    adapter = config.adapter
     if adapter:
         adapter.check_init(lineage.init is not None)
         adapter.check_model(model, config.train.seq_length)
     if adapter or config.train.freeze:
-        decoder = Decoder(model, context=context)
-        if adapter:
-            add_adapters(decoder, adapter.model_copy(update={"base": "full"}), context)
-        check_patterns(dict.fromkeys(name for name, _ in decoder.named_global_parameters()), config.train.freeze)
+        check_patterns(dict.fromkeys(names_of_weights(model, adapter)), config.train.freeze)

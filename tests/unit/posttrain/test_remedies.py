@@ -201,6 +201,16 @@ def test_a_checkpoint_to_resume_that_is_of_another_kind_of_run_is_told(base: Pat
     assert not refused(run["grpo"], 1, ["init.run=", f"{key}={value}"])
 
 
+def test_a_dry_run_knows_the_names_of_weights(run: dict[str, Run]) -> None:
+    for kind in ("lora", "dora", "bottleneck", "prompt", "prefix", "p_tuning_v2"):
+        more = ["adapter.virtual_tokens=4"] if kind.startswith("p") else []
+        assert not refused(run["sft"], 1, [f"adapter.kind={kind}", *more]), kind
+    message = refused(run["sft"], 1, ["train.freeze=['nothing.*']"])
+    assert "matches no weight of the model; names are like " in message
+    name = message.partition("names are like ")[2].partition(",")[0]
+    assert not refused(run["sft"], 1, [f"train.freeze=['{name}']"])
+
+
 @pytest.mark.parametrize(("command", "rows"), [("sft", ["train.seq_length=8"]), ("grpo", [])])
 def test_a_task_that_no_digits_fit_into_a_models_rows_fits_a_model_of_longer_rows(
     base: Path, run: dict[str, Run], command: str, rows: list[str]
