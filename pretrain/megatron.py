@@ -49,7 +49,7 @@ def _unchanged(function: Callable[..., Any] | None = None, **_: Any) -> Callable
 
 
 @contextmanager
-def _not_installed(*names: str) -> Iterator[None]:
+def not_installed(*names: str) -> Iterator[None]:
     """Context in which modules that have not been imported yet cannot be."""
     names = tuple(name for name in names if name not in sys.modules)
     refused: Any = None  # what makes an import fail
@@ -67,7 +67,7 @@ def _not_installed(*names: str) -> Iterator[None]:
 # warns of each accelerator package that is not installed.
 with (
     mock.patch.object(torch, "compile", _unchanged),
-    _not_installed("torch.utils.tensorboard", "wandb"),
+    not_installed("torch.utils.tensorboard", "wandb"),
     warnings.catch_warnings(),
 ):
     warnings.simplefilter("ignore")
@@ -102,6 +102,7 @@ __all__ = [
     "gather_from_sequence_parallel_region",
     "get_forward_backward_func",
     "get_pg_size",
+    "not_installed",
     "parallel_state",
     "redirect_to",
     "redirect_to_cpu",

@@ -16,7 +16,8 @@ from pretrain import megatron
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-with warnings.catch_warnings():
+# DeepSpeed would import MLflow if it could, for an autotuner that Trivium does not use: seconds on every rank.
+with warnings.catch_warnings(), megatron.not_installed("mlflow"):
     warnings.simplefilter("ignore")
     import deepspeed
     import deepspeed.comm.comm

@@ -295,13 +295,16 @@ def test_torch_free_parts_load_no_torch() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_ranks_load_no_loggers_of_megatrons() -> None:
-    """Imports megatron-core, whose loggers would take each rank a second, whichever of them is installed."""
+def test_ranks_load_no_loggers_of_libraries() -> None:
+    """Imports megatron-core and DeepSpeed, whose loggers would take each rank seconds, whichever is installed."""
     from pretrain import megatron
+    from pretrain.parallel.deepspeed_import import deepspeed
+
+    assert not deepspeed.autotuning.autotuner.has_mlflow
 
     timers = sys.modules["megatron.core.timers"]
     assert timers.SummaryWriter is None and timers.wandb is None
-    with megatron._not_installed("this", "sys"):
+    with megatron.not_installed("this", "sys"):
         with pytest.raises(ImportError):
             importlib.import_module("this")
         assert importlib.import_module("sys") is sys
