@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from configs.cli import command_parser, entrypoint
+from configs.config_kind import OVERRIDE
 from configs.layout import Layout
 from configs.loader import ConfigError, filled_tree, validate
 from configs.nearest_layout import NearestLayout, nearest_layout
 from configs.train import PretrainConfig
 from launch.bootstrap import TRAINING
-from launch.launched_command import OVERRIDE
 
 
 @dataclass(frozen=True)

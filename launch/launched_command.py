@@ -4,25 +4,22 @@ Knows which commands run on ranks, which go on where they were when they are sta
 command writes. Imports no torch, so that a mistake is found on a login node and not in a job hours later.
 """
 
-import contextlib
 import difflib
 import importlib.util
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.launch import LaunchConfig
+from configs.config_kind import OVERRIDE, command_for, kind_of, kind_of_command
 from configs.layout import SEQ_LENGTH, Layout
-from configs.loader import ConfigError, filled_tree, read_tree, validate
+from configs.loader import ConfigError, filled_tree, validate
 from configs.reference import schema_of
 from configs.train import PretrainConfig
 from launch.bootstrap import ON_RANKS, TRAINING
 
 # Modules of the commands that are one process and no ranks, and the key of the folder that each writes.
 SINGLE = {"data run": "data_pipeline.command", "export": "export.huggingface", "recipe run": "launch.recipe"}
-OVERRIDE = re.compile(r"[\w.]+=")
 FOLDER_KEYS = {"export": "run", "recipe run": "dir"}  # an export's own folder appears only once it is whole
 
 
@@ -123,35 +120,13 @@ def is_command(word: str) -> bool:
 
 
 def command_of(config: str, arguments: Sequence[str]) -> str:
-    """Returns the command that a config is for, by its keys. Raises ConfigError if it is for none or for several."""
-    overrides, found = [word for word in arguments if OVERRIDE.match(word)], []
-    for name in (*TRAINING, *SINGLE):
-        schema = schema_of(_kind(name))
-        with contextlib.suppress(ConfigError):
-            validate(schema, filled_tree(schema, config, overrides))
-            found.append(name)
-    if len(found) != 1:
-        read_tree(config)  # which says it if the file itself is the mistake
-        if not found and _is_launch_config(config):
-            raise ConfigError(
-                f"{config} is a config of `trivium launch` itself: give it as --cluster {config}, and after it a "
-                "command with a config of its own"
-            )
-        which = f"those of {' and '.join(found)}" if found else "those of no command that can be launched"
-        raise ConfigError(f"the keys of {config} are {which}; name the command before it, as in `train {config}`")
-    return found[0]
-
-
-def _is_launch_config(config: str) -> bool:
-    tree = read_tree(config)
-    with contextlib.suppress(ConfigError):
-        return bool(tree) and bool(validate(LaunchConfig, tree))
-    return False
-
-
-def _kind(name: str) -> str:
-    """Returns the kind of a command's config, as `trivium config` names it."""
-    return "pretrain" if name == "train" else name.split()[0]
+    """Returns the command that a config is for, by its keys. Raises ConfigError if it cannot be told, or launched."""
+    if kind_of(config, arguments) == "launch":
+        raise ConfigError(
+            f"{config} is a config of `trivium launch` itself: give it as --cluster {config}, and after it a "
+            "command with a config of its own"
+        )
+    return command_for(config, arguments, (*TRAINING, *SINGLE), "cannot be launched")
 
 
 def read_command(words: Sequence[str], world_size: int) -> LaunchedCommand:
@@ -176,7 +151,7 @@ def read_command(words: Sequence[str], world_size: int) -> LaunchedCommand:
 
 def _folder(name: str, arguments: Sequence[str], world_size: int) -> Path:
     """Returns the folder that a command writes, after its config has been checked."""
-    schema = schema_of(_kind(name))
+    schema = schema_of(kind_of_command(name))
     tree = filled_tree(schema, arguments[0], [word for word in arguments[1:] if OVERRIDE.match(word)])
     if not (name == "train" and tree.get("init")):  # such a config takes its model from files of another run
         config = validate(schema, tree, origin=arguments[0])

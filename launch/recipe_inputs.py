@@ -9,6 +9,7 @@ from typing import Any
 
 from configs.checkpoint_folders import model_of, newest_manifest
 from configs.cli import SCHEMAS
+from configs.config_kind import kind_of_command
 from configs.files import file_sha256
 from configs.layout import Layout
 from configs.loader import ConfigError, load, read_overridden
@@ -19,7 +20,6 @@ from configs.section import Section
 MARKS = ("plan.json", "trivium_import.json", "manifest.json")  # what identifies a folder of other kinds
 OF_MODELS = ("*.safetensors", "*.json", "*.jinja", "*.model")  # what identifies a Hugging Face folder
 DATA_KEYS = ("files", "heldout_files", "dialogues", "pairs")  # keys of configs that name files of examples
-SCHEMA_NAMES = {"train": "pretrain", "data run": "data", "data baselines": "data"}  # other commands have their own name
 
 
 def check_config(command: str, config: str, overrides: Sequence[str], key: str) -> Section | None:
@@ -30,7 +30,7 @@ def check_config(command: str, config: str, overrides: Sequence[str], key: str) 
     tree = read_overridden(config, overrides)
     if command == "train" and "init" in tree:
         return None
-    kind = SCHEMA_NAMES.get(command, command)
+    kind = kind_of_command(command)
     assert kind in SCHEMAS
     try:
         return load(schema_of(kind), config, overrides)

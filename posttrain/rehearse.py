@@ -5,12 +5,11 @@ stand in for data and rollouts: what goes before it, such as sampling and log-pr
 """
 
 import sys
-import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from configs.cli import entrypoint
+from configs.config_kind import command_for
 from configs.distill import DistillConfig
 from configs.layout import Layout
 from configs.loader import ConfigError
@@ -34,31 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command_of(words: Sequence[str]) -> str:
-    """Returns the command that the config among `words` is for, by its sections; "train" if there is none."""
-    file = next((word for word in words if word.endswith(".toml") and Path(word).is_file()), None)
-    try:
-        tree: dict[str, Any] = tomllib.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError):
-        return "train"  # which says what is wrong with the file
-    data = tree.get("data")
-    keys = data.keys() if isinstance(data, dict) else set()
-    for command, names in SECTIONS.items():
-        if names & (tree.keys() | {f"data.{key}" for key in keys}):
-            if command == "sample":
-                raise ConfigError(f"{file} is a config of `trivium sample`, which trains nothing; give another")
-            return command
-    return "sft" if "init" in tree and "plan" not in keys else "train"
-
-
-# The sections, and keys of [data], that only a command's config has. The first that is found counts.
-SECTIONS = {
-    "sample": {"sample", "keep"},
-    "distill": {"distill", "teacher"},
-    "rm": {"reward_model", "data.files"},
-    "dpo": {"preference", "online", "data.pairs"},
-    "ppo": {"ppo"},
-    "grpo": {"grpo", "rl"},
-}
+    """Returns the command that the config among `words` is for, by its keys; "train" if there is no config."""
+    file = next((word for word in words if word.endswith(".toml")), None)
+    return command_for(file, words, TRAININGS, "trains nothing") if file else "train"
 
 
 def opened(config: Any, world: int) -> tuple[ModelConfig, Layout]:

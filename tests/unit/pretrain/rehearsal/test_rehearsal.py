@@ -175,7 +175,7 @@ def test_a_config_tells_its_command(name: str) -> None:
 
 
 def test_a_config_of_sampling_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a config of `trivium sample`, which trains nothing"):
+    with pytest.raises(ConfigError, match="those of a sample config, which trains nothing"):
         rehearse.main(["configs/posttrain/demo_sample.toml"])
 
 
