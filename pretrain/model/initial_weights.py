@@ -39,8 +39,13 @@ def init_weights(model: Decoder, seed: int, slices: Slices = WHOLE, drawing: Dra
             with drawing(parameter):
                 _fill(model, name, parameter, seed, slices)
         for name, quantized in quantized_weights(model):
-            std = model.model_config.init_std * quantized.marks.std_factor
-            quantized.fill(_draw(seed, name, slices.global_shape(quantized.outline), std), slices)
+            std, shape = (
+                model.model_config.init_std * quantized.marks.std_factor,
+                slices.global_shape(quantized.outline),
+            )
+            has_values = quantized.device.type != "meta"
+            whole = _draw(seed, name, shape, std) if has_values else torch.empty(shape, device="meta")
+            quantized.fill(whole, slices)
 
 
 def _fill(model: Decoder, name: str, parameter: nn.Parameter, seed: int, slices: Slices) -> None:

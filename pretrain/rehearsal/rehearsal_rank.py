@@ -26,6 +26,7 @@ from configs.train import Precision, TrainerConfig, TrainSection
 from data_pipeline.mixture.rows import Row
 from pretrain.data.batch_source import collate
 from pretrain.model import head_loss
+from pretrain.model.adapters.quantized_base import quantized_weights
 from pretrain.model.batch import Batch
 from pretrain.model.losses import LossFunction, NextToken, SquaredValues
 from pretrain.model.moe import dispatch, experts
@@ -222,6 +223,9 @@ def memory_of(engines: Sequence[Engine]) -> tuple[int, dict[str, int]]:
         parameters = [zero.outline(parameter) for parameter in engine.module.parameters()]
         count += sum(one.numel() for one in parameters)
         memory["weights"] += sum(one.numel() * one.element_size() for one in parameters if not one.requires_grad)
+        for _, quantized in quantized_weights(engine.module):
+            count += quantized.outline.numel()
+            memory["weights"] += quantized.memory_bytes
         for name, size in (zero.memory_of(engine.zero) if engine.zero is not None else {}).items():
             memory[name] += size
     return count, memory

@@ -125,11 +125,6 @@ def rehearse_training(training: Training, argv: Sequence[str] | None = None) -> 
 
 def refuse(config: TrainerConfig) -> None:
     """Raises ConfigError for what needs values, and so cannot be rehearsed."""
-    if config.adapter is not None and config.adapter.base != "full":
-        raise ConfigError(
-            f"adapter.base = {config.adapter.base!r} cannot be rehearsed, since weights are quantized by their values; "
-            "set adapter.base=full"
-        )
     if config.adapter is not None and config.adapter.kind == "adalora":
         raise ConfigError(
             'adapter.kind = "adalora" cannot be rehearsed, since it chooses ranks by the values of weights; set '

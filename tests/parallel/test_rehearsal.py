@@ -69,6 +69,7 @@ def test_rehearsed_calls_are_those_of_the_step(
     [
         ("grpo", "moe", {"ep": 2}),
         ("ppo", "dense", {"tp": 2}),
+        ("qlora", "dense", {"tp": 2}),
         pytest.param("grpo", "dense", {"pp": 2}, marks=pytest.mark.full),
         pytest.param("sft", "dense_tied", {"zero": 3}, marks=pytest.mark.full),
     ],

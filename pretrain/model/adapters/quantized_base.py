@@ -38,6 +38,12 @@ class QuantizedWeight(nn.Module):
         """A parameter without values that has the slice's shape and marks."""
         return self._outline[0]
 
+    @property
+    def memory_bytes(self) -> int:
+        """The size of the codes of this slice, and of the scales of the whole matrix."""
+        assert self.whole is not None, "the weight was not filled"
+        return sum(part.nbytes for part in (self.codes, self.whole.scales, self.whole.scale_blocks))
+
     def fill(self, whole: torch.Tensor, slices: Slices = WHOLE) -> None:
         """Quantises the whole matrix and keeps this rank's slice of its codes."""
         found = nf4.quantized(whole.to(self.device))

@@ -27,12 +27,17 @@ from pretrain.rehearsal.comparison import mismatch
 KINDS: dict[str, tuple[type[TrainerConfig], dict[str, Any]]] = {
     "pretraining": (PretrainConfig, {"data": {"plan": "unused"}}),
     "sft": (SFTConfig, {"init": {"run": "unused"}, "data": {"dialogues": ["unused"]}}),
+    "qlora": (
+        SFTConfig,
+        {"init": {"run": "unused"}, "data": {"dialogues": ["unused"]}, "adapter": {"rank": 4, "base": "nf4"}},
+    ),
     "grpo": (GRPOConfig, {"init": {"run": "unused"}, "task": {}, "rl": {"kl": "loss"}}),
     "ppo": (PPOConfig, {"init": {"run": "unused"}, "task": {}}),
 }
 STEPS: dict[str, Callable[..., rehearsal.PreparedStep]] = {
     "pretraining": rehearsal.pretraining_step,
     "sft": sft_step,
+    "qlora": sft_step,
     "grpo": grpo_step,
     "ppo": ppo_step,
 }
@@ -111,7 +116,7 @@ def rehearsed(
     The rank of tensor-parallel number 1 has a `fault`: "missing" leaves out sums of gradients, "smaller" sums a part.
     """
     config, decoder, layout = opened(model, parallel, world, kind)
-    prepare = "" if kind == "pretraining" else f"{grpo_step.__module__}:{kind}_step"
+    prepare = "" if kind == "pretraining" else f"{grpo_step.__module__}:{STEPS[kind].__name__}"
     found = {}
     for number in range(world):
         with ExitStack() as stack:
