@@ -1,4 +1,4 @@
-"""Checks a run before it starts: config, layout and data by the command's own dry run, then disk and clock."""
+"""Checks a run before it starts: config, layout and data by the command's own dry run, links between ranks, disks."""
 
 import math
 import os
@@ -42,6 +42,20 @@ def dry_run(command: str, words: Sequence[str], ranks: int) -> Finding:
     error = next((line.removeprefix("error: ") for line in reversed(said) if line.startswith("error: ")), "")
     what, _, remedy = (error or (said[-1] if said else f"status {done.returncode}")).partition("; ")
     return failure(what, remedy or f"`{' '.join(['trivium', command, *words, '--dry-run'])}` says more")
+
+
+def links(ranks: int, backend: str) -> Finding:
+    """Measures what collectives take between ranks of this machine, which a command of its own starts."""
+    words = ["--nnodes", "1", "--nproc-per-node", str(ranks), "pretrain.doctor.collective_speed", backend]
+    done = _run([sys.executable, "-m", "launch.ranks", *words], None)
+    if done is not None and done.returncode == 0:
+        return ok(done.stdout.strip().splitlines()[-1])
+    said = done.stderr.strip().splitlines() if done else []
+    reason = next((f": {line}" for line in said if line.startswith("error: ")), "")
+    return failure(
+        f"{ranks} ranks of this machine do not reach each other{reason.replace('error: ', '')}",
+        f"`trivium launch {' '.join(words)}` says more",
+    )
 
 
 def disk(config: TrainerConfig, parameters: int | None) -> Iterator[Finding]:

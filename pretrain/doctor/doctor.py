@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from configs.cli import command_parser, entrypoint
+from configs.config_kind import command_for, kind_of_command
 from configs.loader import ConfigError, load
 from configs.reference import schema_of
 from configs.train import PretrainConfig, TrainerConfig
 from launch.bootstrap import TRAINING
 from pretrain.doctor.after_run import after_run
-from pretrain.doctor.before_run import disk, dry_run, trial
+from pretrain.doctor.before_run import disk, dry_run, links, trial
 from pretrain.doctor.findings import Finding, Severity, worst
 from pretrain.doctor.machine import machine
 
@@ -40,13 +41,19 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     if len(words) == 1 and Path(words[0], "config.toml").is_file():
         yield from after_run(Path(words[0]))
         return
+    if words and words[0].endswith(".toml"):
+        words = [command_for(words[0], words[1:], COMMANDS, "trains nothing"), *words]
     if words and (words[0] not in COMMANDS or len(words) == 1):
         raise ConfigError(
             f"{' '.join(words)!r} is neither the folder of a run nor a training command with its config; give one, "
             "such as runs/demo/pretrain, or train CONFIG"
         )
-    yield from machine(args.ranks)
+    about_machine = list(machine(args.ranks))
+    yield from about_machine
+    fit = worst(about_machine) is not Severity.FAILURE
     if not words:
+        if fit and args.ranks > 1:
+            yield links(args.ranks, "auto")
         return
     command, words = words[0], words[1:]
     first = dry_run(command, words, args.ranks)
@@ -59,6 +66,8 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
             raise
         return
     parameters = config.model.num_parameters() if isinstance(config, PretrainConfig) else None
+    if fit and not refused and args.ranks > 1:
+        yield links(args.ranks, config.parallel.backend)
     yield from disk(config, parameters)
     if args.trial and not refused:
         yield trial(command, words, args.ranks, config)
@@ -74,7 +83,7 @@ def _config(command: str, words: Sequence[str]) -> TrainerConfig:
 
         return with_model(tree, "auto")[0]
 
-    schema = schema_of("pretrain" if command == "train" else command)
+    schema = schema_of(kind_of_command(command))
     assert issubclass(schema, TrainerConfig)
     return load(schema, words[0], words[1:], complete)
 
@@ -90,7 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks that the run is for (default 1)")
     parser.add_argument("--trial", action="store_true", help="also train two steps here, into a temporary folder")
     parser.add_argument(
-        "words", metavar="WHAT", nargs=argparse.REMAINDER, help="COMMAND CONFIG [key=value ...], or the folder of a run"
+        "words",
+        metavar="WHAT",
+        nargs=argparse.REMAINDER,
+        help="[COMMAND] CONFIG [key=value ...], or the folder of a run",
     )
     return parser
 

@@ -1,5 +1,6 @@
 """Functions run in the ranks: what `DistributedOptimizer` sends in a training step, and when."""
 
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from typing import Any
@@ -9,12 +10,25 @@ import torch
 import torch.distributed as dist
 
 from pretrain.checkpoint import state
+from pretrain.doctor.collective_speed import measured
 from pretrain.model.losses import NextToken
 from pretrain.model.slices import is_expert, tp_split
 from pretrain.parallel import collectives, distributed_optimizer, groups, zero
 from pretrain.parallel.distributed_optimizer import DistributedOptimizer
 from tests.parallel.workers.layouts import make_engine
 from tests.parallel.workers.sharing import batches_of
+
+
+def speed(delay: float) -> str:
+    """Measures all-reduces, each of which rank 1 enters `delay` seconds late."""
+    right = dist.all_reduce
+
+    def late(tensor: torch.Tensor) -> None:
+        time.sleep(delay * dist.get_rank())
+        right(tensor)
+
+    with mock.patch.object(dist, "all_reduce", late):
+        return measured(torch.device("cpu"))
 
 
 def sums(elements: int, dtype: str, buckets: int) -> dict[str, bool]:
