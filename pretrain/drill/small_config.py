@@ -12,7 +12,7 @@ from configs.loader import ConfigError, plain, validate
 from configs.train import PretrainConfig
 from pretrain.rehearsal.distinct_ranks import smallest_world
 
-STEPS, EVERY, KEPT = 36, 6, 3  # of training, from one checkpoint to the next, of checkpoints
+STEPS, EVERY, KEPT = 24, 4, 3  # of training, from one checkpoint to the next, of checkpoints
 MOST_RANKS = 16
 USUAL_RANKS = 4  # at most, unless more are asked for
 LARGE = 5_000_000  # parameters from which on a model is made smaller
