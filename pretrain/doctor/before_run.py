@@ -58,15 +58,22 @@ def links(ranks: int, backend: str) -> Finding:
     )
 
 
-def disk(config: TrainerConfig, parameters: int | None) -> Iterator[Finding]:
-    """Looks at the file systems of run.dir and of local checkpoints: whether they can be written to, clock and room."""
-    folder = Path(config.run.dir)
+def folder_fault(config: TrainerConfig) -> Finding | None:
+    """Returns what is wrong with run.dir, such as a file in its place; None if a run can write there."""
     try:
-        check_run_dir(folder)
+        check_run_dir(config.run.dir)
     except ConfigError as error:
         what, _, remedy = str(error).partition("; ")
-        yield failure(what, remedy)
+        return failure(what, remedy)
+    return None
+
+
+def disk(config: TrainerConfig, parameters: int | None) -> Iterator[Finding]:
+    """Looks at the file systems of run.dir and of local checkpoints: whether they can be written to, clock and room."""
+    if fault := folder_fault(config):
+        yield fault
         return
+    folder = Path(config.run.dir)
     free, rate, skew = _probed(folder)
     if abs(skew) > MOST_SKEW:
         yield warning(

@@ -5,6 +5,7 @@ trivium doctor runs/demo/pretrain
 """
 
 import argparse
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from configs.reference import schema_of
 from configs.train import PretrainConfig, TrainerConfig
 from launch.bootstrap import TRAINING
 from pretrain.doctor.after_run import after_run
-from pretrain.doctor.before_run import disk, dry_run, links, trial
+from pretrain.doctor.before_run import disk, dry_run, folder_fault, links, trial
 from pretrain.doctor.findings import Finding, Severity, worst
 from pretrain.doctor.machine import machine
 
@@ -56,15 +57,19 @@ def _findings(args: argparse.Namespace) -> Iterator[Finding]:
             yield links(args.ranks, "auto")
         return
     command, words = words[0], words[1:]
-    first = dry_run(command, words, args.ranks)
-    yield first
-    refused = first.level is Severity.FAILURE
+    said = dry_run(command, words, args.ranks)
+    refused = said.level is Severity.FAILURE
     try:
         config = _config(command, words)
     except ConfigError:
         if not refused:
             raise
+        yield said
         return
+    if refused and folder_fault(config):  # which the line on the disk tells; in another folder the dry run goes on
+        with tempfile.TemporaryDirectory(prefix="trivium-doctor-") as other:
+            said = dry_run(command, [*words, f"run.dir={other}/run"], args.ranks)
+    yield said
     parameters = config.model.num_parameters() if isinstance(config, PretrainConfig) else None
     if fit and not refused and args.ranks > 1:
         yield links(args.ranks, config.parallel.backend)
