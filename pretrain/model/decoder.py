@@ -56,12 +56,7 @@ class Decoder(nn.Module):
     `set_input_tensor`, the interface of megatron-core's schedules.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        stage: StageSpec | None = None,
-        context: LayerContext | None = None,
-    ):
+    def __init__(self, config: ModelConfig, stage: StageSpec | None = None, context: LayerContext | None = None):
         super().__init__()
         context = context or LayerContext()
         self.model_config, self.stage = config, stage or StageSpec.whole(config)
@@ -115,37 +110,37 @@ class Decoder(nn.Module):
         x_SBH = self._embedded(tokens_BS, context) if self.stage.is_first else self._received()
         blocks = self.blocks
         for layer in self.stage.layers:
-            own = context.of_layer(layer)
+            block, context_of_block = blocks[layer], context.of_layer(layer)
             if self.recompute_blocks and torch.is_grad_enabled():
-                x_SBH = recomputed(blocks[layer], x_SBH, own)
+                x_SBH = recomputed(block, x_SBH, context_of_block)
             else:
-                x_SBH = blocks[layer](x_SBH, own, cache)
+                x_SBH = block(x_SBH, context_of_block, cache)
         if not self.stage.is_last:
             return x_SBH
         if context.prepended:
             x_SBH = x_SBH[context.prepended :]
-        x_SBH, has_logits = self.final_norm(x_SBH), self.model_config.has_logits
-        x = (self.region.enter(x_SBH) if has_logits else self.region.gather(x_SBH)).transpose(0, 1)
-        if wanted is not None:
-            x = x.flatten(0, 1).index_select(0, wanted)
-        if has_logits:
-            return self._logits(x) if loss is None else self._with_modules(self._loss(x, loss), x_SBH, loss, context)
-        values = self.value_head(x)
-        return loss.of_values(values) if loss is not None else values
+        x_SBH = self.final_norm(x_SBH)
+        if not self.model_config.has_logits:
+            values = self.value_head(_at(wanted, self.region.gather(x_SBH)))
+            return values if loss is None else loss.of_values(values)
+        x = _at(wanted, self.region.enter(x_SBH))
+        if loss is None:
+            return self._logits(x)
+        return self._with_modules(self._loss(x, loss), x_SBH, loss, context)
 
     def _with_modules(
         self, total: torch.Tensor, x_SBH: torch.Tensor, loss: HeadLoss, context: ForwardContext
     ) -> torch.Tensor:
         """Adds the losses of the modules of multi-token prediction, the first of which sees the final hidden states."""
-        for config, ahead, own in zip(self.model_config.mtp_layers, loss.batch.ahead, loss.modules, strict=False):
+        modules = zip(self.model_config.mtp_layers, loss.batch.ahead, loss.modules, strict=False)
+        for config, ahead, loss_of_module in modules:
             block, e_SBH = self.blocks[config.index], self._scaled(self.embedding(ahead.tokens))
             context = replace(context, valid_SB=ahead.valid.t())
             if self.recompute_blocks and torch.is_grad_enabled():
                 x_SBH = recomputed(block, x_SBH, context, None, e_SBH)
             else:
                 x_SBH = block(x_SBH, context, None, e_SBH)
-            x = self.region.enter(x_SBH).transpose(0, 1).flatten(0, 1).index_select(0, ahead.trained)
-            total = total + self._loss(x, own)
+            total = total + self._loss(_at(ahead.trained, self.region.enter(x_SBH)), loss_of_module)
         return total
 
     def _scaled(self, x_SBH: torch.Tensor) -> torch.Tensor:
@@ -380,6 +375,12 @@ RESIDUALS: dict[str, Callable[..., torch.Tensor]] = {
     "deepnorm": _deepnorm,
     "parallel": _parallel,
 }
+
+
+def _at(wanted: torch.Tensor | None, x_SBH: torch.Tensor) -> torch.Tensor:
+    """Returns hidden states as [B, S, H], or where only some positions are wanted, theirs as [N, H]."""
+    x_BSH = x_SBH.transpose(0, 1)
+    return x_BSH if wanted is None else x_BSH.flatten(0, 1).index_select(0, wanted)
 
 
 class PositionEmbedding(nn.Module):

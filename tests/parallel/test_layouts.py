@@ -211,6 +211,8 @@ def test_ranks_on_one_gpu_compute_the_same_through_the_host(run: RunLayout, mode
         ("dense_tied", "zero3"),
         ("deepseek", "one"),
         ("deepseek", "ep2dp4"),
+        ("delta", "one"),
+        ("delta", "pp2vpp2"),
     ],
 )
 def test_compiled_blocks_compute_the_same(run: RunLayout, model: str, layout: str) -> None:

@@ -33,10 +33,9 @@ def _write_scale(config: ModelConfig) -> dict[str, Any]:
 
 def _keys(attention_cap: ConfigKey, logit_cap: float | None) -> tuple[ConfigKey, ...]:
     """Returns the keys of Gemma 2 and 3; `logit_cap` is what transformers takes without a soft cap of logits."""
-    shared = [key for key in sizes(kv_heads=4, tied=True) if getattr(key, "theirs", "") != "hidden_act"]
+    activation = MappedKey("hidden_activation", "mlp.kind", absent="gelu_pytorch_tanh", values=GATED)
     return (
-        *shared,
-        MappedKey("hidden_activation", "mlp.kind", absent="gelu_pytorch_tanh", values=GATED),
+        *sizes(kv_heads=4, tied=True, activation=activation),
         FFN,
         head_dim(absent=256),
         MappedKey("attention_bias", ("attention.qkv_bias", "attention.output_bias"), absent=False),

@@ -55,8 +55,7 @@ GPT_OSS = Family(
         Rule(f"{OURS}moe.experts.down_bias", f"{_EXPERTS}down_proj_bias"),
     ),
     keys=(
-        *(key for key in sizes(kv_heads=8, eps=1e-5) if getattr(key, "theirs", "") != "hidden_act"),
-        Fixed("hidden_act", "silu"),
+        *sizes(kv_heads=8, eps=1e-5, activation=Fixed("hidden_act", "silu")),
         MappedKey("intermediate_size", "ffn_hidden_size", get=lambda config: config.expert_size),
         head_dim(absent=64),
         MappedKey("attention_bias", ("attention.qkv_bias", "attention.output_bias"), absent=True),

@@ -66,12 +66,15 @@ def heads(raw: Mapping[str, Any]) -> Any:
     return raw.get("num_attention_heads", REQUIRED)
 
 
-def sizes(
-    kv_heads: Any = heads, eps: float = 1e-6, activation: str = "silu", tied: bool = False
-) -> tuple[ConfigKey, ...]:
-    """Returns the keys of sizes, norm and activation.
+HIDDEN_ACT = MappedKey("hidden_act", "mlp.kind", absent="silu", values=GATED)
 
-    The arguments are what transformers takes where the keys are absent.
+
+def sizes(
+    kv_heads: Any = heads, eps: float = 1e-6, tied: bool = False, activation: ConfigKey = HIDDEN_ACT
+) -> tuple[ConfigKey, ...]:
+    """Returns the keys of sizes, norm and activation, the last of which some families call otherwise.
+
+    The other arguments are what transformers takes where the keys are absent.
     """
     return (
         MappedKey("vocab_size", "vocab_size"),
@@ -79,7 +82,7 @@ def sizes(
         MappedKey("num_hidden_layers", "num_layers"),
         MappedKey("num_attention_heads", "num_heads"),
         MappedKey("num_key_value_heads", "num_kv_heads", absent=kv_heads, null=heads),
-        MappedKey("hidden_act", "mlp.kind", absent=activation, values=GATED),
+        activation,
         MappedKey("rms_norm_eps", "norm.eps", absent=eps, number=float),
         MappedKey("tie_word_embeddings", "tie_embeddings", absent=tied),
         MappedKey("initializer_range", "init_std", absent=0.02, number=float),

@@ -114,20 +114,14 @@ def _write_layers(config: ModelConfig) -> dict[str, Any]:
     return own | {"layer_types": [LINEAR if layer.attention.delta else FULL for layer in config.layers]}
 
 
-def _refuse_other_activations(draft: Draft) -> None:
-    """Refuses activations that transformers would also put after the convolution, where Trivium has SiLU alone."""
-    if (found := draft.value("hidden_act", "silu")) not in ("silu", "swish"):
-        draft.refuse("hidden_act", found, "'silu'")
-
-
 QWEN3_NEXT = Family(
     architecture="Qwen3NextForCausalLM",
     model_type="qwen3_next",
     rules=(*ENDS, *NORMS, *DELTA_NET, *GATED_ATTENTION, *MLP, *MOE, *SHARED, *MODULE),
     keys=(
-        *sizes(kv_heads=2),
+        # transformers also puts the activation after the convolution, where Trivium has SiLU alone.
+        *sizes(kv_heads=2, activation=Fixed("hidden_act", "silu", accepted=("swish",))),
         FFN,
-        Custom(_refuse_other_activations, lambda config: {}),
         head_dim(absent=256),
         BIAS,
         Custom(_read_layers, _write_layers),
