@@ -14,7 +14,9 @@ Shape letters here: T tokens, B rows, K key heads, R value heads that share a ke
 of a value, W the width of the convolution, N chunks, C tokens of a chunk.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,14 +95,111 @@ def by_chunks(inputs: RuleInputs, documents_TB: torch.Tensor | None = None) -> t
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     solved_v, solved_k = solved.split((v.shape[-1], k.shape[-1]), -1)
     scores, q, k = (q @ k.mT) * of_pair, q * from_state, (k * to_state).mT
+    outputs, state, *_ = _from_chunk_to_chunk(solved_v, solved_k, scores, q, k, from_state[..., -1:, :])
+    return outputs.flatten(3, 4).permute(3, 0, 1, 2, 4)[:length], state
 
-    state = v.new_zeros(*v.shape[:3], q.shape[-1], v.shape[-1])
-    outputs = []
-    for n in range(v.shape[3]):
+
+# An operator of its own: the compiler would write the loop out, and work for minutes on rows of a thousand tokens.
+@torch.library.custom_op("trivium::delta_rule", mutates_args=())
+def _from_chunk_to_chunk(
+    solved_v: torch.Tensor,
+    solved_k: torch.Tensor,
+    scores: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    decay: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Carries the state through the chunks, of which `q` reads it, `k` moves it by δ, and `decay` [..., 1, 1] is left.
+
+    Returns outputs [B, K, R, N, C, V] and the last state, and for the backward pass the states before all chunks and δ.
+    """
+    outputs, state, states, deltas = _empty_outputs(solved_v, solved_k, scores, q, k, decay)
+    state.zero_()
+    for n in range(solved_v.shape[3]):
+        states[:, :, :, n] = state
         delta = solved_v[:, :, :, n] - solved_k[:, :, :, n] @ state
-        outputs.append(q[:, :, :, n] @ state + scores[:, :, :, n] @ delta)
-        state = state * from_state[:, :, :, n, -1:] + k[:, :, :, n] @ delta
-    return torch.cat(outputs, -2).permute(3, 0, 1, 2, 4)[:length], state
+        deltas[:, :, :, n] = delta
+        outputs[:, :, :, n] = q[:, :, :, n] @ state + scores[:, :, :, n] @ delta
+        state.mul_(decay[:, :, :, n]).add_(k[:, :, :, n] @ delta)
+    return outputs, state, states, deltas
+
+
+@_from_chunk_to_chunk.register_fake
+def _empty_outputs(
+    solved_v: torch.Tensor,
+    solved_k: torch.Tensor,
+    scores: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    decay: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    size_k, size_v, heads = q.shape[-1], solved_v.shape[-1], solved_v.shape[:3]
+    states = solved_v.new_empty(*solved_v.shape[:4], size_k, size_v)
+    outputs, deltas = (solved_v.new_empty(solved_v.shape) for _ in range(2))
+    return outputs, solved_v.new_empty(*heads, size_k, size_v), states, deltas
+
+
+@torch.library.custom_op("trivium::delta_rule_backward", mutates_args=())
+def _backward_through_chunks(
+    grad: torch.Tensor,
+    grad_of_state: torch.Tensor,
+    solved_k: torch.Tensor,
+    scores: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    decay: torch.Tensor,
+    states: torch.Tensor,
+    deltas: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Computes the gradients of all inputs from those of outputs and of the last state, from the last chunk back."""
+    gradients = _empty_gradients(grad, grad_of_state, solved_k, scores, q, k, decay, states, deltas)
+    of_solved_v, of_solved_k, of_scores, of_q, of_k, of_decay = gradients
+    of_state = grad_of_state
+    for n in reversed(range(grad.shape[3])):
+        own, state, delta = (x[:, :, :, n] for x in (grad, states, deltas))
+        of_delta = scores[:, :, :, n].mT @ own + k[:, :, :, n].mT @ of_state
+        of_solved_v[:, :, :, n] = of_delta
+        of_solved_k[:, :, :, n] = -of_delta @ state.mT
+        of_scores[:, :, :, n] = own @ delta.mT
+        of_q[:, :, :, n] = own @ state.mT
+        of_k[:, :, :, n] = of_state @ delta.mT
+        of_decay[:, :, :, n] = (of_state * state).sum((-2, -1), keepdim=True)
+        of_state = of_state * decay[:, :, :, n] + q[:, :, :, n].mT @ own - solved_k[:, :, :, n].mT @ of_delta
+    return gradients
+
+
+@_backward_through_chunks.register_fake
+def _empty_gradients(
+    grad: torch.Tensor,
+    grad_of_state: torch.Tensor,
+    solved_k: torch.Tensor,
+    scores: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    decay: torch.Tensor,
+    states: torch.Tensor,
+    deltas: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    of_v, of_solved_k, of_scores, of_q, of_k, of_decay = (
+        x.new_empty(x.shape) for x in (deltas, solved_k, scores, q, k, decay)
+    )
+    return of_v, of_solved_k, of_scores, of_q, of_k, of_decay
+
+
+def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)  # what is kept for the backward pass has no gradient
+    ctx.save_for_backward(*inputs[1:], *output[2:])
+
+
+def _backward(ctx: Any, grad: torch.Tensor, grad_of_state: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor, ...]:
+    *_, states, _ = ctx.saved_tensors
+    if grad_of_state is None:
+        grad_of_state = torch.zeros_like(states[:, :, :, 0])
+    backward: Callable[..., tuple[torch.Tensor, ...]] = _backward_through_chunks
+    return backward(grad, grad_of_state, *ctx.saved_tensors)
+
+
+_from_chunk_to_chunk.register_autograd(_backward, setup_context=_keep)
 
 
 def _chunks(x: torch.Tensor, size: int) -> torch.Tensor:

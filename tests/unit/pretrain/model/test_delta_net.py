@@ -55,13 +55,37 @@ def test_a_token_moves_what_the_state_has_at_its_key_to_its_value() -> None:
 
 @pytest.mark.parametrize("length", [1, CHUNK, 2 * CHUNK + 23])
 def test_chunks_compute_what_the_recurrence_does(length: int) -> None:
-    """Documents end within chunks, at their ends, and after one token; outputs and the last state are the same."""
+    """Documents end within chunks, at their ends, and after one token; outputs, last state and gradients are equal."""
     inputs, documents = random_inputs(length), torch.zeros(length, 2, dtype=torch.long)
     for number, start in enumerate((37, CHUNK, 100, 101), 1):
         documents[start:, 0] = number
+    leaves = [x.requires_grad_() for x in vars(inputs).values()]
     for own in (documents, None):
         expected = one_by_one(inputs, torch.zeros_like(documents) if own is None else own)
-        torch.testing.assert_close(by_chunks(inputs, own), expected, atol=1e-12, rtol=1e-12)
+        found = by_chunks(inputs, own)
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+        factors = [torch.randn_like(x) for x in expected]
+        for count in (1, 2):  # training has no gradient of the last state
+            one, other = (
+                torch.autograd.grad(x[:count], leaves, factors[:count], retain_graph=True) for x in (found, expected)
+            )
+            torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-11)
+
+
+def test_compiled_code_does_not_grow_with_the_row() -> None:
+    """Counts operations of compiled graphs: a loop that is written out takes a compiler minutes for long rows."""
+    sizes = []
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        sizes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    for chunks in (2, 9):
+        torch._dynamo.reset()
+        inputs = random_inputs(chunks * CHUNK)
+        found = torch.compile(by_chunks, backend=compiler, dynamic=False)(inputs)
+        torch.testing.assert_close(found, by_chunks(inputs))
+    assert len(sizes) == 2 and sizes[0] == sizes[1]
 
 
 def test_gradients_of_chunks_are_finite_where_everything_is_forgotten() -> None:
