@@ -41,7 +41,7 @@ def check_dry_start(
     """
     said = _checked(config, model, source, lineage, chosen)
     if prints and said:
-        print(f"note: {said}")
+        print(said)
 
 
 def _checked(
