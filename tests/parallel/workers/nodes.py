@@ -57,6 +57,7 @@ def lost(run_dir: str, local_dir: str, model: dict[str, Any]) -> dict[str, Any]:
         (run / "local.json").unlink()
         anew = LocalDisk(mesh, run, local_dir)
         anew.open(begins_anew=True)
+        anew.begin(0)
         return found | {"anew": sorted(anew.steps()), "left": [path.name for path in Path(local_dir).iterdir()]}
 
 
