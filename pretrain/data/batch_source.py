@@ -108,7 +108,7 @@ def with_contexts(row: Row, seed: int, sample: int) -> Row:
 def _in_words(key: str, before: Any, after: Any) -> str:
     """Says how a fact of the data has changed. Hashes, which tell a reader nothing, are left out."""
     then, now = (_HASH.sub("", value) if isinstance(value, str) else value for value in (before, after))
-    if then != now:
+    if then != now and "" not in (then, now):
         return words({key: (then, now)})[0]
     return f"{key} differs in content" + (f", with {now} as before" if now else "")
 

@@ -52,3 +52,11 @@ def test_an_adapter_that_is_new_or_gone_is_one_word_and_other_changes_are_keys()
     assert refusal({"adapter": LORA}, {}, {}).startswith("section adapter, of kind lora, is gone; set it back, or")
     other = {"adapter": {**LORA, "rank": 8, "dropout": 0.5}}
     assert refusal({"adapter": LORA}, other, {}).startswith("adapter.rank 4 -> 8; adapter.dropout 0.0 -> 0.5; set it")
+
+
+def test_a_fact_that_is_a_hash_alone_is_told_without_it() -> None:
+    source = PackedSource("pairs", rows(0.0), 1)
+    source.by_keys = lambda facts: facts  # type: ignore[method-assign]
+    for before in ({"pairs": "0123456789ab"}, {**source.facts, "teacher": "0123456789ab"}):
+        said = source.difference(before)
+        assert "differs in content" in said and "-> ;" not in f"{said};" and "0123" not in said, said
