@@ -337,20 +337,3 @@ def test_mistakes_are_named(
     with pytest.raises(RankError, match=words):
         call(ranks(2), command, rewarded, f"run.dir={tmp_path}", *overrides)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("command", "overrides", "words"),
-    [
-        ("sft", ["run.seed=77"], r"run\.seed \d+ -> 77"),
-        ("grpo", ["task.digits=3"], r"task\.digits \d -> 3"),
-        ("grpo", ["train.freeze=['nothing']"], "matches no weight of the model"),
-        ("grpo", ["run.dir=gone", "--resume", "gone/step_1"], "there is no such checkpoint"),
-    ],
-)
-def test_a_dry_run_refuses_what_the_run_would(
-    ranks: RanksOf, rewarded: Path, command: str, overrides: list[str], words: str
-) -> None:
-    for dry in ([], ["--dry-run"]):
-        with pytest.raises(RankError, match=words):
-            call(ranks(2), command, rewarded, "train.steps=9999", *overrides, *dry)
