@@ -26,9 +26,13 @@ class PeerMessage:
 
 
 class MessageCounts:
-    """Counts of messages by kind and peer, and the message that this rank waits for at the moment, if any."""
+    """Counts of messages by kind and peer, and the message that this rank waits for at the moment, if any.
+
+    Messages start in several threads, a save's among them.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.started: Counter[tuple[str, int]] = Counter()
         self.waiting: PeerMessage | None = None
         self.waited = 0.0  # seconds that the main thread has waited, for messages and collectives
@@ -37,13 +41,20 @@ class MessageCounts:
     def start(self, kind: str, group: dist.ProcessGroup, peer: int, work: Any) -> None:
         """Counts a message to or from member `peer` of `group`, which `work` waits for."""
         rank = dist.get_global_rank(group, peer)
-        self.started[kind, rank] += 1
-        # By identity, since a reference would keep the message's tensor; an identity used again is that of the newest.
-        self._works.append((id(work), PeerMessage(kind, rank, self.started[kind, rank])))
+        with self._lock:
+            self.started[kind, rank] += 1
+            # By identity: a reference would keep the message's tensor. An identity used again is that of the newest.
+            self._works.append((id(work), PeerMessage(kind, rank, self.started[kind, rank])))
 
     def of_work(self, work: Any) -> PeerMessage | None:
         """Returns the message that `work` waits for; None if it is none, or one long ago."""
-        return next((message for key, message in reversed(self._works) if key == id(work)), None)
+        with self._lock:
+            return next((message for key, message in reversed(self._works) if key == id(work)), None)
+
+    def by_name(self) -> dict[str, int]:
+        """Returns the number of started messages by "kind peer"."""
+        with self._lock:
+            return {f"{kind} {peer}": count for (kind, peer), count in self.started.items()}
 
 
 COUNTS = MessageCounts()

@@ -88,7 +88,7 @@ def report_of(rank: int, step: int, activity: str, micro_batches: int, stage: in
         _collectives(),
         _groups(),
         None if waiting is None else asdict(waiting),
-        {f"{kind} {peer}": count for (kind, peer), count in COUNTS.started.items()},
+        COUNTS.by_name(),
     )
 
 
