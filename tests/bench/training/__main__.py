@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small batches, one core, processor time")
     parser.add_argument("--only", default="", help="run the contests whose names contain this text, such as bf16")
-    parser.add_argument("--rounds", type=int, help="timed steps of each contender (2; quick: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contender (5)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/train.json"))
     args = parser.parse_args()
     clock, cores = ("cpu_second", 1) if args.quick else ("second", os.cpu_count() or 1)
@@ -87,7 +87,7 @@ def main() -> None:
     records: list[dict[str, Any]] = []
     for contest in chosen:
         print(f"{contest.name}: {len(contest.contenders)} contenders", file=sys.stderr, flush=True)
-        records += contests.run(contest, args.rounds or (5 if args.quick else 2), cores)
+        records += contests.run(contest, args.rounds, cores)
         contests.compare(records, clock)
         result = {"machine": facts, "records": records}
         write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())
