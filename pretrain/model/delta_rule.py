@@ -192,11 +192,12 @@ def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor
 
 
 def _backward(ctx: Any, grad: torch.Tensor, grad_of_state: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor, ...]:
-    *_, states, _ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once only: where activations are recomputed, a second look raises CheckpointError
     if grad_of_state is None:
+        *_, states, _ = saved
         grad_of_state = torch.zeros_like(states[:, :, :, 0])
     backward: Callable[..., tuple[torch.Tensor, ...]] = _backward_through_chunks
-    return backward(grad, grad_of_state, *ctx.saved_tensors)
+    return backward(grad, grad_of_state, *saved)
 
 
 _from_chunk_to_chunk.register_autograd(_backward, setup_context=_keep)
