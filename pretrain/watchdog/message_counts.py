@@ -7,7 +7,10 @@ of a pipeline. So `count_messages` wraps the methods of torch's process groups t
 import functools
 import threading
 import time
+import weakref
 from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,28 +31,47 @@ class PeerMessage:
 class MessageCounts:
     """Counts of messages by kind and peer, and the message that this rank waits for at the moment, if any.
 
-    Messages start in several threads, a save's among them.
+    Messages start, and are waited for, in several threads, a save's among them.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.started: Counter[tuple[str, int]] = Counter()
-        self.waiting: PeerMessage | None = None
         self.waited = 0.0  # seconds that the main thread has waited, for messages and collectives
-        self._works: deque[tuple[int, PeerMessage]] = deque(maxlen=KEPT)
+        self._waits: dict[int, PeerMessage] = {}  # by thread
+        self._works: deque[tuple[weakref.ref[Any], PeerMessage]] = deque(maxlen=KEPT)
 
     def start(self, kind: str, group: dist.ProcessGroup, peer: int, work: Any) -> None:
         """Counts a message to or from member `peer` of `group`, which `work` waits for."""
         rank = dist.get_global_rank(group, peer)
         with self._lock:
             self.started[kind, rank] += 1
-            # By identity: a reference would keep the message's tensor. An identity used again is that of the newest.
-            self._works.append((id(work), PeerMessage(kind, rank, self.started[kind, rank])))
+            # A reference that is not weak would keep the message's tensor.
+            self._works.append((weakref.ref(work), PeerMessage(kind, rank, self.started[kind, rank])))
 
     def of_work(self, work: Any) -> PeerMessage | None:
         """Returns the message that `work` waits for; None if it is none, or one long ago."""
         with self._lock:
-            return next((message for key, message in reversed(self._works) if key == id(work)), None)
+            return next((message for found, message in reversed(self._works) if found() is work), None)
+
+    @contextmanager
+    def wait(self, message: PeerMessage) -> Iterator[None]:
+        """Says, as long as the context lasts, that this thread waits for `message`."""
+        thread = threading.get_ident()
+        with self._lock:
+            self._waits[thread] = message
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._waits[thread]
+
+    @property
+    def waiting(self) -> PeerMessage | None:
+        """The message that the main thread waits for, or else one that another thread waits for; None for none."""
+        with self._lock:
+            first = self._waits.get(threading.main_thread().ident or 0)
+            return first or next(iter(self._waits.values()), None)
 
     def by_name(self) -> dict[str, int]:
         """Returns the number of started messages by "kind peer"."""
@@ -79,15 +101,12 @@ def count_messages() -> MessageCounts:
 
     @functools.wraps(wait)
     def watched(work: Any, *args: Any, **options: Any) -> Any:
-        message, is_main = COUNTS.of_work(work), threading.get_ident() == main
-        if message is None and not is_main:  # a collective of a save, for example
-            return wait(work, *args, **options)
-        COUNTS.waiting, began = message, time.perf_counter()
+        message, began = COUNTS.of_work(work), time.perf_counter()
         try:
-            return wait(work, *args, **options)
+            with COUNTS.wait(message) if message else nullcontext():
+                return wait(work, *args, **options)
         finally:
-            COUNTS.waiting = None
-            if is_main:
+            if threading.get_ident() == main:
                 COUNTS.waited += time.perf_counter() - began
 
     setattr(dist.Work, "wait", watched)  # noqa: B010 - mypy knows the attribute as a method

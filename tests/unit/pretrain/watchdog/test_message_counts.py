@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from pretrain.watchdog.message_counts import KEPT, MessageCounts
 
+GROUP: Any = None  # whose global ranks `_counts` tells
+
 
 @pytest.fixture
 def threads_change_often() -> Iterator[None]:
@@ -19,18 +21,25 @@ def threads_change_often() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
+class Work:
+    """Stand-in for torch's handle of a message, which is waited for."""
+
+
+def _counts(monkeypatch: pytest.MonkeyPatch) -> MessageCounts:
+    monkeypatch.setattr(dist, "get_global_rank", lambda group, peer: peer)
+    return MessageCounts()
+
+
 @pytest.mark.usefixtures("threads_change_often")
 def test_a_wait_is_told_its_message_while_another_thread_starts_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "get_global_rank", lambda group, peer: peer)
-    counts, works, ends = MessageCounts(), [object() for _ in range(KEPT)], threading.Event()
-    group: Any = None  # whose ranks are told by the line above
-    mine = object()
-    counts.start("recv", group, 1, mine)
+    counts, works, ends = _counts(monkeypatch), [Work() for _ in range(KEPT)], threading.Event()
+    mine = Work()
+    counts.start("recv", GROUP, 1, mine)
 
     def start_others() -> None:
         while not ends.is_set():
             for work in works:
-                counts.start("send", group, 2, work)
+                counts.start("send", GROUP, 2, work)
 
     other = threading.Thread(target=start_others)
     other.start()
@@ -44,3 +53,35 @@ def test_a_wait_is_told_its_message_while_another_thread_starts_some(monkeypatch
     found = counts.of_work(works[-1])
     assert found is not None and (found.kind, found.peer) == ("send", 2)
     assert found.number == counts.started["send", 2]
+
+
+def test_a_thread_that_has_waited_leaves_the_wait_of_the_main_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, mine, others = _counts(monkeypatch), Work(), Work()
+    counts.start("recv", GROUP, 1, mine)
+    counts.start("send", GROUP, 1, others)
+    received, sent = counts.of_work(mine), counts.of_work(others)
+    assert received and sent
+
+    def wait_beside() -> None:
+        with counts.wait(sent):
+            assert counts.waiting == received, "the main thread's wait is told first"
+
+    with counts.wait(received):
+        other = threading.Thread(target=wait_beside)
+        other.start()
+        other.join()
+        assert counts.waiting == received
+    assert counts.waiting is None
+
+
+def test_another_operation_at_the_same_address_is_not_taken_for_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frees the handle of a message, and makes others until one lies where it lay."""
+    counts, work = _counts(monkeypatch), Work()
+    counts.start("recv", GROUP, 1, work)
+    address = id(work)
+    del work
+    others: list[Work] = []
+    while not others or id(others[-1]) != address:
+        others.append(Work())
+        assert len(others) < 10_000
+    assert counts.of_work(others[-1]) is None
