@@ -1,7 +1,8 @@
 """Finds personal data, keys and tokens in a text: e-mail and IP addresses, telephone and card numbers.
 
 Precision comes before recall, since false replacements damage dates, versions, serial numbers and code. The kinds are:
-- email: ASCII addresses, except at example.* and other reserved domains (RFC 2606), and except `git@`.
+- email: addresses in Latin, Greek and Cyrillic letters, also with "%40" or "(at)" for "@", except at example.* and
+  other reserved domains (RFC 2606), and except `git@`.
 - ip: public IPv4 and IPv6 addresses (with `private_ips`, others too), but not versions and networks ("/24").
 - phone: see `phones`.
 - card: 14 to 19 digits with an issuer's prefix and length that pass the Luhn check (ISO/IEC 7812-1).
@@ -62,7 +63,7 @@ def find(text: str, kinds: Collection[Kind] = KINDS, private_ips: bool = False) 
     that are not public.
     """
     found: list[PersonalSpan] = []
-    if not text.isascii() and _WIDE_DIGIT.search(text):
+    if not text.isascii() and _WIDE.search(text):
         text = text.translate(_NARROW)  # character by character, so positions stay the same
     candidates = _candidate_spans(text)
     for kind, finder in _FINDERS.items():
@@ -85,7 +86,7 @@ def mask(text: str) -> str:
 
 
 # Full-width forms, as Chinese, Japanese and Korean texts have them, stand for ASCII characters.
-_WIDE_DIGIT = re.compile("[\uff10-\uff19]")
+_WIDE = re.compile("[\uff10-\uff19\uff20]|@[^\\s@]{1,64}\uff0e")
 _NARROW = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
 # Matches the beginning of an address, a number, a token or a key at the end of a text.
@@ -93,8 +94,19 @@ _CUT_OFF = re.compile(r"(?:[!-~]*@[!-~]*|[+(]?[0-9][0-9 .()\-:]{4,}|[A-Za-z0-9_\
 
 # --- e-mail -------------------------------------------------------------------------------------------------------
 
-_LOCAL = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._%+\-]{0,62}[A-Za-z0-9_+\-])?\Z")
-_DOMAIN = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9\-]{0,61}[A-Za-z0-9])?\.)+([A-Za-z]{2,24})(?![A-Za-z0-9_\-(\[=])")
+# Letters of alphabets whose words have spaces between them; of other scripts, a sentence could not be told from a name.
+_LETTERS = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0386-\u0481\u048a-\u052f"
+_LOCAL = re.compile(rf"[{_LETTERS}0-9_](?:[{_LETTERS}0-9._%+\-]{{0,62}}[{_LETTERS}0-9_+\-])?\Z")
+_LABEL = rf"[{_LETTERS}0-9](?:[{_LETTERS}0-9\-]{{0,61}}[{_LETTERS}0-9])?"
+_TOP = rf"(xn--[A-Za-z0-9\-]{{2,59}}|[{_LETTERS}]{{2,24}})(?![{_LETTERS}0-9_\-(\[=])"
+_DOMAIN = re.compile(rf"(?![0-9]+\.[0-9]+\.)(?:{_LABEL}\.)+{_TOP}")  # name@1.3.0.tgz is a version
+_DOT_WORD = r"(?:\s?[(\[{]\s?(?:dot|DOT|\.)\s?[)\]}]\s?|\s(?:dot|DOT)\s)"
+_SPELLED_DOMAIN = re.compile(rf"\s?(?:{_LABEL}(?:\.|{_DOT_WORD}))+{_TOP}")
+# The sign itself, as URLs and HTML escape it, and what people write in its place to hide an address from programs.
+_AT_SIGNS = ("@", "%40", "&#64;", "&#x40;")
+_AT_WORDS = tuple(
+    f"{left}{at}{right}" for left, right in ("()", "[]", "{}") for at in ("at", " at ", "AT", " AT ", "@")
+)
 _RESERVED_DOMAINS = re.compile(r"(?i)(?:^|\.)(?:example(?:\.(?:com|org|net|edu))?|test|invalid|local|localhost)\Z")
 _FILE_TYPES = {"png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "html", "json", "xml", "txt", "pdf", "zip"}
 _COMMON_DOMAINS = {"com", "org", "net", "edu", "gov", "mil", "int", "info", "biz", "name", "pro", "io"}
@@ -102,18 +114,27 @@ _LONGEST_LOCAL = 64  # RFC 5321
 
 
 def _emails(text: str, candidates: CandidateSpans, private_ips: bool) -> Iterator[tuple[int, int]]:
-    at = text.find("@")
-    while at >= 0:
-        domain = _DOMAIN.match(text, at + 1)
-        # The local part is searched for before the "@", since a search for whole addresses would try every word.
-        local = _LOCAL.search(text[max(0, at - _LONGEST_LOCAL) : at]) if domain else None
-        if domain and local:
-            top = domain[1].lower()
-            # `w@x.mean` is a matrix product: with an unusual domain, the local part needs at least 3 characters.
-            usual = len(top) == 2 or top in _COMMON_DOMAINS or len(local[0]) >= 3
-            if usual and top not in _FILE_TYPES and local[0] != "git" and not _RESERVED_DOMAINS.search(domain[0]):
-                yield at - len(local[0]), domain.end()
-        at = text.find("@", at + 1)
+    for sign in (*_AT_SIGNS, *_AT_WORDS):
+        spelled = sign in _AT_WORDS
+        pattern = _SPELLED_DOMAIN if spelled else _DOMAIN
+        at = text.find(sign)
+        while at >= 0:
+            # The local part is searched for before the "@", since a search for whole addresses would try every word.
+            if domain := pattern.match(text, at + len(sign)):
+                end = at - 1 if spelled and text[at - 1 : at] == " " else at
+                local = _LOCAL.search(text[max(0, end - _LONGEST_LOCAL) : end])
+                if local and _is_address(local[0], domain, spelled):
+                    yield end - len(local[0]), domain.end()
+            at = text.find(sign, at + 1)
+
+
+def _is_address(local: str, domain: re.Match[str], spelled: bool) -> bool:
+    """Whether a local part and a domain are an e-mail address that counts; `spelled` is for those without an "@"."""
+    top = domain[1].lower()
+    # `w@x.mean` is a matrix product: with an unusual domain, the local part needs at least 3 characters.
+    usual = len(top) == 2 or top in _COMMON_DOMAINS or (len(local) >= 3 and not spelled)
+    name = re.sub(_DOT_WORD, ".", domain[0].strip())
+    return usual and top not in _FILE_TYPES and local != "git" and not _RESERVED_DOMAINS.search(name)
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------

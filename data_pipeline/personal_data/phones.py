@@ -6,7 +6,7 @@ These forms are found:
 - North American numbers: area code, exchange and four digits, valid by the numbering plan, with separators or
   parentheses;
 - Chinese mobile and area-code numbers next to Chinese text or after a word like Tel;
-- any number directly after such a word.
+- any number directly after such a word, in one of about twenty languages.
 An extension ("x3", "(ext. 12)", ";ext=12") belongs to its number. Other national forms are not found, nor are ten
 digits in a row without such a word before them, nor forms in which another kind of number is likely ("212.555-0153" is
 like a clause of a regulation, "212-5550153" like a part number).
@@ -66,11 +66,15 @@ _CHINESE = re.compile(
 _ANY = re.compile(
     rf"(?<![0-9])\+?\(?[0-9](?:(?:[ .\-()/\u00a0\u2011\u2013]{{0,2}}| / )[0-9]){{6,14}}{_EXTENSION}(?![0-9])"
 )
+# Words for telephone, mobile and fax; those that mean other things as well count only with a full stop or a colon.
 _PHONE_BEFORE = re.compile(
-    r"(?i)(?:(?<![^\W_])(?:tel|telephone|phone|mobile|mob|cell ?phone|cell(?=\s?[:：])|ph|fax"
-    r"|whatsapp|telefon|telefax|telefono|teléfono|téléphone|tél|telefone"
-    r"|handy)(?:[ _]?(?:no|nr|number))?\b(?: is\b)?|电话|手机|传真|热线|微信|联系方式)"
-    r"[号码]{0,2}[\s.:：#=\"']{0,4}\+?\(?\Z"
+    r"(?i)(?:(?<![^\W_])(?:tel|telephone|phone|mobile|mob|cell ?phone|cell(?=\s?[:：])|ph|fax|whatsapp|hotline"
+    r"|telefon|telefax|telefono|teléfono|téléphone|tél|telefone|handy|telf|tfno|móvil|celular|mobil|tlf|tfn|puh|puhelin"
+    r"|tel\. kom|telp|telepon|điện thoại|s?đt|тел(?=\.|:)|телефон[ау]?|факс|моб(?=\.|:)|мобильный|τηλ|τηλέφωνο|φαξ"
+    r"|contact(?= (?:no|nr|number)\b))(?:[ _]?(?:no|nr|number))?\b(?: is\b)?"
+    r"|电话|手机|传真|热线|微信|联系方式|電話|手機|傳真|熱線|聯絡方式|携帯|ファックス|ファクス|전화|휴대폰|핸드폰|팩스|연락처"
+    r"|טלפון|נייד|פקס|هاتف|تلفون|جوال|فاكس|โทรศัพท์|โทรสาร|โทร)(?:号码|号|码|番号|番號|號碼|번호)?"
+    r"[\s.:：#=\"']{0,4}\+?\(?\Z"
 )
 # Words before a number which say that it is not a telephone number.
 _OTHER_BEFORE = re.compile(
@@ -78,6 +82,8 @@ _OTHER_BEFORE = re.compile(
     r"|reference|ref|account|acct|tracking|version|ver|release|build|firmware|section|chapter|figure|table|clause|rfc|oid"
     r"|rev(?:ision)?|doi|id|v)s?|§)[\s.:#]{0,2}(?:(?:no|nr|number|id)\b)?[\s.:#(]{0,3}\Z"
 )
+_AMOUNT_BEFORE = re.compile(r"\b(?:USD|EUR|GBP|CHF|JPY|CAD|AUD|NZD|INR|CNY|RMB|HKD|Rs)[.:]?\s?\Z")
+_ROUND = re.compile(rf"[1-9][0-9]{{0,2}}(?:[{_SPACES}.]000)+")
 _CJK = re.compile(r"[\u4e00-\u9fff]")
 _DATES = re.compile(r"(?:1[5-9]|20)[0-9]{2}(?:\D+(?:1[5-9]|20)[0-9]{2}|([\-./])[0-9]{1,2}\1[0-9]{1,2}\Z)")
 _EXTENSION_DIGITS = re.compile(r"(?i)[\s(]*(?:[,;]?\s?(?:x|ext|extn|extension)[\s.:=#]|#|x).*\Z")
@@ -108,8 +114,8 @@ def _is_phone(text: str, match: re.Match[str], pattern: re.Pattern[str]) -> bool
         # Groups of four digits are code points, and groups of one or two are bytes.
         return 11 <= len(digits) <= 17 and sizes != {4} and max(sizes) >= 3
     if pattern is _NORTH_AMERICAN:
-        return not _OTHER_BEFORE.search(before)
+        return not (_OTHER_BEFORE.search(before) or _AMOUNT_BEFORE.search(before))
     if pattern is _CHINESE:
         beside = before[-8:] + text[match.end() : match.end() + 8]
         return bool(_CJK.search(beside) or _PHONE_BEFORE.search(before))
-    return bool(_PHONE_BEFORE.search(before)) and not _DATES.search(match[0])
+    return bool(_PHONE_BEFORE.search(before)) and not (_DATES.search(match[0]) or _ROUND.fullmatch(match[0]))

@@ -3,17 +3,19 @@
 Chunks, gzip, deflate, Zstandard (RFC 8878) and Brotli (RFC 7932) are decoded, within the limits on expansion. Some
 archives store a body as it was sent, others store it decoded and keep the headers, and some servers send nonsense such
 as `Content-Encoding: utf-8`. So if a header names a coding that the body is not in, and the body reads like text, it is
-taken as decoded already; and a body that is visibly compressed is decoded even if no header says so. Chunk lines may
-end with bare line feeds. If chunk sizes and data contradict each other the body is set aside, since chunk sizes would
-remain in its text. Compression with shared dictionaries (dcb, dcz) and `compress` are not supported: such bodies are
-set aside with the reason unknown_content_encoding.
+taken as decoded already; and a body that is visibly compressed is decoded even if no header says so. Zeros, spaces and
+line ends after a compressed body are padding. Chunk lines may end with bare line feeds, and chunks hold chunks. If
+chunk sizes and data contradict each other the body is set aside, since chunk sizes would remain in its text.
+Compression with shared dictionaries (dcb, dcz) and `compress` are not supported: such bodies are set aside with the
+reason unknown_content_encoding.
 """
 
 import codecs
+import contextlib
 import io
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import brotli
 
@@ -27,8 +29,10 @@ _BROTLI_FEED = 1 << 12
 _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 _TEXT_BYTES = 1024
 _CHUNK_HEAD = re.compile(rb"\s*([0-9A-Fa-f]{1,15})[\t ]*(?:;[^\r\n]{0,4096})?(\r?\n|\Z)")
-# A size that is not written as the standard says, with 0x or before a bare carriage return.
-_ODD_CHUNK_HEAD = re.compile(rb"\s*(?:0x[0-9A-Fa-f]{1,15}[\t ]*[\r\n]|[0-9A-Fa-f]{1,15}[\t ]*\r[^\n])")
+# A size that is not written as the standard says, with 0x or a sign or before a bare carriage return.
+_ODD_CHUNK_HEAD = re.compile(rb"\s*(?:(?:0x|[+-])[0-9A-Fa-f]{1,15}[\t ]*[\r\n]|[0-9A-Fa-f]{1,15}[\t ]*\r[^\n])")
+_PADDING = b"\0 \r\n"  # what servers and archives put after a compressed body
+_LAST_ZEROS = 4
 _COMPRESSED = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd")
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -44,8 +48,10 @@ class CodingError(ValueError):
 def decode_body(body: bytes, response: Response, limits: ExtractConfig) -> bytes:
     """Undoes the codings of `body` that the headers name or its first bytes show; raises CodingError if it cannot."""
     transfer, content = _names(response.all("transfer-encoding")), _names(response.all("content-encoding"))
-    for _ in range(max(1, transfer.count("chunked"))):
-        body = _join_chunks(body, "chunked" in transfer)
+    body = _join_chunks(body, "chunked" in transfer)
+    with contextlib.suppress(CodingError):
+        while (inner := _join_chunks(body, declared=False)) != body:  # a proxy or archive has made chunks of chunks
+            body = inner
     for coding in reversed([*content, *(name for name in transfer if name != "chunked")]):
         decode = _DECODERS.get(coding)
         decoded = decode(body, limits) if decode else None
@@ -101,8 +107,8 @@ def _decompress(body: bytes, limits: ExtractConfig) -> bytes | None:
     parts, size = list[bytes](), 0
     for item in members(io.BytesIO(body), limits, lambda size: None):
         if isinstance(item, Fault):
-            if parts and not body[item.offset :].strip(b"\r\n"):
-                break  # only line ends follow, which a server or archive has appended
+            if parts and not body[item.offset :].strip(_PADDING):
+                break
             raise CodingError("expansion_limit" if item.reason == "expansion_limit" else "bad_content_encoding")
         if not item.compressed:
             return None
@@ -114,9 +120,17 @@ def _decompress(body: bytes, limits: ExtractConfig) -> bytes | None:
     return b"".join(parts)
 
 
-def _inflate(body: bytes, limits: ExtractConfig) -> bytes | None:
+def _gunzip(body: bytes, limits: ExtractConfig) -> bytes | None:
+    """Decodes gzip, Zstandard, or deflate with its zlib header, which some servers call gzip; None if it is neither."""
+    found = _decompress(body, limits)
+    return _inflate(body, limits, (zlib.MAX_WBITS,)) if found is None else found
+
+
+def _inflate(
+    body: bytes, limits: ExtractConfig, forms: Sequence[int] = (zlib.MAX_WBITS, -zlib.MAX_WBITS)
+) -> bytes | None:
     """Decodes deflate with or without the zlib header that the standard asks for; None if `body` is not deflate."""
-    for wbits in (zlib.MAX_WBITS, -zlib.MAX_WBITS):
+    for wbits in forms:
         inflater = zlib.decompressobj(wbits)
         try:
             content = inflater.decompress(body, limits.max_record_bytes)
@@ -132,7 +146,15 @@ def _inflate(body: bytes, limits: ExtractConfig) -> bytes | None:
 
 
 def _unbrotli(body: bytes, limits: ExtractConfig) -> bytes | None:
-    """Decodes Brotli; None if `body` is not a complete Brotli stream."""
+    """Decodes Brotli; None if `body` is not a complete Brotli stream, with or without padding after it."""
+    bare = len(body.rstrip(_PADDING))
+    # The stream itself may end in bytes that are like padding.
+    ends = [len(body), *range(bare, min(bare + _LAST_ZEROS, len(body)))]
+    return next((found for end in ends if (found := _unbrotli_whole(body[:end], limits)) is not None), None)
+
+
+def _unbrotli_whole(body: bytes, limits: ExtractConfig) -> bytes | None:
+    """Decodes Brotli; None if `body` is not exactly one Brotli stream."""
     decoder = brotli.Decompressor()
     parts, size, position = list[bytes](), 0, 0
     while not decoder.is_finished():
@@ -155,9 +177,10 @@ def _unbrotli(body: bytes, limits: ExtractConfig) -> bytes | None:
 
 # Coding -> function of (body, limits) that returns the decoded body, or None if the body is not in that coding.
 _DECODERS: dict[str, Callable[[bytes, ExtractConfig], bytes | None]] = {
-    "gzip": _decompress,
-    "x-gzip": _decompress,
+    "gzip": _gunzip,
+    "x-gzip": _gunzip,
     "zstd": _decompress,
     "deflate": _inflate,
+    "x-deflate": _inflate,
     "br": _unbrotli,
 }

@@ -8,7 +8,7 @@ go beyond the standard, since the declarations of many pages are wrong:
   1024 bytes.
 - Bytes that are valid UTF-8 are decoded as UTF-8 even if another encoding is named: text in another encoding is
   practically never valid UTF-8. Only short texts for which a multi-byte encoding is named can be both; for these the
-  declaration counts.
+  declaration counts. Likewise, ASCII bytes with escape sequences of ISO-2022 are in no encoding without them.
 - A named encoding that does not fit is skipped: one in which more than half of the characters beyond ASCII fail or,
   except for UTF-8, in which more than three fail and they are over 10% of those that do not. So a truncated or stray
   byte costs one character, and a wrong label costs nothing.
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from resiliparse.parse.encoding import detect_encoding
 
 from configs.sources import ExtractConfig
-from data_pipeline.reading.charsets import WIDE, charset_of, decode, marked_charset, wide_charset
+from data_pipeline.reading.charsets import STATEFUL, WIDE, charset_of, decode, marked_charset, wide_charset
 from data_pipeline.reading.input_records import SAMPLE_BYTES, Record
 
 # How a page's encoding was found.
@@ -34,6 +34,7 @@ BY_BYTES, GUESSED = "being valid UTF-8", "a guess"
 
 _DECLARED_WITHIN = 1 << 16
 _ESCAPES = (b"\x1b$", b"~{")  # escape sequences of ISO-2022 and HZ, which otherwise look like ASCII
+_ISO2022 = re.compile(rb"\x1b\$[@B()]")
 _WIDE_PROBE = 256
 _MULTIBYTE = frozenset({"cp949", "gb18030", "big5hkscs", "euc_jp", "cp932", "johab"})
 _UTF8_SEQUENCE = re.compile(rb"[\xc2-\xf4][\x80-\xbf]+")
@@ -67,8 +68,11 @@ def decode_page(content: bytes, content_type: str = "", markup: bool = True) -> 
     """Decodes a page. `content_type` is the HTTP header; `markup` says whether to look for a declaration inside."""
     failed: list[tuple[float, DecodedPage]] = []
     for charset, known_by in _candidates(content, content_type, markup):
-        if charset != "utf-8" and known_by in (HEADER, DECLARED) and _is_utf8_after_all(content, charset):
-            continue  # UTF-8 is tried later in this loop
+        if known_by in (HEADER, DECLARED):
+            if charset != "utf-8" and _is_utf8_after_all(content, charset):
+                continue  # UTF-8 is tried later in this loop
+            if not charset.startswith(STATEFUL) and _is_iso2022(content):
+                continue
         text = decode(content, charset)
         replaced = text.count("\ufffd")
         if charset == "utf-8":  # do not count U+FFFD characters that the page itself contains
@@ -151,6 +155,11 @@ def _is_utf8_after_all(content: bytes, charset: str) -> bool:
         return bool(sequences)
     # EUC and GB 2312 do not use 0x80 to 0xA0, so a single curly quote (E2 80 99) is enough evidence for UTF-8.
     return any(min(sequence[1:]) <= 0xA0 for sequence in sequences)
+
+
+def _is_iso2022(content: bytes) -> bool:
+    """Whether ASCII bytes have escape sequences of ISO-2022, which make sense in no other encoding."""
+    return _ISO2022.search(content) is not None and content.isascii()
 
 
 def _is_believed(text: str, charset: str, known_by: str, bad: int) -> bool:

@@ -7,7 +7,7 @@ one page; writers keep pages near 1 MB. Values that JSON cannot represent become
 supported.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -19,6 +19,7 @@ from data_pipeline.reading.input_records import SAMPLE_BYTES, Advance, FoundFile
 
 _BATCH_BYTES = 8 << 20
 _BATCH_ROWS = 1000
+_DELTA_ROWS = 16  # of columns in which a few bytes can stand for a long value
 _RATIO_FLOOR = 1 << 20  # bytes; expansion is judged only above this size, as in `decompression`
 
 
@@ -33,6 +34,8 @@ def read_parquet(
         metadata = pq.read_metadata(content)
         leaves = leaves_of(metadata)
         rows, groups = metadata.num_rows, metadata.num_row_groups
+        if leaves.count(source.text_key) > 1:
+            raise pa.ArrowInvalid(f"{leaves.count(source.text_key)} columns are named {source.text_key!r}")
         if source.text_key not in leaves:
             said = f"columns: {', '.join(leaves)}"[:SAMPLE_BYTES]
             yield from [Record(1, file.size, said, reason="missing_text", count=rows)] if rows else []
@@ -79,7 +82,14 @@ def _rows_in(metadata: pq.FileMetaData) -> int:
 def _is_text(metadata: pq.FileMetaData, number: int) -> bool:
     column = metadata.schema.column(number)
     plain_bytes = column.physical_type == "BYTE_ARRAY" and column.logical_type.type != "DECIMAL"
-    return bool(plain_bytes and column.max_repetition_level == 0)
+    return bool(plain_bytes and column.max_repetition_level == 0) and not _is_delta(metadata, (number,))
+
+
+def _is_delta(metadata: pq.FileMetaData, numbers: Iterable[int]) -> bool:
+    """Whether one of these columns has delta-encoded values, which pyarrow cannot keep dictionary-encoded."""
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    chunks = [group.column(number) for group in groups for number in numbers if number < group.num_columns]
+    return any("DELTA" in encoding and "BYTE_ARRAY" in encoding for chunk in chunks for encoding in chunk.encodings)
 
 
 def _is_bomb(text: Any, limits: ExtractConfig) -> bool:
@@ -129,10 +139,12 @@ def _rows(
     for attempt, leaves in enumerate([columns, bare] if bare != columns else [columns]):
         at = first
         try:
-            batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // size))
+            most = _DELTA_ROWS if _is_delta(table.metadata, range(group.num_columns)) else _BATCH_ROWS
+            batch_rows = max(1, min(most, _BATCH_BYTES // size))
             for batch in table.iter_batches(batch_rows, row_groups=[number], columns=leaves):
+                columns_by_name = _by_name(batch)
                 for position in range(max(0, row - at), batch.num_rows):
-                    record = _row(batch, position, row, source, limits)
+                    record = _row(columns_by_name, position, row, source, limits)
                     if left_out or attempt:
                         record.notes.add(LEFT_OUT)
                     yield record
@@ -146,11 +158,19 @@ def _rows(
         return
 
 
-def _row(batch: pa.RecordBatch, position: int, row: int, source: SourceConfig, limits: ExtractConfig) -> Record:
-    """Makes a record of one row of a batch."""
+def _by_name(batch: pa.RecordBatch) -> dict[str, Any]:
+    """Returns the columns of a batch by name; of columns with one name, the first."""
+    columns: dict[str, Any] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        columns.setdefault(name, column)
+    return columns
+
+
+def _row(columns: dict[str, Any], position: int, row: int, source: SourceConfig, limits: ExtractConfig) -> Record:
+    """Makes a record of one row of a batch, given by its columns."""
     record, content = Record(row, 0), None
     try:
-        text = _text_of(batch, position, source.text_key)
+        text = _text_of(columns, position, source.text_key)
         if hasattr(text, "as_buffer") and text.is_valid:
             content = text.as_buffer()
             record.size = content.size
@@ -158,7 +178,7 @@ def _row(batch: pa.RecordBatch, position: int, row: int, source: SourceConfig, l
                 record.reason, record.text = "record_too_large", sample(content[:SAMPLE_BYTES].to_pybytes())
                 return record
             content = content.to_pybytes().decode()
-        fields = {name: _value(batch.column(name)[position], record.notes) for name in batch.schema.names}
+        fields = {name: _value(column[position], record.notes) for name, column in columns.items()}
     except UnicodeDecodeError as error:
         record.reason, record.text = "invalid_utf8", sample(error.object)
         return record
@@ -173,14 +193,14 @@ def _row(batch: pa.RecordBatch, position: int, row: int, source: SourceConfig, l
     return record
 
 
-def _text_of(batch: pa.RecordBatch, position: int, key: str) -> Any:
+def _text_of(columns: dict[str, Any], position: int, key: str) -> Any:
     """Returns the scalar under a key; the key may lead into structs, as a.b, unless a column is itself named a.b."""
-    if key in batch.schema.names:
-        scalar = batch.column(key)[position]
+    if key in columns:
+        scalar = columns[key][position]
     else:
         names = key.split(".")
-        start = next(end for end in range(1, len(names)) if ".".join(names[:end]) in batch.schema.names)
-        scalar = batch.column(".".join(names[:start]))[position]
+        start = next(end for end in range(1, len(names)) if ".".join(names[:end]) in columns)
+        scalar = columns[".".join(names[:start])][position]
         for name in names[start:]:
             if not scalar.is_valid:
                 break

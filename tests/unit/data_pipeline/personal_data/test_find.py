@@ -28,6 +28,21 @@ def kinds(text: str, **settings: bool) -> list[tuple[str, str]]:
         ("write to jane.doe+list@mail.uni-bonn.de, please", [("email", "jane.doe+list@mail.uni-bonn.de")]),
         ("邮箱：li_wei@qq.com。", [("email", "li_wei@qq.com")]),
         ("<mailto:info@egenix.com>", [("email", "info@egenix.com")]),
+        ("jane@müller.de, jürgen@uni-bonn.de", [("email", "jane@müller.de"), ("email", "jürgen@uni-bonn.de")]),
+        (
+            "иван@почта.рф или jane@xn--mller-kva.xn--p1ai",
+            [("email", "иван@почта.рф"), ("email", "jane@xn--mller-kva.xn--p1ai")],
+        ),
+        ("jane＠uni-bonn．de", [("email", "jane＠uni-bonn．de")]),
+        (
+            "to=jane%40uni-bonn.de or jane&#64;uni-bonn.de",
+            [("email", "jane%40uni-bonn.de"), ("email", "jane&#64;uni-bonn.de")],
+        ),
+        ("jane (at) uni-bonn (dot) de", [("email", "jane (at) uni-bonn (dot) de")]),
+        (
+            "jane[AT]uni-bonn.de, jane {at} uni dot de",
+            [("email", "jane[AT]uni-bonn.de"), ("email", "jane {at} uni dot de")],
+        ),
         ("a host at 81.2.69.142.", [("ip", "81.2.69.142")]),
         (
             "http://81.2.69.142:8080/x and [2606:4700:4700::1111]:53",
@@ -68,6 +83,7 @@ def test_found(text: str, expected: list[tuple[str, str]]) -> None:
         "uuid 123e4567-e89b-12d3-a456-426614174000, MAC 00:1a:2b:3c:4d:5e, time 10:20:30",
         "2**62 = 4611686018427387904; 1.3.6.1.4.1.311.21.20; §8.2.4.44",
         "user@example.com, a@b.example, icon@2x.png, @property, git@github.com:x/y.git, x@w.mean(), foo@localhost",
+        "lodash@4.17.21, left-pad@1.3.0.tgz, the (at) sign and (dot), x [at] y.mean, me (at) example.com, 50%40",
         "x[1::2], std::vector, a::b, [::1], fe80::1, 2001:db8::1, 12:34:56:78",
         "127.0.0.1, 10.1.2.3, 192.168.0.1, 192.0.2.1, 256.1.1.1, 81.2.69.0/24, 081.002.069.142",
         "card 4539 1488 0343 6468 fails its check; 1234567812345670 is no issuer's",

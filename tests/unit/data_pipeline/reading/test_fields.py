@@ -145,6 +145,29 @@ def test_text_and_ids_of_every_type(tmp_path: Path, kind: str) -> None:
     assert [one.id for one in read(tmp_path / "a.parquet", text_key="t", id_key="t")][:3:2] == ["eins\x1b", "zwei"]
 
 
+@pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "PLAIN"])
+def test_strings_in_every_encoding(tmp_path: Path, encoding: str) -> None:
+    made = pa.table({"text": ["prefix one", None, "prefix two"], "id": ["1", "2", "3"], "a": ["x", "xy", None]})
+    pq.write_table(
+        made, tmp_path / "a.parquet", use_dictionary=False, column_encoding=dict.fromkeys(["a", "text", "id"], encoding)
+    )
+    assert [(one.text, one.id, one.reason) for one in read(tmp_path / "a.parquet")] == [
+        ("prefix one", "1", ""),
+        ("", "2", "missing_text"),
+        ("prefix two", "3", ""),
+    ]
+
+
+def test_of_columns_with_one_name_the_first_counts_and_two_texts_are_an_error(tmp_path: Path) -> None:
+    one, two = pa.array(["one"]), pa.array(["two"])
+    pq.write_table(pa.Table.from_arrays([one, one, two], ["text", "a", "a"]), tmp_path / "a.parquet")
+    assert [record.metadata for record in read(tmp_path / "a.parquet")] == [{"fields": {"a": "one"}}]
+    pq.write_table(pa.Table.from_arrays([one, two], ["text", "text"]), tmp_path / "b.parquet")
+    assert [(record.reason, record.text) for record in read(tmp_path / "b.parquet")] == [
+        ("bad_parquet", "2 columns are named 'text'")
+    ]
+
+
 def test_no_rows_are_no_documents(tmp_path: Path) -> None:
     schema = pa.schema([("text", pa.string()), ("id", pa.int64())])
     pq.write_table(schema.empty_table(), tmp_path / "none.parquet")

@@ -21,6 +21,7 @@ from tests.unit.data_pipeline.reading.raw_files import read, reasons, warc
 PAGE = b"<p>Call me Ishmael.</p>" * 50
 PLAIN = b"Call me Ishmael. Some years ago, never mind how long precisely."
 RAW_DEFLATE = zlib.compress(PAGE)[2:-4]  # some servers send RFC 1951 without the header of RFC 1950
+PADDING = (b"\r\n", b"\n", bytes(512), b"\r\n\0\0", b"\0\0\r\n", b"  ")
 zipped = partial(gzip.compress, mtime=0)  # else the time of day would be in test names
 
 
@@ -61,7 +62,12 @@ def chunked(body: bytes, size: int = 100) -> bytes:
         # Headers name another coding than the body has; a line end follows the body.
         (zipped(PAGE), {"Content-Encoding": "br"}),
         (zstandard.compress(PAGE), {"Content-Encoding": "gzip, compress"}),
-        (zipped(PAGE) + b"\r\n", {"Content-Encoding": "gzip"}),
+        (zlib.compress(PAGE), {"Content-Encoding": "gzip"}),
+        (zlib.compress(PAGE), {"Content-Encoding": "x-deflate"}),
+        *((zipped(PAGE) + end, {"Content-Encoding": "gzip"}) for end in PADDING),
+        *((zstandard.compress(PAGE) + end, {"Content-Encoding": "zstd"}) for end in PADDING),
+        *((brotli.compress(PAGE) + end, {"Content-Encoding": "br"}) for end in PADDING),
+        *((zlib.compress(PAGE) + end, {"Content-Encoding": "deflate"}) for end in PADDING),
         # Headers name something that is not a coding, as some servers do.
         (PAGE, {"Content-Encoding": "utf-8"}),
         (PLAIN, {"Content-Encoding": "identity"}),
@@ -123,9 +129,11 @@ CHUNKED = {"Transfer-Encoding": "chunked"}
         chunks(*PARTS, last=b""),
         chunks(*PARTS)[:-2],
         b"\r\n" + chunks(*PARTS),
+        chunks(chunks(*PARTS)[:700], chunks(*PARTS)[700:]),  # chunks of chunks
+        chunks(chunks(*PARTS, end=b"\n", last=b"0\n\n")),
         PAGE,  # the crawler joined the chunks and kept the header
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_chunks_in_every_form(body: bytes) -> None:
     assert decode_body(body, response(CHUNKED), ExtractConfig()) == PAGE
@@ -144,9 +152,10 @@ def test_chunks_in_every_form(body: bytes) -> None:
         chunks(*PARTS, end=b"\n", last=b"0\n\n").replace(b"1f4\n", b"1f0\n"),
         chunks(*PARTS, last=b"<p>and more"),
         b"0x" + chunks(*PARTS),
+        b"-" + chunks(*PARTS),
         chunks(*PARTS).replace(b"\r\n", b"\r"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_broken_chunks_never_get_into_the_text(body: bytes) -> None:
     with pytest.raises(CodingError, match="bad_content_encoding"):

@@ -191,6 +191,14 @@ def test_what_the_header_gets_wrong_the_page_puts_right() -> None:
     assert KOREAN in decode_page(page(KOREAN, META.format("euc-kr")).encode("cp949"), "text/html; charset=utf-8").text
 
 
+@pytest.mark.parametrize("named", ["utf-8", "shift_jis", "windows-1252"])
+def test_escape_sequences_of_iso_2022_say_more_than_a_wrong_name(named: str) -> None:
+    content = page(JAPANESE, META.format("iso-2022-jp")).encode("iso2022_jp")
+    assert JAPANESE in decode_page(content, f"text/html; charset={named}").text
+    escaped = page("\x1b$B " + RUSSIAN, META.format("utf-8")).encode()  # in the middle of other text they say nothing
+    assert RUSSIAN in decode_page(escaped, f"text/html; charset={named}").text
+
+
 @pytest.mark.parametrize(
     "codec", ["cp949", "cp932", "euc_jp", "iso2022_jp", "gb18030", "big5", "cp1251", "koi8_r", "koi8_u", "cp852", "hz"]
 )
