@@ -24,7 +24,8 @@ class DecontaminateConfig(Section):
     format: Literal["jsonl", "parquet", "text"] = "jsonl"
     """Whether each line of a file is an item, or each row if it is Parquet (jsonl, parquet), or all of it is one."""
     text_keys: tuple[str, ...] = ("text",)
-    """The keys of a JSON line, or the columns, whose values (strings or lists of strings) are an item's text."""
+    """The keys of a JSON line, or the columns, whose values (strings or lists of strings) are an item's text; files may
+    have different ones of them, and keys may be nested, as in "a.b"."""
     id_key: str = "id"
     """The key of a JSON line, or the column, that names the item; without it the item is named after its line."""
     ngram: int = Field(default=13, ge=2)

@@ -2,7 +2,8 @@
 
 Files are JSON lines or text, in UTF-8, UTF-16 or UTF-32, plain or compressed with gzip or Zstandard, or Parquet.
 Compression, encoding and Parquet are recognized by a file's first bytes. An item that cannot be read ends the run with
-an error, since documents that hold its text would otherwise stay.
+an error, since documents that hold its text would otherwise stay. Files may have different text keys: the items of one
+file have those that its first item has, and lead into nested objects as `a.b`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from configs.loader import ConfigError
 from configs.sources import ExtractConfig
 from data_pipeline.reading.charsets import decode_whole, marked_charset, wide_charset
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
+from data_pipeline.reading.fields import lookup
 from data_pipeline.reading.line_splitter import Line, LineSplitter
 from data_pipeline.reading.names import printable
 
@@ -26,11 +28,12 @@ _BATCH_ROWS = 1000
 
 
 class EvaluationItem(NamedTuple):
-    """One question, problem or passage of an evaluation file."""
+    """One question, problem or passage of an evaluation file, and the keys that its text is from."""
 
     file: str
     id: str
     text: str
+    keys: Sequence[str] = ()
 
 
 def read_items(paths: Sequence[str], settings: DecontaminateConfig) -> Iterator[EvaluationItem]:
@@ -45,12 +48,22 @@ def read_items(paths: Sequence[str], settings: DecontaminateConfig) -> Iterator[
 
 
 def check_first_items(paths: Sequence[str], settings: DecontaminateConfig) -> None:
-    """Reads the first item of each file, before any work is done. Raises ConfigError if one cannot be read."""
+    """Reads the first item of each file, before any work is done.
+
+    Raises ConfigError if one cannot be read, or for a text key that none of them has.
+    """
+    missing = [] if settings.format == "text" else list(settings.text_keys)
     for path in paths:
         try:
-            next(read_items([path], settings), None)
+            item = next(read_items([path], settings))
         except ValueError as error:
             raise ConfigError(str(error)) from None
+        missing = [key for key in missing if key not in item.keys]
+    if missing:
+        raise ConfigError(
+            f"decontaminate.text_keys has {missing[0]!r}, which the first item of no evaluation file has; correct it, "
+            "or leave it out"
+        )
 
 
 def _items(path: str, settings: DecontaminateConfig) -> Iterator[EvaluationItem]:
@@ -68,9 +81,12 @@ def _items(path: str, settings: DecontaminateConfig) -> Iterator[EvaluationItem]
                 "all of a file is one text"
             )
         else:
+            keys: list[str] = []
             for line in _lines(file, name):
                 if line.too_long or line.content.strip():
-                    yield _item(name, f"line {line.number}", line.number, _fields(line, name), settings)
+                    fields, where = _fields(line, name), f"line {line.number}"
+                    keys = keys or _keys_of(name, where, fields, settings)
+                    yield _item(name, where, line.number, fields, keys, settings.id_key)
 
 
 def _content(file: BinaryIO, name: str) -> Iterator[bytes]:
@@ -120,13 +136,15 @@ def _rows(path: str, name: str, settings: DecontaminateConfig) -> Iterator[Evalu
     try:
         table = pq.ParquetFile(path)
         names = table.schema_arrow.names
-        wanted = [key for key in names if key in (*settings.text_keys, settings.id_key)]
-        # If a column is missing, all are read, so that the error can say which ones hold texts.
-        columns = wanted if set(settings.text_keys) <= set(names) else None
+        asked = (*settings.text_keys, settings.id_key)
+        # A file without any of the columns is read whole, so that the error can say which ones hold texts.
+        columns = [column for column in names if any(f"{key}.".startswith(f"{column}.") for key in asked)] or None
+        keys: list[str] = []
         for batch in table.iter_batches(_BATCH_ROWS, columns=columns):
             for fields in batch.to_pylist():
                 number += 1
-                yield _item(name, f"row {number}", number, fields, settings)
+                keys = keys or _keys_of(name, f"row {number}", fields, settings)
+                yield _item(name, f"row {number}", number, fields, keys, settings.id_key)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(
             f"evaluation file {name} cannot be read after row {number} ({error}); replace it by a whole copy, or leave "
@@ -134,28 +152,48 @@ def _rows(path: str, name: str, settings: DecontaminateConfig) -> Iterator[Evalu
         ) from None
 
 
-def _item(name: str, where: str, number: int, fields: Any, settings: DecontaminateConfig) -> EvaluationItem:
+def _keys_of(name: str, where: str, fields: Any, settings: DecontaminateConfig) -> list[str]:
+    """Returns the text keys that a file's first item has, which all of its items have to have.
+
+    Raises ValueError if it has none.
+    """
+    keys = [key for key in settings.text_keys if isinstance(fields, Mapping) and lookup(dict(fields), key)]
+    if not keys:
+        raise _no_texts(name, where, fields, " or ".join(map(repr, settings.text_keys)))
+    return keys
+
+
+def _item(name: str, where: str, number: int, fields: Any, keys: Sequence[str], id_key: str) -> EvaluationItem:
     parts: list[str] = []
-    for key in settings.text_keys:
-        value = fields.get(key) if isinstance(fields, Mapping) else None
+    for key in keys:
+        slot = lookup(fields, key) if isinstance(fields, dict) else None
+        value = slot[0][slot[1]] if slot else None
         texts: list[Any] = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError(
-                f"evaluation file {name}, {where}: expected a string, or a list of strings, under {key!r}; "
-                f"set decontaminate.text_keys to the keys that hold its texts{_such_as(fields)}"
-            )
+            raise _no_texts(name, where, fields, repr(key))
         parts.extend(texts)
-    own = fields.get(settings.id_key)
-    return EvaluationItem(name, str(number if own is None else own), "\n".join(parts))
+    own = lookup(fields, id_key)
+    named = own[0][own[1]] if own else None
+    return EvaluationItem(name, str(number if named is None else named), "\n".join(parts), keys)
 
 
-def _such_as(fields: Any) -> str:
-    """Names the keys of an item that hold strings, as the end of a sentence."""
-    if not isinstance(fields, Mapping):
-        return ", in a file with an object on each line"
-    found = []
+def _no_texts(name: str, where: str, fields: Any, keys: str) -> ValueError:
+    if isinstance(fields, Mapping):
+        found = list(_keys_of_texts(fields))
+        there = f": this one has {', '.join(map(printable, found))}" if found else ": this one has none"
+    else:
+        there = ", in a file with an object on each line"
+    return ValueError(
+        f"evaluation file {name}, {where}: expected a string, or a list of strings, under {keys}; set "
+        f"decontaminate.text_keys to the keys that hold its texts{there}"
+    )
+
+
+def _keys_of_texts(fields: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the keys that hold strings; those of an object inside as a.b."""
     for key, value in fields.items():
         parts = value if isinstance(value, list) else [value]
-        if parts and all(isinstance(part, str) for part in parts):
-            found.append(key)
-    return f": this one has {', '.join(map(printable, found))}" if found else ": this one has none"
+        if isinstance(value, Mapping):
+            yield from (f"{key}.{inner}" for inner in _keys_of_texts(value))
+        elif parts and all(isinstance(part, str) for part in parts):
+            yield key

@@ -6,6 +6,7 @@ damaged, a `Fault`; reading goes on at the next undamaged member. Zeros after a 
 file decide how it is compressed, not its name. Random access is not supported.
 """
 
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,16 @@ _ZSTD_FEED = 1 << 9
 # The largest window that the zstd command accepts without --long; the window is held in memory.
 _ZSTD_MAX_WINDOW = 1 << 27
 _MAGICS = {"gzip": b"\x1f\x8b\x08", "zstd": b"\x28\xb5\x2f\xfd"}
+# What files of other compressions and archives begin with.
+_FOREIGN = {
+    **{
+        "bzip2": rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)",
+        "xz": rb"\xfd7zXZ\x00",
+        "LZ4": rb"\x04\x22M\x18",
+        "compress": rb"\x1f\x9d",
+    },
+    **{"zip": rb"PK\x03\x04", "7-Zip": rb"7z\xbc\xaf\x27\x1c", "RAR": rb"Rar!\x1a\x07", "lzip": rb"LZIP\x01"},
+}
 _SKIPPABLE = tuple(bytes([0x50 + number, 0x2A, 0x4D, 0x18]) for number in range(16))
 
 
@@ -305,6 +316,13 @@ def _end(source: _Source) -> int:
     while data := source.peek():
         source.consume(len(data))
     return source.position
+
+
+def is_foreign(file: BinaryIO) -> bool:
+    """Whether a seekable file begins like one of a compression or archive that is not read; leaves it at its start."""
+    head = file.read(16)
+    file.seek(0)
+    return any(re.match(magic, head) for magic in _FOREIGN.values())
 
 
 def claimed_compression(path: str) -> str:

@@ -59,6 +59,11 @@ _EXTENSIONS = {
     "code": tuple(_LANGUAGE_OF),
 }
 _COMPRESSED = (".gz", ".zst")
+# Endings of compressed files and archives that are not read.
+_NOT_READ = (
+    *(".bz2", ".xz", ".lzma", ".lz4", ".br", ".z", ".zip", ".7z", ".rar", ".snappy"),
+    *(".tar", ".tgz", ".tbz2", ".txz"),
+)
 Format = Literal["jsonl", "parquet", "text", "code"]
 _KNOWN: tuple[Format, ...] = ("jsonl", "parquet", "text", "code")
 # Folders (in lower case) that hold other people's code, and folders whose content was written by tools.
@@ -79,15 +84,28 @@ _VERSION_CONTROL = frozenset({".git", ".hg", ".svn"})
 
 
 def wanted(path: str, source: SourceConfig) -> bool:
-    """Whether a file in a searched folder has one of the extensions of the source's format."""
-    return extension(path) in (source.extensions or _EXTENSIONS[source.format])
+    """Whether a file in a searched folder has one of the extensions of the source's format, compressed or not."""
+    name = _unpacked(path)
+    return extension(name.removesuffix(not_read(path))) in (source.extensions or _EXTENSIONS[source.format])
+
+
+def not_read(path: str) -> str:
+    """Returns the ending of a file's name if it is one of a compression or archive that is not read, else ""."""
+    name = _unpacked(path)
+    return next((ending for ending in _NOT_READ if name.endswith(ending)), "")
+
+
+def _unpacked(path: str) -> str:
+    """Returns a file's name in lower case without .gz or .zst."""
+    name = path.rsplit("/", 1)[-1].lower()
+    for ending in _COMPRESSED:
+        name = name.removesuffix(ending)
+    return name
 
 
 def extension(path: str) -> str:
     """Returns a file's extension with its dot, in lower case, without .gz or .zst; "" if it has none."""
-    name = path.rsplit("/", 1)[-1].lower()
-    for ending in _COMPRESSED:
-        name = name.removesuffix(ending)
+    name = _unpacked(path)
     return f".{name.rsplit('.', 1)[-1]}" if "." in name.lstrip(".") else ""
 
 

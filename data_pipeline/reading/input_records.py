@@ -10,6 +10,7 @@ from typing import Any
 
 from configs.sources import SourceConfig
 
+NOT_READ = "unsupported_compression"  # of a file in bzip2, xz or zip, for example
 # Reasons by which content is lost: such records count towards extract.max_bad_share, and every one is set aside.
 BROKEN = frozenset(
     {
@@ -30,6 +31,7 @@ BROKEN = frozenset(
         "cut_zstd",
         "corrupt_zstd",
         "zstd_window_too_large",
+        NOT_READ,
         "bad_warc",
         "cut_record",
         "bad_content_encoding",

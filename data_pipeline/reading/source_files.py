@@ -27,8 +27,8 @@ from fsspec.utils import glob_translate
 
 from configs.loader import ConfigError
 from configs.sources import SourceConfig
-from data_pipeline.reading.formats import skip_reason, wanted
-from data_pipeline.reading.input_records import FoundFile
+from data_pipeline.reading.formats import not_read, skip_reason, wanted
+from data_pipeline.reading.input_records import NOT_READ, FoundFile
 from data_pipeline.reading.names import openable, printable
 
 _REMOTE_BLOCK = 1 << 22  # bytes that one request to a remote system fetches and that are held in memory
@@ -54,6 +54,12 @@ def find_files(name: str, source: SourceConfig, section: str = "") -> list[Found
             raise ConfigError(
                 f"{key}: {pattern!r} matches no file, looked for from {Path.cwd()}; correct the path, or run from the "
                 f"folder that it is relative to (a folder is searched for files of format {source.format!r})"
+            )
+        if all(file.reason == NOT_READ for file in files):
+            others = f" and {len(files) - 1:,} more" if len(files) > 1 else ""
+            raise ConfigError(
+                f"{key}: {printable(files[0].path)}{others} cannot be read, since gzip and Zstandard are the only "
+                "compressions that are, and no archives; unpack it, or compress each file with gzip or Zstandard"
             )
         for file in files:
             found.setdefault(file.path, file)
@@ -181,7 +187,9 @@ def _look(path: str, root: str, reason: str = "") -> FoundFile:
         status = os.stat(path)
     except OSError as error:
         return FoundFile(path, 0, root, "symlink_loop" if "symbolic links" in str(error) else "unreadable")
-    return FoundFile(path, status.st_size, root, "" if stat.S_ISREG(status.st_mode) else "not_a_file")
+    if not stat.S_ISREG(status.st_mode):
+        return FoundFile(path, status.st_size, root, "not_a_file")
+    return FoundFile(path, status.st_size, root, NOT_READ if not_read(path) else "")
 
 
 def _each_once(files: list[FoundFile]) -> list[FoundFile]:
@@ -225,7 +233,8 @@ def _remote(pattern: str, source: SourceConfig, key: str) -> Iterator[FoundFile]
         if info["type"] != "file" or name.endswith("/") or (searched and not wanted(path, source)):
             continue
         if not _in_skipped(path, root, source, skipped):
-            yield FoundFile(path, info["size"] or 0, root, identity=_identity(info))
+            reason = NOT_READ if not_read(path) else ""
+            yield FoundFile(path, info["size"] or 0, root, reason, identity=_identity(info))
     yield from (FoundFile(folder, 0, root, reason) for folder, reason in sorted(skipped.items()))
 
 

@@ -17,11 +17,12 @@ import zstandard
 from datatrove.data import Document
 
 from configs.cuts import DecontaminateConfig
+from configs.loader import ConfigError
 from data_pipeline.core.tables import as_table, read_table, write_table
 from data_pipeline.cutting import evaluation_items
 from data_pipeline.cutting.cuts import apply, merge, read_cuts
 from data_pipeline.cutting.decontamination import Decontaminate
-from data_pipeline.cutting.evaluation_items import read_items
+from data_pipeline.cutting.evaluation_items import check_first_items, read_items
 from data_pipeline.cutting.ngram_index import NgramIndex, require_ngrams, words_of
 from tests.demo_corpus import demo_records
 
@@ -229,6 +230,26 @@ def test_an_evaluation_file_without_items_ends_the_run(tmp_path: Path, kind: str
         pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none")
     with pytest.raises(ValueError, match="none holds no items; replace it, or leave it out"):
         index_of([jsonl(tmp_path / "some", [{"text": "one two three"}]), str(tmp_path / "none")])
+
+
+def test_evaluation_files_may_have_keys_of_their_own(tmp_path: Path) -> None:
+    one = jsonl(tmp_path / "a.jsonl", [{"prompt": "two words", "id": 1}, {"prompt": "and more"}])
+    nested = [{"question": {"stem": "why", "choices": ["A", "B"]}, "meta": {"id": "x"}}]
+    two = jsonl(tmp_path / "b.jsonl", nested)
+    pq.write_table(pa.Table.from_pylist(nested), tmp_path / "c.parquet")
+    files = (one, two, str(tmp_path / "c.parquet"))
+    keys = ("prompt", "question.stem", "question.choices")
+    settings = DecontaminateConfig(files=files, text_keys=keys, id_key="meta.id")
+    check_first_items(files, settings)
+    found = [(item.id, item.text) for item in read_items(files, settings)]
+    assert found == [("1", "two words"), ("2", "and more"), ("x", "why\nA\nB"), ("x", "why\nA\nB")]
+    with pytest.raises(ValueError, match=r"under .prompt.; set .* this one has question\.stem, .*choices"):
+        list(read_items(files, settings.model_copy(update={"text_keys": ("prompt",)})))
+    with pytest.raises(ConfigError, match=r"has .answer., which the first item of no evaluation .* leave it out"):
+        check_first_items(files, settings.model_copy(update={"text_keys": (*keys, "answer")}))
+    jsonl(tmp_path / "a.jsonl", [{"prompt": "one"}, {"question": "other"}])
+    with pytest.raises(ValueError, match="line 2: expected a string, or a list of strings, under 'prompt'"):
+        list(read_items(files, settings))
 
 
 def items_of(path: str, **settings: Any) -> list[tuple[str, str]]:

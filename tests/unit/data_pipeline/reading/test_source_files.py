@@ -1,5 +1,7 @@
 """Tests which files a source has (patterns, folders, links, loops, unreadable ones) and how they form units of work."""
 
+import bz2
+import lzma
 import os
 import tempfile
 from collections.abc import Iterator
@@ -58,6 +60,22 @@ def test_a_folder_is_searched_for_its_format(tmp_path: Path) -> None:
     assert list(found(source(tmp_path), tmp_path)) == [".hidden/h.txt", "a.txt", "b/c.md", "b/d.TXT.gz"]
     assert list(found(source(tmp_path, kind="html"), tmp_path)) == ["b/g.html"]
     assert list(found(source(tmp_path, extensions=(".png",)), tmp_path)) == ["b/e.png"]
+
+
+def test_other_compressions_are_refused_by_name_and_set_aside_in_a_folder(tmp_path: Path) -> None:
+    line = b'{"text": "one"}\n'
+    packed = {"bz2": bz2.compress(line), "xz": lzma.compress(line), "br": b"\x0b", "zip": b"PK\x03\x04", "tar.gz": b""}
+    for ending, content in packed.items():
+        (tmp_path / f"a.jsonl.{ending}").write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"a\.jsonl\.{ending} cannot be read, .* compress each file with gzip"):
+            find_units("s", source(tmp_path / f"a.jsonl.{ending}", kind="jsonl"), 1000)
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.br and 4 more cannot be read"):
+        find_units("s", source(tmp_path, kind="jsonl"), 1000)
+    (tmp_path / "b.jsonl").write_bytes(line)
+    (tmp_path / "c.jsonl").write_bytes(packed["xz"])  # the name says nothing, the first bytes do
+    records = read_all(source(tmp_path, kind="jsonl"))
+    assert sorted(record.reason for record in records) == ["", *["unsupported_compression"] * 6]
+    assert [record.text for record in records if not record.reason] == ["one"]
 
 
 def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
