@@ -42,12 +42,15 @@ class MessageCounts:
         self._works: deque[tuple[weakref.ref[Any], PeerMessage]] = deque(maxlen=KEPT)
 
     def start(self, kind: str, group: dist.ProcessGroup, peer: int, work: Any) -> None:
-        """Counts a message to or from member `peer` of `group`, which `work` waits for."""
+        """Counts a message to or from member `peer` of `group`, which `work` waits for.
+
+        NCCL returns no `work` for one of several messages that it sends at once.
+        """
         rank = dist.get_global_rank(group, peer)
         with self._lock:
             self.started[kind, rank] += 1
-            # A reference that is not weak would keep the message's tensor.
-            self._works.append((weakref.ref(work), PeerMessage(kind, rank, self.started[kind, rank])))
+            if work is not None:  # a reference that is not weak would keep the message's tensor
+                self._works.append((weakref.ref(work), PeerMessage(kind, rank, self.started[kind, rank])))
 
     def of_work(self, work: Any) -> PeerMessage | None:
         """Returns the message that `work` waits for; None if it is none, or one long ago."""

@@ -37,6 +37,6 @@ def test_a_killed_run_ends_as_an_untouched_one(
 def test_one_ranks_failure_leaves_the_save_in_flight_whole(forks: Forks, tmp_path: Path) -> None:
     """Fails rank 1 while both ranks save in the background; rank 0 waits for it in a collective of the next step."""
     kwargs = {"function": "train_on_slow_disk", "run_dir": str(tmp_path / "run"), "model": MODELS["dense"]}
-    kwargs |= {"steps": 4, "seconds": 1.0, "fail_on_rank": 1}
+    kwargs |= {"steps": 4, "seconds": 0.0, "fail_on_rank": 1}
     assert run(forks, 2, kwargs, tmp_path / "log") == [1, 1]
     assert storage.latest(tmp_path / "run") == storage.directory(tmp_path / "run", 2)

@@ -142,14 +142,14 @@ def test_a_kill_during_a_copy_leaves_no_checkpoint_that_counts(forks: Forks, tmp
     }
     world = World(forks, 1, {**options, "slow_from": 4}, log)
     copied, copying = storage.directory(mirror, 2), storage.directory(mirror, 4) / storage.rank_file(0)
-    assert world.wait(30, until=copying.is_file) and copying.is_file(), log.read_text()  # before the manifest
+    assert world.wait(150, until=copying.is_file) and copying.is_file(), log.read_text()  # before the manifest
     world.send([0], signal.SIGKILL)
-    world.wait(60)
+    world.wait(150)
     storage.verify(copied)
     assert not (copying.parent / storage.MANIFEST).exists()
     shutil.rmtree(run)
     world = World(forks, 1, {**options, "slow_from": 99, "steps": 6}, log)
-    world.wait(60)
+    world.wait(150)
     assert world.statuses == [0] and "fetched step 2" in log.read_text()
     assert steps_of(run) == steps_of(straight)
     assert storage.steps(mirror) == [4, 6] and storage.verify(copying.parent)

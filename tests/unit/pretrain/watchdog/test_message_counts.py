@@ -74,6 +74,14 @@ def test_a_thread_that_has_waited_leaves_the_wait_of_the_main_thread(monkeypatch
     assert counts.waiting is None
 
 
+def test_messages_that_nccl_sends_at_once_are_counted_though_none_has_a_handle(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts, work = _counts(monkeypatch), Work()
+    for one in (None, None, work):
+        counts.start("send", GROUP, 1, one)
+    found = counts.of_work(work)
+    assert counts.by_name() == {"send 1": 3} and found is not None and found.number == 3
+
+
 def test_another_operation_at_the_same_address_is_not_taken_for_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """Frees the handle of a message, and makes others until one lies where it lay."""
     counts, work = _counts(monkeypatch), Work()
