@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.rl.rl_start import opened
     from posttrain.rl.rollout_source import RolloutSource
     from posttrain.rl.task_accuracy import TaskAccuracy
-    from posttrain.rl.text_rows import TextRows
+    from posttrain.rl.text_rows import TextRows, check_text_rows
     from pretrain.parallel import groups
     from pretrain.run.dry_start import check_dry_start
     from pretrain.trainer import Trainer
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ppo.text_plan:
         rows = PretrainingText.open(ppo.text_plan, "ppo.text_plan", initial, config.train.seq_length)
         text = TextRows(rows, ppo.text_rows, ppo.text_coef)
-        text.check(run.layout.dp * config.train.micro_batch_size)
+        check_text_rows(text.count, run.layout, config.train.micro_batch_size)
     policy = PolicyCopy(config.rl.sampler)
     critic = Critic(initial.model.with_values(), begins, ppo, config.rl, task.max_new_tokens)
     source = RolloutSource(

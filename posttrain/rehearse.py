@@ -12,7 +12,6 @@ from configs.cli import entrypoint
 from configs.config_kind import command_for
 from configs.distill import DistillConfig
 from configs.layout import Layout
-from configs.loader import ConfigError
 from configs.model import ModelConfig
 from configs.preference import PreferenceConfig
 from configs.reward_model import RewardModelConfig
@@ -72,15 +71,19 @@ def opened_policy(config: GRPOConfig | PPOConfig, model: ModelConfig, given: Seq
     layout = Layout.of(world, config.parallel, model, config.train, section.group_size, given)
     check_layout(config, section, "ppo" if isinstance(config, PPOConfig) else "grpo", layout)
     if isinstance(config, PPOConfig) and config.ppo.text_plan:
-        raise ConfigError(
-            f"ppo.text_plan = {config.ppo.text_plan!r} cannot be rehearsed, since its rows make further micro-batches; "
-            "leave ppo.text_plan and ppo.text_rows out of the config"
-        )
+        from posttrain.rl.text_rows import check_text_rows
+
+        check_text_rows(config.ppo.text_rows, layout, config.train.micro_batch_size)
     return layout
 
 
 def _training(schema: type[TrainerConfig], step: str) -> Training:
-    return Training(schema, opened, f"{STEPS}:{step}", ROWS)
+    return Training(schema, opened, f"{STEPS}:{step}", ROWS, _adds)
+
+
+def _adds(config: TrainerConfig) -> str:
+    """Returns the key by which a config adds micro-batches of text to those of rollouts, or ""."""
+    return "ppo.text_plan" if isinstance(config, PPOConfig) and config.ppo.text_plan else ""
 
 
 TRAININGS = {

@@ -26,8 +26,9 @@ from posttrain.reward_model.reward_losses import MARGIN, loss_of
 from posttrain.rl.critic import ValueLoss
 from posttrain.rl.method import chosen_dialect
 from posttrain.rl.phases import Phases
-from posttrain.rl.policy_loss import PolicyLoss
+from posttrain.rl.policy_loss import PTX, PolicyLoss
 from posttrain.rl.rollout_rows import RolloutRow
+from pretrain.data.batch_source import collate
 from pretrain.model.losses import LossFunction, NextToken
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
@@ -63,10 +64,12 @@ def grpo_step(config: GRPOConfig, model: ModelConfig, mesh: Mesh, make: MakeEngi
 
 
 def ppo_step(config: PPOConfig, model: ModelConfig, mesh: Mesh, make: MakeEngine) -> PreparedStep:
-    """Prepares an update on a rollout, of the policy and then of the critic."""
-    policy = _step(make(model, mesh), _policy_loss(config), _rollout_row(config, model))
-    row = full_row(config.train.seq_length, extra=("old_values", "returns"))
-    critic = _step(make(model.with_values(), mesh), ValueLoss(config.ppo.value_clip), row)
+    """Prepares an update on a rollout, of the policy, with rows of text if it has some, and then of the critic."""
+    row = _rollout_row(config, model)
+    text = config.ppo.text_rows // (mesh.layout.dp * config.train.micro_batch_size)
+    policy = _step(make(model, mesh), _policy_loss(config), row, [_text_row(row)] * text)
+    of_critic = full_row(config.train.seq_length, extra=("old_values", "returns"))
+    critic = _step(make(model.with_values(), mesh), ValueLoss(config.ppo.value_clip), of_critic)
 
     def take() -> None:
         policy.take()
@@ -106,8 +109,10 @@ def full_row(length: int, sides: int = 1, extra: Sequence[str] = ()) -> RolloutR
     )
 
 
-def _step(engine: Engine, loss: LossFunction, row: RolloutRow) -> PreparedStep:
+def _step(engine: Engine, loss: LossFunction, row: RolloutRow, further: Sequence[RolloutRow] = ()) -> PreparedStep:
+    """Prepares a step on micro-batches of `row`, and one of each of the `further` rows."""
     batches = stand_in_batches(engine, row)
+    batches += [collate([one] * engine.train_config.micro_batch_size, 0) for one in further]
     return PreparedStep([engine], lambda: engine.train_step(batches, loss, LEARNING_RATE))
 
 
@@ -117,6 +122,8 @@ def _rollout_row(config: GRPOConfig | PPOConfig, model: ModelConfig) -> RolloutR
     updates = Phases(settings.rollout_batch, settings.epochs, train.global_batch_size, config.run.seed).steps
     recomputes = updates > 1 or settings.correction != "report"
     extra = ["rollout_logprobs", "advantages"] + ["old_logprobs"] * recomputes
+    if isinstance(config, PPOConfig) and config.ppo.text_rows:
+        extra += ["factor", "share", "text_factor"]
     row = full_row(train.seq_length, extra=[*extra, *["ref_logprobs"] * (settings.kl == "loss")])
     layers = sum(layer.moe is not None for layer in model.layers)
     if model.moe is None or not (settings.replay_experts and layers):
@@ -125,7 +132,14 @@ def _rollout_row(config: GRPOConfig | PPOConfig, model: ModelConfig) -> RolloutR
     return replace(row, experts=np.repeat(in_turn, layers, axis=1).astype(np.int16))
 
 
+def _text_row(row: RolloutRow) -> RolloutRow:
+    """Returns a row of text beside rollouts' rows; where those name experts, its routers choose by themselves."""
+    experts = None if row.experts is None else np.full_like(row.experts, -1)
+    return replace(row, source=PTX, experts=experts)
+
+
 def _policy_loss(config: GRPOConfig | PPOConfig) -> PolicyLoss:
     section, name = (config.ppo, "ppo") if isinstance(config, PPOConfig) else (config.grpo, "grpo")
     dialect = chosen_dialect(section.dialect, section, name)
-    return PolicyLoss(dialect.policy, config.rl, section.temperature)
+    has_text = isinstance(config, PPOConfig) and config.ppo.text_rows > 0
+    return PolicyLoss(dialect.policy, config.rl, section.temperature, has_ptx=has_text)

@@ -9,11 +9,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from configs.layout import Layout
 from configs.loader import ConfigError
 from data_pipeline.mixture.rows import Row
 from posttrain.pretraining_text import PretrainingText
 from posttrain.rl.policy_loss import PTX
 from posttrain.rl.rollout_rows import RolloutRow
+
+
+def check_text_rows(count: int, layout: Layout, micro_batch_size: int) -> None:
+    """Raises ConfigError if `count` rows of text in each step do not fill micro-batches on every data-parallel rank."""
+    parts = layout.dp * micro_batch_size
+    if count % parts:
+        raise ConfigError(
+            f"ppo.text_rows = {count} do not fill micro-batches on every data-parallel rank; set a multiple of "
+            f"{parts}, such as ppo.text_rows={-(-count // parts) * parts}"
+        )
 
 
 @dataclass(frozen=True)
@@ -23,14 +34,6 @@ class TextRows:
     text: PretrainingText
     count: int
     coef: float
-
-    def check(self, parts: int) -> None:
-        """Raises ConfigError if rows do not fill micro-batches on each of `parts` shares of a step."""
-        if self.count % parts:
-            raise ConfigError(
-                f"ppo.text_rows = {self.count} do not fill micro-batches on every data-parallel rank; set a multiple "
-                f"of {parts}, such as ppo.text_rows={-(-self.count // parts) * parts}"
-            )
 
     def of_step(self, step: int) -> list[Row]:
         """Returns the rows of a step, counted from 0."""

@@ -205,8 +205,8 @@ class Engine:
         applied = changes_weights(grad_norm, most)
         if failure_ends:
             self._sound = applied
-        if self.budget is not None and applied:
-            self.budget.finish_step()
+        if self.budget is not None:
+            self.budget.finish_step(applied)
         expert_balance.finish_step(self.module, self.mesh, applied)
         experts = expert_balance.counts(self.module, self.mesh, self.model_config)
         details = self.details.finish(self.model_config) if detailed else {}

@@ -29,22 +29,33 @@ from pretrain.parallel.groups import Mesh
 from pretrain.parallel.pipeline_stage import PipelineStage
 
 
+def adapters_in(stage: PipelineStage) -> dict[str, SVDLowRank]:
+    """Returns the adapters of a pipeline stage by name."""
+    named = (pair for chunk in stage.chunks for pair in chunk.named_modules())
+    return {name: module for name, module in named if isinstance(module, SVDLowRank)}
+
+
+def names_of_all_stages(stage: PipelineStage, mesh: Mesh, tells: bool) -> list[str]:
+    """Returns the names of the adapters of all stages, from the rank of each that `tells` them. Collective."""
+    told = mesh.gather_json(list(adapters_in(stage)) if tells else [])
+    return [name for names in told for name in names]
+
+
+def on_host(number: torch.Tensor) -> int:
+    """Returns a number that is on the device."""
+    return int(number)
+
+
 class RankBudget:
     """The adapters of this rank's stage, and the number of triplets that all stages may keep."""
 
     def __init__(self, stage: PipelineStage, zero_engine: Any, mesh: Mesh, config: AdapterConfig):
         self._zero, self._mesh, self._config = zero_engine, mesh, config
         self._seen: dict[tuple[str, str], torch.Tensor] = {}  # this step's sensitivities by adapter and part
-        self._adapters = {
-            name: module
-            for chunk in stage.chunks
-            for name, module in chunk.named_modules()
-            if isinstance(module, SVDLowRank)
-        }
+        self._adapters = adapters_in(stage)
         # One rank of each stage speaks for it in sums over all ranks.
         self._tells = mesh.tp_rank == 0 and dist.get_rank(mesh.zero_group) == 0
-        told = mesh.gather_json(list(self._adapters) if self._tells else [])
-        self._rows = {name: row for row, name in enumerate(sorted(name for names in told for name in names))}
+        self._rows = {name: row for row, name in enumerate(sorted(names_of_all_stages(stage, mesh, self._tells)))}
 
     @torch.no_grad()
     def add_penalty(self) -> torch.Tensor:
@@ -79,11 +90,13 @@ class RankBudget:
                 self._seen[name, part] = product.abs().float()
 
     @torch.no_grad()
-    def finish_step(self) -> None:
+    def finish_step(self, applied: torch.Tensor) -> None:
         """Updates the importance of all triplets, and sets lambda of those beyond the budget to 0. Collective.
 
-        It is not called after a step that changed no weight because its gradient was too large or not finite.
+        It does nothing after a step that was not `applied`, because its gradient was too large or not finite.
         """
+        if not on_host(applied):
+            return
         for (name, part), now in self._seen.items():
             sensitivity, uncertainty = (getattr(self._adapters[name], f"{part}_{state}") for state in STATE)
             smooth(sensitivity, uncertainty, now, self._config.beta)
@@ -100,7 +113,7 @@ class RankBudget:
         """Returns the number of the optimizer's steps, which a rank without trained weights gets from the others."""
         done = torch.tensor(zero.steps_done(self._zero), device=self._mesh.device)
         dist.all_reduce(done, op=dist.ReduceOp.MAX)
-        return int(done)
+        return on_host(done)
 
     def _choose(self, step: int) -> None:
         """Chooses which triplets are kept; all ranks compute the choice from the same numbers."""

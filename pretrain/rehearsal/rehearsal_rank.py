@@ -35,6 +35,7 @@ from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.lone_rank import alone
 from pretrain.precision import choose_dtype
+from pretrain.rehearsal.budget_on_meta import choosing_ranks, stand_ins_of_budget
 from pretrain.rehearsal.collective_calls import GroupCall, recorded
 
 
@@ -87,7 +88,8 @@ def rehearse(
     """
     calls: list[GroupCall] = []
     torch.set_num_threads(1)
-    with alone(layout, rank) as mesh, stand_ins(mesh, model, on_cpu):
+    config = choosing_ranks(config)
+    with alone(layout, rank) as mesh, stand_ins(mesh, model, on_cpu), stand_ins_of_budget(config):
         try:
             step_of: PrepareStep = pkgutil.resolve_name(prepare) if prepare else pretraining_step
             step = step_of(config, model, mesh, maker(config, on_cpu))

@@ -39,13 +39,15 @@ class Training:
 
     `opened` is called with the config and the number of ranks, and raises ConfigError as the training command does.
     `prepare` names the function, as "module:function", that makes the step on a rank; it imports torch. `rows` says
-    what the rows are like.
+    what the rows are like. `adds` returns the key by which a config adds micro-batches of another kind to a step, or
+    "": then none of its micro-batches stands for others.
     """
 
     schema: type[TrainerConfig]
     opened: Callable[[Any, int], tuple[ModelConfig, Layout]]
     prepare: str = "pretrain.rehearsal.rehearsal_rank:pretraining_step"
     rows: str = "every row is one document of train.seq_length trained tokens"
+    adds: Callable[[Any], str] = lambda config: ""
 
 
 def opened_pretraining(config: PretrainConfig, world: int) -> tuple[ModelConfig, Layout]:
@@ -93,11 +95,15 @@ def rehearse_training(training: Training, argv: Sequence[str] | None = None) -> 
         raise ConfigError(f"--device {args.device} is neither gpu nor cpu; set --device gpu or --device cpu")
     world = _number("--world", args.world, smallest_world(config.parallel))
     processes = _number("--processes", args.processes, cores())
-    refuse(config)
     model, layout = training.opened(config, world)
-    run, config = _shortened(
-        config, model, layout, _number("--micro-batches", args.micro_batches, distinct_micro_batches(layout))
-    )
+    key, enough = training.adds(config), distinct_micro_batches(layout)
+    chosen = _number("--micro-batches", args.micro_batches, layout.grad_accum_steps if key else enough)
+    if key and chosen < layout.grad_accum_steps:
+        raise ConfigError(
+            f"--micro-batches {chosen} is less than the {layout.grad_accum_steps} of a step, and {key} adds others "
+            "that may differ; leave --micro-batches out, and all are run"
+        )
+    run, config = _shortened(config, model, layout, chosen)
     ranks = list(range(world)) if args.all else distinct_ranks(layout)
     device = "GPUs over NCCL" if args.device == "gpu" else "CPUs over gloo"
     print(
@@ -121,15 +127,6 @@ def rehearse_training(training: Training, argv: Sequence[str] | None = None) -> 
     repeated = Fraction(layout.grad_accum_steps - added, run.grad_accum_steps)
     print(f"Stand-ins for data: {training.rows}, and routers spread tokens evenly over experts.\n")
     return _report(done, layout, repeated, time.monotonic() - began)
-
-
-def refuse(config: TrainerConfig) -> None:
-    """Raises ConfigError for what needs values, and so cannot be rehearsed."""
-    if config.adapter is not None and config.adapter.kind == "adalora":
-        raise ConfigError(
-            'adapter.kind = "adalora" cannot be rehearsed, since it chooses ranks by the values of weights; set '
-            "adapter.kind=lora, whose collectives are the same but for that choice"
-        )
 
 
 def _precision(config: TrainerConfig, device: str) -> str:

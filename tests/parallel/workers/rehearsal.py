@@ -31,15 +31,29 @@ KINDS: dict[str, tuple[type[TrainerConfig], dict[str, Any]]] = {
         SFTConfig,
         {"init": {"run": "unused"}, "data": {"dialogues": ["unused"]}, "adapter": {"rank": 4, "base": "nf4"}},
     ),
+    "adalora": (
+        SFTConfig,
+        {
+            "init": {"run": "unused"},
+            "data": {"dialogues": ["unused"]},
+            "adapter": {"kind": "adalora", "rank": 4, "target_rank": 2, "budget_steps": 1, "prune_every": 1},
+        },
+    ),
     "grpo": (GRPOConfig, {"init": {"run": "unused"}, "task": {}, "rl": {"kl": "loss"}}),
     "ppo": (PPOConfig, {"init": {"run": "unused"}, "task": {}}),
+    "ppo with text": (
+        PPOConfig,
+        {"init": {"run": "unused"}, "task": {}, "ppo": {"text_plan": "unused", "text_rows": 12}},
+    ),
 }
 STEPS: dict[str, Callable[..., rehearsal.PreparedStep]] = {
     "pretraining": rehearsal.pretraining_step,
     "sft": sft_step,
     "qlora": sft_step,
+    "adalora": sft_step,
     "grpo": grpo_step,
     "ppo": ppo_step,
+    "ppo with text": ppo_step,
 }
 
 
