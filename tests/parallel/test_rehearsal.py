@@ -74,7 +74,6 @@ def test_rehearsed_calls_are_those_of_the_step(
         pytest.param("adalora", "dense", {"tp": 2}, marks=pytest.mark.full),
         pytest.param("ppo with text", "dense_tied", {"pp": 2}, marks=pytest.mark.full),
         pytest.param("ppo with text", "moe", {"ep": 2}, marks=pytest.mark.full),
-        pytest.param("adalora", "moe", {}, marks=pytest.mark.full),
         pytest.param("grpo", "dense", {"pp": 2}, marks=pytest.mark.full),
         pytest.param("sft", "dense_tied", {"zero": 3}, marks=pytest.mark.full),
     ],
