@@ -110,7 +110,8 @@ def full_row(length: int, sides: int = 1, extra: Sequence[str] = ()) -> RolloutR
 
 
 def _step(engine: Engine, loss: LossFunction, row: RolloutRow, further: Sequence[RolloutRow] = ()) -> PreparedStep:
-    """Prepares a step on micro-batches of `row`, and one of each of the `further` rows."""
+    """Prepares a step on micro-batches of `row`, and one of each of the `further` rows, which are of other sources."""
+    engine.num_sources = 1 + max((one.source for one in further), default=0)
     batches = stand_in_batches(engine, row)
     batches += [collate([one] * engine.train_config.micro_batch_size, 0) for one in further]
     return PreparedStep([engine], lambda: engine.train_step(batches, loss, LEARNING_RATE))

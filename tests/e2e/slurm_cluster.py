@@ -18,7 +18,7 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scancel", "sco
 MISSING = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
 WHY_NOT = f"no {MISSING[0]} here; install Slurm: apt-get install slurm-wlm munge" if MISSING else ""
 NODES = ("n1", "n2")
-WAIT_SECONDS = 60
+WAIT_SECONDS = 150
 
 CONF = """
 ClusterName=trivium-test

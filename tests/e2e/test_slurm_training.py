@@ -88,7 +88,7 @@ def test_a_job_that_is_warned_as_its_ranks_start_is_requeued(tmp_path: Path) -> 
     job = sleeping(tmp_path)
     job.wait_for(lambda: f"{job.number}.0" in shown("squeue", "--steps", "--noheader"))
     job.warn()
-    job.wait_for(lambda: job.shows("Restarts") == "1", 60)
+    job.wait_for(lambda: job.shows("Restarts") == "1")
     # Slurm may kill a task before `env` has blocked the signal, and so before the rank's first line.
     killed = "User defined signal 1" in job.said() and not list(tmp_path.glob("up_*"))
     assert killed or "before the first step" in job.said() or (tmp_path / "saved_0").exists()
