@@ -235,8 +235,8 @@ class _Sampler:
                 self.texts.keep_experts(np.array(group), 0, experts[row, None, : lengths[row]])
         self.texts.begin(numbers)
         goes_on = self._draw(numbers, logits_GV, group_of)
-        rows = group_of[torch.from_numpy(goes_on)].to(self.device)
-        self._cache.copy_rows(len(self._numbers), prompts, rows)
+        rows = group_of[torch.from_numpy(goes_on)]
+        self._cache.copy_rows(len(self._numbers), prompts, rows.to(self.device), lengths[rows])
         self._numbers = np.concatenate((self._numbers, numbers[goes_on]))
 
     def _continue(self) -> None:

@@ -1,10 +1,12 @@
 """The key-value cache of generation, and attention over it. Shape letters: see `decoder.py`.
 
 What a row gets does not depend on the rows beside it: a row's token at position p is in slot p whatever the others'
-lengths, and our own kernel reads its tokens alone. Where SDPA's is used (`native.cache_attention`), attention reads a
-multiple of `SLOTS` slots, so that the sums over a row's keys are taken in the same order whatever the longest row is.
+lengths, and our own kernel reads its tokens alone, those of a prompt that several rows begin with in one of these.
+Where SDPA's is used (`native.cache_attention`), attention reads a multiple of `SLOTS` slots, so that the sums over a
+row's keys are taken in the same order whatever the longest row is.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +15,7 @@ from pretrain.model.attention_scores import ScoreRule, attend, attend_cached
 from pretrain.model.delta_states import DeltaStates
 from pretrain.model.documents import Documents
 from pretrain.model.native import cache_attention
+from pretrain.model.native.cache_attention import SharedTokens
 
 Tables = dict[str, tuple[torch.Tensor, torch.Tensor]]  # cos and sin [S, B, 1, rotated elements] by the kind of a layer
 SLOTS = 16  # fp32 numbers in the widest vector register of a CPU
@@ -64,6 +67,9 @@ class KVCache:
         self._positions_B: torch.Tensor | None = None  # of the tokens that continue rows; None while rows are started
         self._new, self._slots = self.store, 0
         self._kernel = cache_attention.kernel(dtype, device)
+        # Rows that were copied from one row have its origin, and its first tokens in common.
+        self._origin, self._common = np.arange(rows), np.zeros(rows, dtype=np.int64)
+        self._shared: SharedTokens | None = None  # for the rows that were continued last
         self._mask: torch.Tensor | None = None  # of what SDPA's kernel sees
         self._documents: Documents | None = None
 
@@ -84,6 +90,9 @@ class KVCache:
         self._new = (self._heads[: len(positions_BS)] + positions_BS).flatten()  # in `_flat`
         self._slots, self._mask = whole_slots(self.virtual + self.longest + 1), None
         if self._kernel is not None and not torch.is_grad_enabled():
+            rows = len(positions_BS)
+            if self._shared is None or len(self._shared.order_B) != rows:
+                self._shared = SharedTokens.of(self._origin[:rows], self._common[:rows])
             return
         slots = torch.arange(self._slots, device=positions_BS.device)
         mask = torch.zeros(len(positions_BS), len(slots), dtype=self.store.dtype, device=self.store.device)
@@ -106,17 +115,25 @@ class KVCache:
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
         """Stores keys and values [S, B, K, D], and computes attention [S, B, N, D] of q to its row so far."""
+        if self.continues and self._mask is None and rule.is_plain(self._slots):
+            return self._by_kernel(layer, q, (k[0], v[0]))
         self.put(layer, k, v)
         return self.attend_stored(layer, q, rule) if self.continues else attend(q, k, v, self._documents, rule)
+
+    def _by_kernel(
+        self, layer: int, q: torch.Tensor, new: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        assert self._kernel is not None
+        keys, values = self._stored[layer][0], self._stored[layer][-1]
+        return self._kernel(q[0], keys, values, self._positions_B, self._shared, new)[None]
 
     def attend_stored(self, layer: int, q: torch.Tensor, rule: ScoreRule) -> torch.Tensor:
         """Computes attention of the tokens [1, B, N, D] that continue rows; latent vectors are keys and values both."""
         assert self._positions_B is not None
-        keys, values = self._stored[layer][0], self._stored[layer][-1]
         is_plain = rule.is_plain(self._slots)
         if is_plain and self._mask is None:
-            assert self._kernel is not None
-            return self._kernel(q[0].contiguous(), keys, values, self._positions_B)[None]
+            return self._by_kernel(layer, q)
+        keys, values = self._stored[layer][0], self._stored[layer][-1]
         keys, values = (x[: q.shape[1], :, : self._slots] for x in (keys, values))
         if not is_plain:
             return attend_cached(q[0], keys, values, self._positions_B, rule)[None]
@@ -129,15 +146,24 @@ class KVCache:
         """The states of rows in a layer that is a gated delta net."""
         return self._deltas[layer]
 
-    def copy_rows(self, first: int, other: "KVCache", rows: torch.Tensor) -> None:
-        """Copies `rows` of another cache, which may be a shorter one, to this one's rows from `first` on."""
-        length = min(self.store.shape[4], other.store.shape[4])
-        self.store[:, :, first : first + len(rows), :, :length] = other.store[:, :, rows, :, :length]
+    def copy_rows(self, first: int, other: "KVCache", rows: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Copies `rows` of another cache, which may be a shorter one, to this one's rows from `first` on.
+
+        `lengths` are the tokens of each. Rows that are copies of one share these tokens.
+        """
+        end, length = first + len(rows), min(self.store.shape[4], other.store.shape[4])
+        self.store[:, :, first:end, :, :length] = other.store[:, :, rows, :, :length]
         for layer, states in self._deltas.items():
             states.copy_rows(first, other.delta_states(layer), rows)
+        self._origin[first:end] = self._origin.max() + 1 + rows.cpu().numpy()
+        self._common[first:end] = self.virtual + lengths.cpu().numpy()
+        self._shared = None
 
     def move_rows(self, rows: torch.Tensor, to: torch.Tensor) -> None:
         """Copies what is stored of `rows` to the rows `to` of the same cache."""
         self.store[:, :, to] = self.store[:, :, rows]
         for states in self._deltas.values():
             states.move_rows(rows, to)
+        for known in (self._origin, self._common):
+            known[to.cpu().numpy()] = known[rows.cpu().numpy()]
+        self._shared = None

@@ -1,15 +1,18 @@
 """Attention of one new token a row to the key-value cache, by a kernel in C++ (`cache_attention.cpp`).
 
 SDPA's kernel is made for many queries: for one it takes about three times as long. Ours reads each row's own tokens and
-no padding. It needs a C++ compiler once, for some seconds; without one `kernel` returns None, and SDPA is used.
+no padding, and what rows share (`SharedTokens`) only once. It needs a C++ compiler once, for some seconds; without one
+`kernel` returns None, and SDPA is used.
 """
 
 import ctypes
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pretrain.model.native.building import built
@@ -20,8 +23,27 @@ ORDER = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-si
 FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", *ORDER)
 DTYPES = (torch.float32, torch.bfloat16)
 
-# (q [B, N, D], keys and values [>= B, K, slots, D], positions [B], all contiguous) to the outputs [B, N, D]
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# See `attend_to_cache`.
+Kernel = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SharedTokens:
+    """First tokens that rows have in common: row b's first `count_B[b]` are those of the row `leader_B[b]`.
+
+    `order_B` are the rows in an order that has those with one leader next to one another.
+    """
+
+    order_B: np.ndarray
+    leader_B: np.ndarray
+    count_B: np.ndarray
+
+    @classmethod
+    def of(cls, origin_B: np.ndarray, count_B: np.ndarray) -> "SharedTokens":
+        """Makes the first row of each origin the leader of all rows that have it."""
+        _, first, of_row = np.unique(origin_B, return_index=True, return_inverse=True)
+        leader_B = first[of_row]
+        return cls(np.argsort(leader_B, kind="stable"), leader_B, count_B.copy())
 
 
 def kernel(dtype: torch.dtype, device: torch.device) -> Kernel | None:
@@ -32,18 +54,31 @@ def kernel(dtype: torch.dtype, device: torch.device) -> Kernel | None:
 
 
 def attend_to_cache(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions_B: torch.Tensor
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions_B: torch.Tensor,
+    shared: SharedTokens | None = None,
+    new: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Computes attention of queries, at these positions, to the stored tokens up to their own; see `Kernel`.
+    """Computes attention [B, N, D] of queries, at these positions, to the stored tokens up to their own.
 
-    Scores are divided by the square root of D. The memory that is read is that of `B` rows.
+    `q` is [B, N, D]; keys and values are [>= B, K, slots, D], all contiguous, and the memory that is read is that of
+    `B` rows. The `new` keys and values [B, K, D] are stored at the positions first; without them all are stored
+    already. Scores are divided by the square root of D.
     """
     function = _function()
     assert function is not None, "ask `kernel` first"
-    out = torch.empty_like(q)
+    q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
+    added = (None, None) if new is None else tuple(x.contiguous() for x in new)
     rows, heads, size = q.shape
+    if shared is None:
+        shared = SharedTokens.of(np.arange(rows), np.zeros(rows, dtype=np.int64))
     function(
-        *(x.data_ptr() for x in (q, keys, values, out, positions_B)),
+        q.data_ptr(),
+        *(None if x is None else x.data_ptr() for x in added),
+        *(x.data_ptr() for x in (keys, values, out, positions_B)),
+        *(x.ctypes.data for x in (shared.order_B, shared.leader_B, shared.count_B)),
         rows,
         keys.shape[1],
         heads // keys.shape[1],
@@ -67,6 +102,6 @@ def _function() -> Callable[..., None] | None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     typed: object = found
-    typed.argtypes = [pointer] * 5 + [number] * 5 + [ctypes.c_float] + [number] * 2  # type: ignore[attr-defined]
+    typed.argtypes = [pointer] * 10 + [number] * 5 + [ctypes.c_float] + [number] * 2  # type: ignore[attr-defined]
     typed.restype = None  # type: ignore[attr-defined]
     return found

@@ -90,7 +90,7 @@ def _records(
 
 
 def _table(part: str, records: list[dict[str, Any]]) -> Table:
-    columns = [name for name in records[0] if name not in ("met", "wanted")]
+    columns = [name for name in records[0] if name not in ("met", "wanted", "load")]
     table = Table(*columns, "wanted", title=part, title_justify="left")
     for one in records:
         goal = one.get("wanted", "")

@@ -1,8 +1,10 @@
 """Tokens a second of sampling: Trivium's beside transformers' `generate`, with the same weights, prompts and cores.
 
-Both sample at temperature 1 without other filters, in fp32, from groups of equal prompts as GRPO has them, and end a
-text at the same tokens. Trivium has a process on each core, as ranks of data parallel are, and transformers one process
-with a thread on each core. They take turns, one batch each, so that a slower moment of the machine meets both alike.
+Both sample a rollout of `TEXTS` texts, `BATCH` at a time, at temperature 1 without other filters, in fp32, from groups
+of equal prompts as GRPO has them, and end a text at the same tokens. Trivium has a process on each core, as ranks of
+data parallel are, and begins a text when others end; transformers has one process with a thread on each core, and a
+batch goes on until its longest text ends. They take turns, one rollout each, so that a slower moment of the machine
+meets both alike.
 The limit of the ratio is that of a sampler which does nothing but multiply a full batch by every weight of the model,
 once a token: no sampler in this precision is faster, whatever it leaves out. It is measured in the same turns.
 
@@ -30,9 +32,10 @@ from pretrain.generation.sampling import generate
 from pretrain.model import Decoder, init_weights
 from tests.bench.training.models import SEED, SIZES, transformers_model
 
-BATCH = 64
+BATCH = 64  # texts at a time
+TEXTS = 256  # of a rollout
 WANTED = 5.0  # times the tokens a second
-PRODUCTS = "products"  # what a sampler is told instead of a batch's number
+PRODUCTS = "products"  # what a sampler is told instead of a rollout's number
 DEMO = {"num_layers": 4, "hidden_size": 128, "ffn_hidden_size": 352, "num_heads": 4, "num_kv_heads": 2}
 MODELS: dict[str, ModelConfig] = {
     "demo": validate(ModelConfig, {"vocab_size": 4096, **DEMO}),  # 1.8M parameters
@@ -58,10 +61,10 @@ class Load:
         return list(range(4, 4 + round(config.vocab_size * self.ends)))
 
     def prompts(self, config: ModelConfig) -> torch.Tensor:
-        """Returns the prompts [BATCH, prompt], none of which has a token that ends a text."""
+        """Returns the prompts [TEXTS, prompt], none of which has a token that ends a text."""
         generator = torch.Generator().manual_seed(SEED)
         different = torch.randint(
-            config.vocab_size // 2, config.vocab_size, (BATCH // self.group, self.prompt), generator=generator
+            config.vocab_size // 2, config.vocab_size, (TEXTS // self.group, self.prompt), generator=generator
         )
         return different.repeat_interleave(self.group, 0)
 
@@ -74,7 +77,7 @@ LOADS = (
 
 
 def measured(rounds: int, quick: bool) -> Iterator[dict[str, Any]]:
-    """Yields a record for each model and load: both sides' median tokens a second over `rounds` batches."""
+    """Yields a record for each model and load: both sides' median tokens a second over `rounds` rollouts."""
     for model in MODELS:
         for load in LOADS:
             yield _contest(model, load, rounds, quick)
@@ -89,20 +92,22 @@ def _contest(model: str, load: Load, rounds: int, quick: bool) -> dict[str, Any]
     @torch.inference_mode()
     def theirs(number: int) -> tuple[int, float]:
         torch.manual_seed(number)
-        started = time.process_time()
-        out = peer.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            use_cache=True,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            max_new_tokens=load.longest,
-            eos_token_id=stops or None,
-            pad_token_id=0,
-        )
-        answers = out[:, load.prompt :]
-        return int((answers != 0).sum()) if stops else answers.numel(), time.process_time() - started
+        started, tokens = time.process_time(), 0
+        for batch in prompts.split(BATCH):
+            out = peer.generate(
+                batch,
+                attention_mask=torch.ones_like(batch),
+                use_cache=True,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                max_new_tokens=load.longest,
+                eos_token_id=stops or None,
+                pad_token_id=0,
+            )
+            answers = out[:, load.prompt :]
+            tokens += int((answers != 0).sum()) if stops else answers.numel()
+        return tokens, time.process_time() - started
 
     rates: dict[str, list[float]] = {"trivium": [], "transformers": [], "products": []}
     with _Samplers(model, load, count) as samplers:
@@ -116,7 +121,7 @@ def _contest(model: str, load: Load, rounds: int, quick: bool) -> dict[str, Any]
     ours, other, products = (statistics.median(rates[who]) for who in rates)
     return {
         "what": f"{model}, {load.name}",
-        **asdict(load),
+        "load": asdict(load),
         "cores": count,
         "trivium": round(ours),
         "transformers": round(other),
@@ -128,7 +133,7 @@ def _contest(model: str, load: Load, rounds: int, quick: bool) -> dict[str, Any]
 
 
 class _Samplers:
-    """Context manager of processes, a thread each, that sample their shares of a batch each time they are told to."""
+    """Context manager of processes, a thread each, that sample their shares of a rollout each time they are told to."""
 
     def __init__(self, model: str, load: Load, count: int) -> None:
         self._argv = [sys.executable, "-m", "tests.bench.rl.rollouts", model, load.name, str(count)]
@@ -149,7 +154,7 @@ class _Samplers:
             process.wait()
 
     def sample(self, number: int) -> tuple[int, float]:
-        """Samples batch `number`; returns its tokens and the processor time that the processes took."""
+        """Samples rollout `number`; returns its tokens and the processor time that the processes took."""
         return self._ask(str(number))
 
     def multiply(self, number: int) -> tuple[int, float]:
@@ -173,10 +178,10 @@ def _worker(model: str, load: Load, count: int, index: int) -> None:
     decoder = Decoder(config)
     init_weights(decoder, SEED)
     decoder.eval()
-    own = slice(BATCH * index // count, BATCH * (index + 1) // count)
+    own, rows = slice(TEXTS * index // count, TEXTS * (index + 1) // count), BATCH // count
     prompts, stops = load.prompts(config)[own].tolist(), load.stops(config)
     products = [
-        (torch.randn(len(prompts), weight.shape[1]), weight)
+        (torch.randn(rows, weight.shape[1]), weight)
         for name, weight in decoder.named_parameters()
         if weight.ndim == 2 and not name.startswith("embedding")
     ]
@@ -187,10 +192,11 @@ def _worker(model: str, load: Load, count: int, index: int) -> None:
                 for _ in range(load.longest):
                     for x, weight in products:
                         torch.nn.functional.linear(x, weight)
-            tokens = len(prompts) * load.longest
+            tokens = rows * load.longest
         else:
             keys = [f"{int(line)}/{i}" for i in range(own.start, own.stop)]
-            found = generate(decoder, prompts, load.longest, SamplingConfig(temperature=1.0), SEED, stops, keys)
+            sampling = SamplingConfig(temperature=1.0)
+            found = generate(decoder, prompts, load.longest, sampling, SEED, stops, keys, max_rows=rows)
             tokens = sum(len(completion.tokens) for completion in found)
         print(json.dumps([tokens, time.process_time() - started]), flush=True)
 

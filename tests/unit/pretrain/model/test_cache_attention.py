@@ -4,6 +4,7 @@ import shutil
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -51,7 +52,8 @@ def test_a_row_has_the_same_bits_alone_with_longer_rows_and_on_two_threads() -> 
     q, keys, values, positions = drawn(*SIZES[0], torch.float32)
     together = cache_attention.attend_to_cache(q, keys, values, positions)
     for row in range(len(q)):
-        alone = cache_attention.attend_to_cache(*(x[row : row + 1] for x in (q, keys, values, positions)))
+        q_alone, keys_alone, values_alone, at = (x[row : row + 1] for x in (q, keys, values, positions))
+        alone = cache_attention.attend_to_cache(q_alone, keys_alone, values_alone, at)
         assert torch.equal(alone[0], together[row])
     longer = torch.where(torch.arange(SLOTS)[:, None] > positions[:, None, None, None], torch.nan, keys)
     assert torch.equal(cache_attention.attend_to_cache(q, longer, values, positions), together)
@@ -61,6 +63,32 @@ def test_a_row_has_the_same_bits_alone_with_longer_rows_and_on_two_threads() -> 
         assert torch.equal(cache_attention.attend_to_cache(q, keys, values, positions), together)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", cache_attention.DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sizes", [SIZES[0], (9, 1, 3, 6)], ids=str)
+def test_tokens_that_rows_share_are_read_in_one_of_them(sizes: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    q, keys, values, positions = drawn(*sizes, dtype)
+    # Rows 1, 4 and 7 begin with the same 10 tokens, and rows 2 and 3 with the same 20; row 3 is at the 5th of them.
+    positions[torch.tensor([1, 2, 3, 4, 7])] = torch.tensor([10, 30, 4, 47, 12])
+    origins, counts = np.array([0, 1, 2, 2, 1, 5, 6, 1, 8]), np.array([0, 10, 20, 20, 10, 0, 0, 10, 0])
+    for x in (keys, values):
+        x[[4, 7], :, :10], x[3, :, :20] = x[1, :, :10].clone(), x[2, :, :20].clone()
+    alone = cache_attention.attend_to_cache(q, keys, values, positions)
+    for x in (keys, values):  # what is read in the first row of each is not read in the others
+        x[[4, 7], :, :10], x[3, :, :5] = torch.nan, torch.nan
+    shared = cache_attention.SharedTokens.of(origins, counts)
+    assert torch.equal(cache_attention.attend_to_cache(q, keys, values, positions, shared), alone)
+
+
+def test_new_keys_and_values_are_stored_and_seen() -> None:
+    q, keys, values, positions = drawn(*SIZES[0], torch.float32)
+    stored, rows = cache_attention.attend_to_cache(q, keys, values, positions), torch.arange(len(q))
+    new = keys[rows, :, positions].clone(), values[rows, :, positions].clone()
+    before = keys.clone(), values.clone()
+    keys[rows, :, positions] = values[rows, :, positions] = torch.nan
+    assert torch.equal(cache_attention.attend_to_cache(q, keys, values, positions, new=new), stored)
+    assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
 
 
 def test_a_model_that_diverged_is_seen() -> None:
