@@ -30,6 +30,7 @@ from pretrain.watchdog.message_counts import count_messages
 from pretrain.watchdog.rank_report import RankReport, report_of, stacks
 
 FOLDER = "hang"  # in run.dir, with a numbered folder for each hang
+VERDICT = "verdict.json"  # in the folder of a hang
 LONGEST_GRACE = 30.0  # seconds that ranks wait for each other's reports
 PATIENCE = 1.5  # times as long as now until a rank asks again whether the run hangs, if it went on
 SAME_STEP = 3  # hangs at one step after which the run is not to be started again
@@ -74,6 +75,9 @@ class Watchdog:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
+        # A rank that was stopped, and goes on as its launcher ends it, finds that the others have ended.
+        if error is not None and self._settings.enabled:
+            self._end_if_hanging(_read_decision(self._hang_folder / VERDICT))
 
     def _limit(self, activity: str) -> float:
         """Returns the seconds after which `activity` counts as a hang; infinite for none."""
@@ -113,20 +117,26 @@ class Watchdog:
     def _settle(self, elapsed: float, limit: float, mark: float, overdue: bool) -> None:
         """Compares what all ranks do, and ends the process if the run hangs: if nothing was begun since time `mark`."""
         folder, rank = self._hang_folder, self._mesh.rank
-        with contextlib.suppress(OSError):  # a full disk must not keep the run from ending
-            self._write_report(folder, overdue)
-        grace = min(LONGEST_GRACE, max(2.0, limit / 2))
-        _wait(grace, lambda: len(_read(folder)) == len(self._processes))
-        reports, file = _read(folder), folder / "verdict.json"
-        if rank == min(reports, default=rank):
-            decision = self._decide(reports, elapsed, limit, mark)
-            with contextlib.suppress(OSError):
-                files.write_atomic(file, json.dumps(asdict(decision), indent=1).encode())
-        else:
-            _wait(grace, file.exists)
+        file = folder / VERDICT
+        decision = _read_decision(file)  # there is one if this rank comes late, and it stands
+        if decision is None:
+            with contextlib.suppress(OSError):  # a full disk must not keep the run from ending
+                self._write_report(folder, overdue)
+            grace = min(LONGEST_GRACE, max(2.0, limit / 2))
+            _wait(grace, lambda: len(_read(folder)) == len(self._processes))
+            reports = _read(folder)
+            decides = rank == min(reports, default=rank)
+            if not decides:
+                _wait(grace, file.exists)
             decision = _read_decision(file) or self._decide(reports, elapsed, limit, mark)
+            if decides:
+                with contextlib.suppress(OSError):
+                    files.write_atomic(file, json.dumps(asdict(decision), indent=1).encode())
         self._number += 1
-        if decision.hangs:
+        self._end_if_hanging(decision)
+
+    def _end_if_hanging(self, decision: "Decision | None") -> None:
+        if decision is not None and decision.hangs:
             print(f"error: {decision.text}", file=sys.stderr, flush=True)
             sys.stdout.flush()
             self._on_hang()
@@ -150,7 +160,7 @@ class Watchdog:
             f"no progress for {elapsed:.0f} s, where {limit:.0f} s are allowed ([watchdog]): "
             f"{verdict(reports, absent)}; stacks of all ranks are in {self._hang_folder}"
         )
-        before = [_read_decision(folder / "verdict.json") for folder in _hangs(self._folder)]
+        before = [_read_decision(folder / VERDICT) for folder in _hangs(self._folder)]
         if sum(told is not None and told.hangs and told.step == step for told in before) + 1 < SAME_STEP:
             return Decision(True, step, text, HUNG)
         text += f"; the run has hung {SAME_STEP} times at step {step}, so do not start it again as it is"

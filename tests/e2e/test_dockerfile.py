@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 # What a base image with Python has; ensurepip is in python3-venv.
 PACKAGES = "ca-certificates,python3,python3-dev,python3-venv"
-SUITES = {"bookworm": "3.11"}
+SUITES = {"bookworm": "3.11", "trixie": "3.13"}
 MIRROR = "http://deb.debian.org/debian"
 BARE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 RUN_HERE = ("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child")
