@@ -25,6 +25,13 @@ def machine(ranks: int) -> Iterator[Finding]:
     yield _shared_memory()
 
 
+def devices_here() -> int:
+    """Returns how many ranks have a device of their own here: GPUs, or cores if there are none."""
+    import torch
+
+    return torch.cuda.device_count() or cores()
+
+
 def _versions() -> Iterator[Finding]:
     python = ".".join(platform.python_version_tuple()[:2])
     found = []

@@ -100,7 +100,7 @@ def test_what_the_command_would_refuse_is_a_failure(capsys: pytest.CaptureFixtur
     (layout,) = failures("--ranks", "3", "train", DEMO, "parallel.tp=2", "data.plan=no/plan")
     assert "does not divide the 3 ranks started; the number of ranks could be 2 or 4" in layout
     tmp_path.joinpath("run").write_text("")  # what is wrong with the disk is told as well
-    plan, folder = failures("train", DEMO, "data.plan=no/plan")
+    plan, folder = failures(DEMO, "parallel.tp=2", "data.plan=no/plan")  # on two ranks, which it needs
     assert "no/plan" in plan and "trivium data run" in plan
     assert "run.dir" in folder and "is a file" in folder
 
