@@ -112,9 +112,12 @@ def _rewinds(run_dir: Path) -> list[tuple[int, int]]:
 def marks(
     steps: list[dict[str, Any]], starts: Sequence[goodput.StartRecord], rewinds: Sequence[tuple[int, int]] = ()
 ) -> list[Mark]:
-    """Returns a mark for each spike, each rewind, and each start that went on from a checkpoint."""
+    """Returns a mark for each spike, each rewind, and each start but the first."""
     found = [Mark(step, "spike", f"went back from step {step} to step {to_step}") for step, to_step in rewinds]
-    found += [Mark(one.first_step, "restart", f"went on from step {one.first_step}") for one in starts[1:]]
+    found += [
+        Mark(one.first_step, "restart", f"went on from step {one.first_step}" if one.first_step else "began again")
+        for one in starts[1:]
+    ]
     for record in steps:
         if any(key in record for key in SPIKES):
             skipped = ", skipped" if "skipped" in record else ""
@@ -127,7 +130,7 @@ def _legend(marked: Sequence[Mark]) -> str:
     counts = {kind: sum(mark.kind == kind for mark in marked) for kind in ("spike", "restart")}
     words = {
         "spike": "red where there was a spike or a rewind",
-        "restart": "grey where the run went on from a checkpoint",
+        "restart": "grey where the run was started again",
     }
     said = " and ".join(f"{words[kind]} ({count})" for kind, count in counts.items() if count)
     return f"<p>Dashed lines: {said}.</p>" if said else ""

@@ -81,7 +81,7 @@ def test_spikes_and_restarts_are_marked_and_sources_counted(browser: Browser, tm
     page = write(tmp_path).read_text(encoding="utf-8")
     assert page.count("spike at step 7, skipped") == 2 and page.count("went on from step 10<") == 3
     assert page.count("went back from step 15 to step 10") == 2
-    assert "red where there was a spike or a rewind (2) and grey where the run went on from a checkpoint (1)" in page
+    assert "red where there was a spike or a rewind (2) and grey where the run was started again (1)" in page
     assert "tp1 pp1 dp2 zero1" in page and "12,345" in page and "loss_spike" not in page and "Loss spike" not in page
     assert not browser.all_faults(tmp_path / "report.html")
     assert "<b>&lt;b&gt;</b>" in page and page.count("&lt;i&gt;</pre>") == 6
