@@ -6,6 +6,7 @@ from pathlib import Path
 
 from configs.initial import InitConfig
 from configs.loader import ConfigError
+from data_pipeline.tokens.foreign import template_in
 from posttrain.chat.format_interface import Chat
 from posttrain.chat.template_format import open_chat
 from pretrain.checkpoint import storage
@@ -51,6 +52,8 @@ class InitialChatModel(initial_model.InitialModel):
             written = found.chat.template  # made here, so that its error is told with the rest
         except ValueError as error:
             raise ConfigError(str(error) if found.own else f"{found.said}: {error}") from None
+        if template is None and found.own is None:
+            _check_template_beside(init, written)
         return replace(found, lineage=replace(found.lineage, chat_template=written))
 
     @cached_property
@@ -75,6 +78,18 @@ class NamedModel(InitConfig):
     @property
     def named_by(self) -> str:
         return self.key
+
+
+def _check_template_beside(init: InitConfig, used: str) -> None:
+    """Raises ConfigError if the tokenizer that `init` names has another chat template than the one that is used."""
+    if init.tokenizer is None:
+        return
+    folder = Path(init.tokenizer) if Path(init.tokenizer).is_dir() else Path(init.tokenizer).parent
+    if template_in(folder) not in (None, used):
+        raise ConfigError(
+            f"init.tokenizer = {init.tokenizer!r} has another chat template than the model of {init.said}, whose own "
+            "is used; leave the key out (data.chat_template of SFT and distillation names another template)"
+        )
 
 
 def _read_template(path: str) -> str:

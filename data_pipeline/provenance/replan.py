@@ -20,6 +20,7 @@ from data_pipeline.mixture.forecast import show
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import Plan, open_plans
 from data_pipeline.provenance.lookup import find_in, kept_plan_paths
+from data_pipeline.tokens.tokenizer import difference_of_files, tokenizer_file
 
 
 def used(checkpoint: Path, plan: Path | None = None) -> tuple[Plan, int]:
@@ -67,6 +68,19 @@ def rest(stages: Mapping[str, PlanConfig], samples: int) -> dict[str, PlanConfig
     return left
 
 
+def check_tokenizer(folder: Path, plan: Plan, checkpoint: Path) -> None:
+    """Raises ConfigError if a data run's tokenizer is not that of `plan`, on which `checkpoint` was trained."""
+    if not tokenizer_file(folder).is_file():
+        return  # which is told as of any plan
+    own = plan.tokenizer_path
+    if said := difference_of_files(folder, own, strict=True):
+        raise ConfigError(
+            f"{folder} is not the tokenizer of {plan.path}, on which {checkpoint} was trained: {said}; a run cannot go "
+            f"on with other tokens, so name the data run of that plan, or set tokenizer.file={own.parent} and run "
+            "`trivium data run` again"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser(
         "trivium data replan",
@@ -87,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan, samples = used(args.after, args.plan)
     stages = rest(config.plans(), plan.first_sample + samples)
     run_dir, console = Path(config.run.dir), wide_console()
+    check_tokenizer(run_dir / "tokenizer", plan, args.after)
     try:
         build_stages(run_dir / "tokens", run_dir / "tokenizer", args.out, stages, after=(plan, samples))
         made = open_plans(args.out)

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from data_pipeline.tokens.foreign import Named, Roles, find_roles
-from data_pipeline.tokens.tokenizer import PROBE, SPECIALS, Tokenizer, check_unicode
+from data_pipeline.tokens.tokenizer import PROBE, ROLES_FILE, SPECIALS, Tokenizer, check_unicode
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -39,6 +39,11 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"tokenizer {origin} is not a tokenizer.json that can be read ({error}); restore it, or train one with "
                 "`trivium tokenizer train`"
             ) from None
+        if dropout := described["model"].get("dropout"):
+            raise ValueError(
+                f"tokenizer {origin} divides the same text otherwise each time (dropout {dropout} of its model); set "
+                "dropout to null there"
+            )
         # A text is never cut, filled up, or turned into a control symbol that it spells.
         fast.no_truncation()
         fast.no_padding()
@@ -61,6 +66,7 @@ class HuggingFaceTokenizer(Tokenizer):
         super().__init__(content, origin, pieces, special_ids, own_bytes or [b""] * len(pieces))
         if roles is not None:
             self.unk_id, self.bos_id, self.eos_id, self.pad_id = roles.unk, roles.bos, roles.eos, roles.pad
+            self.tells_begin = roles.bos >= 0 or Path(origin).with_name(ROLES_FILE).is_file()
             self.chat_template = roles.chat_template
             self.symbols = self._symbols_of_roles() | dict(roles.named)
             self.pad_id = max(self.pad_id, 0)  # without a role for it, any token can fill rows: none of them is trained

@@ -13,12 +13,13 @@ import json
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from configs.differences import changes
 from configs.tokenizer import CONTROLS
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ FIM_CONTROLS = (
 )  # ids 8..10 if the mixture uses fill-in-the-middle
 SPACE = "\u2581"  # spells a space in sentencepiece's pieces; it would decode a real one in a text as a space
 _DRAWN_TEXTS, _DRAWN_TOKENS = 300, 24  # on which two tokenizers of the same tokens are compared
+# Parts of a tokenizer.json that do not change the ids of a text here; what begins a document is compared by itself.
+_UNUSED = ("truncation", "padding", "post_processor", "version")
 PROBE = "  a\tb\r\n\n 中文\u3000 é e\u0301 ﬁ \0"  # a lossless tokenizer keeps it
 
 
@@ -45,7 +48,8 @@ class Tokenizer(ABC):
     `special_ids` are the ids of control symbols by name, in order; `token_bytes`, int64 [vocab_size], are the UTF-8
     bytes of each id, 0 for control symbols, and 0 for all ids of a tokenizer whose ids stand for no bytes. It is
     `lossless` if it keeps every text as it is. `bos_id`, which begins a document, is -1 if nothing does; `eos_id` ends
-    one, and is -1 for a tokenizer loaded without `complete` whose files name no end. `symbols` are the
+    one, and is -1 for a tokenizer loaded without `complete` whose files name no end. `tells_begin` is false if no file
+    beside a tokenizer says what begins a document. `symbols` are the
     tokens by transformers' names of their roles, such as bos_token, which is there even if nothing puts it before a
     text; they are the variables of a chat template. `added_ids` are the ids of tokens that are looked for in a text
     before it is encoded, by name: those of `special_ids`, and others that stand for their own text. `sha256` is the
@@ -55,6 +59,7 @@ class Tokenizer(ABC):
 
     lossless = True
     foreign = False
+    tells_begin = True
     chat_template: str | None = None
 
     def __init__(
@@ -211,37 +216,51 @@ def check_unicode(text: str) -> None:
         ) from None
 
 
-def difference(first: Tokenizer, second: Tokenizer) -> str:
-    """Returns in words how two tokenizers differ; "" if they give every text the same ids.
+def difference(first: Tokenizer, second: Tokenizer, strict: bool = False) -> str:
+    """Returns in words how two tokenizers differ; "" if they give every text the same ids. `strict` as for files.
 
     They may be of two formats. Files are compared in full; else some hundred texts are encoded by both.
     """
     if first.sha256 == second.sha256:
-        return _difference_of_ends(first, second)
+        return _difference_of_ends(first, second, strict)
     other = first.special_ids.keys() ^ second.special_ids.keys()
     return (
         _difference_of_pieces(first, second)
-        or _difference_of_ends(first, second)
+        or _difference_of_ends(first, second, strict)
         or (f"{min(other)!r} is a control symbol in one of them alone" if other else "")
         or _difference_of_ids(first, second)
     )
 
 
-def difference_of_files(first: str | Path, second: str | Path) -> str:
-    """Returns in words how the tokenizers of two files differ; "" if they have the same content and roles."""
+def difference_of_files(first: str | Path, second: str | Path, strict: bool = False) -> str:
+    """Returns in words how the tokenizers of two files differ; "" if they have the same content and roles.
+
+    If no file says what begins a document, any beginning will do, unless `strict`: then nothing begins it.
+    """
     files = tokenizer_file(first), tokenizer_file(second)
     contents = [file.read_bytes() for file in files]
     same = contents[0] == contents[1]
     if same and files[0].suffix != ".json":  # else their roles are in other files
         return ""
+    parts: list[str] = []
     try:
-        same = same or (
-            files[0].suffix == files[1].suffix == ".json" and json.loads(contents[0]) == json.loads(contents[1])
-        )
-        found = difference(*(Tokenizer.load(path, complete=False) for path in files))
+        found = difference(*(Tokenizer.load(path, complete=False) for path in files), strict=strict)
+        if files[0].suffix == files[1].suffix == ".json" and not same:
+            parts = _differing_parts(*map(json.loads, contents))
+            same = not parts
     except ValueError as error:
         return "" if same else str(error)
-    return found if same or found else "their tokens are the same, and their rules for dividing a text into them differ"
+    if same or found:
+        return found
+    verb = "differs" if len(parts) == 1 else "differ"
+    return f"their tokens are the same, and {' and '.join(parts) or 'the rules for dividing a text into them'} {verb}"
+
+
+def _differing_parts(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """Returns the parts in which two tokenizer.json differ, such as model.merges, without those that are not used."""
+    found = changes(first, second)
+    names = {".".join(key.split(".")[: 2 if key.startswith("model.") else 1]): None for key in found}
+    return [name for name in names if name not in _UNUSED]
 
 
 def _difference_of_pieces(first: Tokenizer, second: Tokenizer) -> str:
@@ -253,11 +272,12 @@ def _difference_of_pieces(first: Tokenizer, second: Tokenizer) -> str:
     return ""
 
 
-def _difference_of_ends(first: Tokenizer, second: Tokenizer) -> str:
-    """Returns in words what begins or ends a document in one alone; files that name nothing contradict no others."""
+def _difference_of_ends(first: Tokenizer, second: Tokenizer, strict: bool) -> str:
+    """Returns in words what begins or ends a document in one alone; files that say nothing contradict no others."""
+    tell_begin = strict or (first.tells_begin and second.tells_begin)
     for verb, ids in (("ends", (first.eos_id, second.eos_id)), ("begins", (first.bos_id, second.bos_id))):
-        if ids[0] != ids[1] and min(ids) >= 0:
-            one, other = (repr(first.pieces[number]) for number in ids)
+        if ids[0] != ids[1] and (min(ids) >= 0 or (verb == "begins" and tell_begin)):
+            one, other = (repr(first.pieces[number]) if number >= 0 else "nothing" for number in ids)
             return f"a document {verb} with {one} in the first and with {other} in the second"
     for role in ("eos_token", "bos_token"):  # which a chat template may write
         tokens = first.symbols.get(role), second.symbols.get(role)

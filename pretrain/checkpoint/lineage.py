@@ -10,16 +10,18 @@ be moved or be deleted.
 
 import contextlib
 import hashlib
+import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from configs.differences import changes, words
 from configs.files import file_sha256, write_atomic
 from configs.loader import ConfigError
 from data_pipeline.mixture.earlier import where
 from data_pipeline.mixture.rows import Plan
-from data_pipeline.tokens.tokenizer import ROLES_FILE, file_name, roles_beside, tokenizer_file
+from data_pipeline.tokens.tokenizer import ROLES_FILE, difference_of_files, file_name, roles_beside, tokenizer_file
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.storage import CheckpointError
 
@@ -169,6 +171,20 @@ def tokenizer_of(path: Path, manifest: dict[str, Any]) -> Path | None:
             if file_sha256(other) == sha256:
                 return other
     return _kept(tokenizer_file(run), sha256)
+
+
+def tokenizer_difference(lineage: Lineage, path: Path, manifest: dict[str, Any]) -> str:
+    """Returns in words how a run's tokenizer differs from that of a checkpoint; "" if one of them is not there."""
+    with contextlib.suppress(CheckpointError, ValueError):
+        kept = tokenizer_of(path, manifest)
+        if kept is None or lineage.tokenizer is None:
+            return ""
+        roles = json.loads(roles_beside(kept) or b"{}"), json.loads(lineage.roles or b"{}")
+        found = changes(*roles)
+        template = ["its chat template differs"] if found.pop("chat_template", None) else []
+        said = difference_of_files(lineage.tokenizer, kept) or "; ".join([*words(found), *template])
+        return f"{lineage.tokenizer} against {kept}: {said or 'they give the same ids, and the files differ'}"
+    return ""
 
 
 def _kept(file: Path, sha256: str) -> Path:

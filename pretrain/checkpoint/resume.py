@@ -22,7 +22,7 @@ from configs.model import ModelConfig
 from configs.train import TrainerConfig
 from pretrain.checkpoint import local_gathering, storage
 from pretrain.checkpoint.fetching import Fetcher, Fits, fetch_share
-from pretrain.checkpoint.lineage import Lineage, Pin, text_sha256
+from pretrain.checkpoint.lineage import Lineage, Pin, text_sha256, tokenizer_difference
 from pretrain.checkpoint.local_disk import LocalDisk
 from pretrain.checkpoint.local_gathering import LocalGatherer
 from pretrain.checkpoint.storage import CheckpointError
@@ -147,10 +147,11 @@ def check_identity(
     identity: dict[str, Any],
     source: BatchSource,
     config: Mapping[str, Any],
+    lineage: Lineage | None = None,
 ) -> None:
     """Refuses the checkpoint of a run that trains another model, on other data, or from another seed.
 
-    `config` is that of the run; where data differ, its keys that decide them and have changed are named.
+    `config` and `lineage` are the run's; where data differ, its keys that decide them and have changed are named.
     Settings that only training uses may change, also those in model.moe. If the plan of `source` continues exactly
     where the checkpoint's own plan ended, the length of rows and the base of the rotary embedding may change as well,
     as training on longer context needs.
@@ -200,13 +201,16 @@ def check_identity(
         elif key == "adapter":
             said.append(f"section adapter, of kind {(now or then)['kind']}, is {'new' if now else 'gone'}")
         elif key in _WORDS:
-            line = f"{_WORDS[key]} differs"
+            line = f"{_WORDS[key]} {'differ' if key == 'roles' else 'differs'}"
             said += [] if any(line in other for other in said) else [line]
         else:
             said += words({_CONFIG_KEYS.get(key, key): (then, now)})
+    of_tokens = differing.keys() & {"tokenizer", "roles"}
+    if lineage and of_tokens:
+        said += filter(None, [tokenizer_difference(lineage, Path(path), manifest)])
     if said:
         go_on = ""
-        if "data" in differing and source.location:
+        if "data" in differing and source.location and not of_tokens:
             go_on = f", make a plan that goes on from it (trivium data replan CONFIG --after {path} --out FOLDER)"
         raise ConfigError(
             f"{path} was trained with other settings than this config: {'; '.join(said)}; set it back{go_on}, or "

@@ -66,7 +66,7 @@ def _checked(
         check_begins(source, train, rewinds)
         return None
     identity = resume.identity_of(config, model, source, lineage)
-    resume.check_identity(where, manifest, identity, source, {**plain(config), "model": plain(model)})
+    resume.check_identity(where, manifest, identity, source, {**plain(config), "model": plain(model)}, lineage)
     check_left(source, train, rewinds, manifest, Path(where))
     if manifest["step"] >= train.steps:
         return f"{run_dir} is finished at step {manifest['step']}: nothing would be done"

@@ -100,7 +100,7 @@ class InitialModel:
                 f"{self.said}: nothing says which tokenizer the model was trained with; if it is the plan's, set "
                 f"init.tokenizer={theirs.parent}"
             )
-        if said := difference_of_files(theirs, self.tokenizer.origin):
+        if said := difference_of_files(theirs, self.tokenizer.origin, strict=True):
             raise ConfigError(
                 f"{key} = {location!r} was made with the tokenizer {theirs}, and the model of {self.said} has "
                 f"{self.tokenizer.origin}: {said}; set tokenizer.file={Path(self.tokenizer.origin).parent} in the data "

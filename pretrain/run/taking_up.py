@@ -94,7 +94,7 @@ def take_up(trainer: "Trainer", path: Path, manifest: dict[str, Any]) -> None:
 
 
 def _check_identity(trainer: "Trainer", path: Path | str, manifest: dict[str, Any]) -> None:
-    resume.check_identity(path, manifest, trainer.identity, trainer.source, trainer.run.full_config)
+    resume.check_identity(path, manifest, trainer.identity, trainer.source, trainer.run.full_config, trainer.lineage)
 
 
 def check_left(

@@ -167,6 +167,7 @@ def test_whatever_a_message_suggests_for_a_layout_is_legal_then(base: Path, run:
         (["init.checkpoint={dense}/checkpoints/step_1"], "name the model to start from; leave only one", ["init.run="]),
         (["init.tokenizer={empty}"], "leave the key out", None),
         (["init.tokenizer={other}"], "is not the tokenizer that", None),
+        (["init.tokenizer={template}"], "has another chat template than the model of init.run", None),
     ],
 )
 def test_a_model_to_begin_from_is_found_as_the_message_says(
@@ -175,9 +176,12 @@ def test_a_model_to_begin_from_is_found_as_the_message_says(
     """Follows what the message says: `right` are overrides beside its KEY=VALUE, None if it names no value."""
     (tmp_path / "empty/checkpoints").mkdir(parents=True)
     (tmp_path / "other").write_text("no such tokenizer")
+    (tmp_path / "template").mkdir()
+    (tmp_path / "template/chat_template.jinja").write_text("{{ messages }}")
+    shutil.copy(base / "dense/tokenizer.model", tmp_path / "template")
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub/config.json").write_text("{}")
-    folders = {"dense": base / "dense", **{name: tmp_path / name for name in ("empty", "other", "hub")}}
+    folders = {"dense": base / "dense", **{name: tmp_path / name for name in ("empty", "other", "hub", "template")}}
     overrides = [one.format(**folders) for one in wrong]
     message = refused(run["grpo"], 1, overrides)
     assert words in message

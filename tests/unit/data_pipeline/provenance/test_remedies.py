@@ -2,16 +2,18 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
 from configs.loader import ConfigError
 from configs.mixture import PlanConfig
 from data_pipeline import command
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
-from data_pipeline.provenance import document_samples, explain
+from data_pipeline.provenance import document_samples, explain, replan
 from data_pipeline.provenance.lookup import DataSpan, plans
 from data_pipeline.provenance.replan import rest
 from tests.small_sources import write_config
@@ -77,3 +79,24 @@ def test_a_plan_that_was_moved_away_is_found_once_it_is_back(
     back = re.findall(r"no longer at ([^\s,]+)", str(said.value))[0]
     (tmp_path / "elsewhere").rename(back)
     assert len(plans(own, [span])) == 2
+
+
+def test_a_plan_goes_on_with_the_tokenizer_of_the_plan_before(
+    tokens: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Compares another data run's tokenizer, of as many tokens and with the same ones, with that of the plan."""
+    build_plan(
+        tokens, tokenizer_folder, tmp_path / "plan", PlanConfig(seq_length=64, samples=40, weights={"code": 1.0})
+    )
+    plan, other = Plan.open(tmp_path / "plan"), tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_folder, other)
+    replan.check_tokenizer(other, plan, tmp_path / "step_2")
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((other / "tokenizer.model").read_bytes())
+    model.pieces[-1].score, model.pieces[-2].score = model.pieces[-2].score, model.pieces[-1].score
+    (other / "tokenizer.model").write_bytes(model.SerializeToString())
+    (other / "info.json").unlink()
+    with pytest.raises(ConfigError, match=r"a run cannot go on with other tokens, .*set tokenizer\.file=(\S+)") as said:
+        replan.check_tokenizer(other, plan, tmp_path / "step_2")
+    named = re.findall(r"set tokenizer\.file=(\S+)", str(said.value))[0]
+    replan.check_tokenizer(Path(named), plan, tmp_path / "step_2")

@@ -224,9 +224,23 @@ def test_two_tokenizers_are_told_apart_in_words(tmp_path: Path) -> None:
     assert told(normalizer={"type": "NFC"}).startswith("the same text becomes ")
     swapped = [*merges[1:], merges[0]]
     assert told(model=described["model"] | {"merges": swapped}).startswith("the same text becomes ")
+    swapped = [*merges[:90], merges[91], merges[90], *merges[92:]]
+    assert told(model=described["model"] | {"merges": swapped}).endswith("the same, and model.merges differs")
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    decoder = {"type": "Sequence", "decoders": [described["decoder"], strip]}
+    assert told(decoder=decoder) == "their tokens are the same, and decoder differs"
+    cut = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    assert told(truncation=cut, post_processor=None) == "", "texts are never cut or framed here"
+    begun = "a document begins with nothing in the first and with '<|endoftext|>' in the second"
+    assert told(roles | {"add_bos_token": True}) == begun
+    assert "(dropout 0.1 of its model); set dropout to null" in told(model=described["model"] | {"dropout": 0.1})
     (tmp_path / "b/tokenizer.json").write_bytes((first / "tokenizer.json").read_bytes())
     for config, said in ((roles, ""), ({}, ""), (roles | {"eos_token": "a"}, "ends with '<|endoftext|>' in the first")):
         (tmp_path / "b/tokenizer_config.json").write_text(json.dumps(config))
         assert said in (found := difference_of_files(first, tmp_path / "b")) and bool(found) == bool(said)
+    (tmp_path / "b/tokenizer_config.json").write_text(json.dumps(roles | {"add_bos_token": True}))
+    (first / "tokenizer_config.json").unlink()
+    assert difference_of_files(first, tmp_path / "b") == "", "no file says what begins a document in the first"
+    assert difference_of_files(first, tmp_path / "b", strict=True) == begun
     (tmp_path / "b/tokenizer.json").write_text("{}")
     assert "b/tokenizer.json" in difference_of_files(first, tmp_path / "b")

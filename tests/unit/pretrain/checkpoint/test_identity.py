@@ -1,5 +1,7 @@
 """Runs that differ in what a run may not change: their checkpoints are refused in words, by the keys of the config."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 from configs.adapters import AdapterConfig
 from configs.loader import ConfigError, plain, validate
 from posttrain.preference.group_packing import PackedRow, PackedSource, Segment, pack
+from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.resume import check_identity
+from tests.foreign_tokenizers import gpt2, write
 
 LORA = plain(validate(AdapterConfig, {"rank": 4}))
 
@@ -60,3 +64,26 @@ def test_a_fact_that_is_a_hash_alone_is_told_without_it() -> None:
     for before in ({"pairs": "0123456789ab"}, {**source.facts, "teacher": "0123456789ab"}):
         said = source.difference(before)
         assert "differs in content" in said and "-> ;" not in f"{said};" and "0123" not in said, said
+
+
+def test_another_tokenizer_is_told_by_what_differs_in_it(tmp_path: Path) -> None:
+    """Resumes a run with a tokenizer of the same size, whose rules, or roles and template, are others."""
+    kept, other = (write(tmp_path / name, *gpt2()) for name in ("run", "other"))
+    began = Lineage(kept / "tokenizer.json", roles=b"{}")
+    manifest = {"step": 2, "samples": 8, "config": {"train": {}}, "identity": began.identity}
+
+    def refused(roles: dict[str, Any], **parts: Any) -> str:
+        described = json.loads((kept / "tokenizer.json").read_text()) | parts
+        (other / "tokenizer.json").write_text(json.dumps(described, indent=1))
+        lineage = Lineage(other / "tokenizer.json", roles=json.dumps(roles).encode())
+        with pytest.raises(ConfigError, match=r"set it back, or choose another run\.dir") as found:
+            source = PackedSource("pairs", rows(0.0), 1)
+            check_identity(kept / "checkpoints/step_2", manifest, lineage.identity, source, {"train": {}}, lineage)
+        return str(found.value).partition("the roles of the tokenizer's tokens differ; ")[2]
+
+    (kept / "tokenizer_config.json").write_text("{}")
+    (other / "tokenizer_config.json").write_text("{}")
+    where = f"{other}/tokenizer.json against {kept}/tokenizer.json: "
+    assert refused({"a": 1}, normalizer={"type": "NFC"}).startswith(f"{where}the same text becomes ")
+    said = refused({"pad_token": "b", "chat_template": "c"})
+    assert said.startswith(f"{where}pad_token unset -> b; its chat template differs; set")
