@@ -14,6 +14,7 @@ from configs.model import ModelConfig
 from configs.section import Section
 
 MANIFEST = "manifest.json"  # written last
+_NUMBER = re.compile(r"\d+$")
 _SHOWN = 8  # checkpoints of a run that a message names
 
 
@@ -82,14 +83,19 @@ def _no_checkpoint(init: InitConfig, path: Path, is_run: bool, is_hf: bool) -> s
     if is_hf:
         return f"is a Hugging Face folder, not a checkpoint; {_set_instead(init, 'hf', path)}"
     if is_run:
-        own = [directory(path, step) for step in steps(path)[-1:]]
+        own = [newest.parent] if (newest := newest_manifest(path)) else []
         remedy = f"set {init.named_by}={own[0]}" if own else "it has none yet, so train first"
         return f"is a run, not a checkpoint; {remedy}"
     fault = "is no checkpoint" if path.exists() else "does not exist"
     run = next((folder for folder in path.parents if steps(folder)), None)
     if run is None:
         return f"{fault}, and no folder above it is a run; name one as RUN/checkpoints/step_N"
-    saved, wanted = steps(run), re.search(r"\d+$", path.name)
+    saved, wanted = (
+        [step for step in steps(run) if (directory(run, step) / MANIFEST).is_file()],
+        _NUMBER.search(path.name),
+    )
+    if not saved:
+        return f"{fault}, and no checkpoint of {run} has a {MANIFEST}; name another run's, as RUN/checkpoints/step_N"
     step = int(wanted[0]) if wanted and int(wanted[0]) in saved else saved[-1]
     more = f" and {len(saved) - _SHOWN} more" if len(saved) > _SHOWN else ""
     have = ", ".join(f"step_{one}" for one in saved[-_SHOWN:])

@@ -59,20 +59,31 @@ def _converse(model: "TextModel", options: "TextOptions", system: str | None) ->
         if text in ("", "/reset"):
             continue
         messages.append({"role": "user", "content": text})
-        prompt = model.codec.encode_chat(messages)
+        try:
+            prompt = model.codec.encode_chat(messages)
+        except ValueError as error:
+            messages.pop()
+            _say(
+                model, f"the chat template refuses the dialogue: {error}; start over with /reset, or leave out --system"
+            )
+            continue
         try:
             model.room(prompt)
         except ValueError as error:
             messages.pop()
-            if model.is_main:
-                said = f"the dialogue is too long: {error}"
-                print(f"{said}; start over with /reset, or write a shorter message", file=sys.stderr, flush=True)
+            _say(model, f"the dialogue is too long: {error}; start over with /reset, or write a shorter message")
             continue
         answer: dict[str, Any] = {"role": "assistant", "content": _answer(model, prompt, options, key=str(turn))}
         if model.codec.thinking is False:  # as the prompt says, and as such answers are trained on
             answer["reasoning_content"] = ""
         messages.append(answer)
         turn += 1
+
+
+def _say(model: "TextModel", sentence: str) -> None:
+    """Prints a sentence on stderr, on one of the ranks."""
+    if model.is_main:
+        print(sentence, file=sys.stderr, flush=True)
 
 
 def _read() -> str | None:

@@ -22,7 +22,6 @@ from data_pipeline.tokens.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE,
 from export.conversion.family_registry import family_of_config
 from export.conversion.table import Family
 from export.conversion.walk import KEPT, ConversionError, Fit, convert, embedding_name, fit, head_name, modules_in
-from export.publishing import RECORD
 from export.tensors import TensorFolder, scan_tensors, tensor_files
 
 HF_CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -120,7 +119,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise ConversionError([_what_it_is(file.parent, file.name)]) from None
     except ValueError as error:
-        raise ConversionError([f"{file} is not valid JSON: {error}"]) from None
+        raise ConversionError([f"{file} is not valid JSON ({error}); fetch it again"]) from None
     if not isinstance(found, dict):
         raise ConversionError([f"{file} holds no JSON object; fetch it again"])
     return found
@@ -234,19 +233,12 @@ def content_sha256(directory: Path) -> str:
 def tokenizer_of_folder(directory: Path) -> Tokenizer | None:
     """Returns the directory's tokenizer, None if it has none that Trivium can use; tokenizer.model comes first.
 
-    Raises ConfigError if it cannot be the model's: the directory is an export of Trivium with another one, or its
-    tokenizer.json has another vocabulary.
+    Raises ConfigError if its two files of tokenizers have different vocabularies.
     """
-    file, record, fast = (directory / name for name in (SENTENCEPIECE_FILE, RECORD, HUGGINGFACE_FILE))
-    exported = json.loads(record.read_text(encoding="utf-8")).get("files", {}) if record.is_file() else {}
-    for one in (file, fast):
-        if one.is_file() and exported.get(one.name) not in (None, file_sha256(one)):
-            raise ConfigError(
-                f"{one} is not the one that {directory} was exported with; restore that one, or export the model again"
-            )
+    file, fast = directory / SENTENCEPIECE_FILE, directory / HUGGINGFACE_FILE
     if not file.is_file():
         return _usable(fast)
-    vocabulary = json.loads(fast.read_text(encoding="utf-8"))["model"]["vocab"] if fast.is_file() else None
+    vocabulary = read_json(fast).get("model", {}).get("vocab") if fast.is_file() else None
     if isinstance(vocabulary, dict):
         _check_same_pieces(file, fast, vocabulary)
     return _usable(file) or _usable(fast)  # the first puts a space before a text, for example, as LLaMA's does

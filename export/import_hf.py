@@ -94,15 +94,18 @@ def import_directory(
     (ConfigError among them) that names every file, key and tensor that is wrong.
     """
     from export.hf_folder import open_hf_folder, tokenizer_of_folder
+    from export.publishing import check_export
 
     if out.exists():
         raise ConfigError(f"{out} exists already; name a new folder")
     if kind == "hf":
+        check_export(directory)
         opened, described = open_hf_folder(directory), directory
     else:
         from export.training_checkpoint import open_checkpoint
 
         described = described or directory
+        check_export(described, weights=False)
         opened = open_checkpoint(directory, "megatron" if kind == "megatron" else "dcp", described)
     tokenizer = tokenizer_of_folder(described)
     kept = _said_of_kept(opened.fit.kept)

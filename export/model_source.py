@@ -109,7 +109,10 @@ class ModelSource:
             raise ConfigError(f"{self.path} is a reward model, which writes no text; name a language model")
 
     def codec(self) -> "TextCodec":
-        """Returns the codec of the model's tokenizer. Raises ValueError if it has more tokens than the model."""
+        """Returns the codec of the model's tokenizer.
+
+        Raises ValueError if it has more tokens than the model, ConfigError if the chat template cannot be used.
+        """
         from pretrain.generation.text_codec import TextCodec
 
         ends = self.token_ids.get("eos_token_id")
@@ -120,6 +123,11 @@ class ModelSource:
                 f"{self.tokenizer} has {codec.tokenizer.vocab_size} tokens and the model in {self.path} "
                 f"{self.model.vocab_size}; put the tokenizer that it was trained with there"
             )
+        if self.chat_template is not None:
+            try:
+                codec.chat.check()
+            except ValueError as error:
+                raise ConfigError(f"{self.path}: {error}") from None
         return codec
 
 
@@ -229,7 +237,9 @@ def _hugging_face(path: Path) -> ModelSource:
     """Opens a Hugging Face folder as `trivium import` would convert it, such as an export of Trivium."""
     from data_pipeline.tokens.foreign import template_in
     from export.hf_folder import FolderTensors, content_sha256, facts_of, open_hf_folder, tokenizer_of_folder
+    from export.publishing import check_export
 
+    check_export(path, weights=False)
     opened, tokenizer = open_hf_folder(path), tokenizer_of_folder(path)
     facts, tensors = facts_of(path, opened), FolderTensors(opened)
     return ModelSource(

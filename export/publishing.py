@@ -16,6 +16,7 @@ from configs.folders import check_writable
 from configs.loader import ConfigError
 
 RECORD = "trivium_export.json"
+CARD = "README.md"
 
 
 def check_target(out: Path, mend: bool = True) -> None:
@@ -79,6 +80,33 @@ def is_current(out: Path, made_from: dict[str, Any]) -> bool:
         return record["made_from"] == made_from and all(file_sha256(out / name) == files[name] for name in files)
     except (OSError, ValueError, KeyError):
         return False
+
+
+def check_export(folder: Path, weights: bool = True) -> None:
+    """Raises ConfigError if a file of a folder that Trivium exported is missing or another one; the card may be.
+
+    Without `weights` files of tensors are not read. Nothing is known of folders that Trivium did not write.
+    """
+    record = folder / RECORD
+    if not record.is_file():
+        return
+    meant = f"if a change of the folder is meant, remove {record}"
+    try:
+        files = dict(json.loads(record.read_text(encoding="utf-8"))["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        fault = error if isinstance(error, ValueError) else "it names no files"
+        raise ConfigError(f"{record} is damaged ({fault}); export the model again; {meant}") from None
+    for name, sha256 in files.items():
+        file = folder / name
+        if name == CARD or "/" in name or (file.suffix == ".safetensors" and not weights):
+            continue
+        if not file.is_file():
+            raise ConfigError(f"{file} is missing; export the model again; {meant}")
+        if file_sha256(file) != sha256:
+            raise ConfigError(
+                f"{file} is not the one that {folder} was exported with; restore that one, or export the model again; "
+                f"{meant}"
+            )
 
 
 def exported_weights(folder: Path) -> str | None:

@@ -27,6 +27,7 @@ from configs.loader import ConfigError, validate
 from configs.train import PretrainConfig
 from launch.environment import ClusterEnvironment, is_main, report_to_torchrun
 from pretrain.logs.metrics_file import read_metrics
+from pretrain.report.drawn_metrics import read_json
 from pretrain.run.plan_choice import choose_plan
 from pretrain.train import make_trainer
 
@@ -156,8 +157,7 @@ def _layout(config: PretrainConfig, world: int, run: Path, step: int) -> Layout:
 
 
 def _facts(run: Path) -> dict[str, Any]:
-    path = run / "env.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(run / "env.json")
 
 
 def _world(run: Path) -> int:

@@ -47,6 +47,18 @@ class ChatEncoder:
         self._control = re.compile("|".join(map(re.escape, longest)) if longest else "(?!)")
         self._control_ids = frozenset(tokenizer.added_ids[name] for name in self.controls)
 
+    def check(self) -> None:
+        """Raises ValueError if the template writes no user's message, whether or not a system message comes first."""
+        user, refused = {"role": "user", "content": USER}, None
+        for messages in ([user], [{"role": "system", "content": USER}, user]):
+            try:
+                if self.prompt(messages):
+                    return
+                refused = refused or "writes nothing of a user's message"
+            except TemplateRefusal as error:
+                refused = refused or f"refuses a user's message ({error})"
+        raise ValueError(f"the chat template {refused}; correct it")
+
     def text(
         self, messages: Messages, open_answer: bool = False, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> tuple[str, list[Span]]:

@@ -56,7 +56,8 @@ class ChatTemplate:
             self._template = environment.from_string(source)
             self.variables = find_undeclared_variables(environment.parse(source))
         except TemplateSyntaxError as error:
-            raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from None
+            said = f"line {error.lineno}: {str(error.message).rstrip('.')}"
+            raise ValueError(f"the chat template is not valid Jinja: {said}; correct it") from None
         except RecursionError:
             raise ValueError("the chat template is nested too deeply to be compiled") from None
         self.marks_answers = environment.answers.used  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from export.peft import folder
 from export.peft.adapter import Base, OwnAdapter
 from export.peft.folder import BaseRecord
 from export.peft.forms import form_of_config
-from export.publishing import partly_written
+from export.publishing import check_export, partly_written
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.adapter_base import keep_bases, named_base
 from pretrain.run.initial_model import InitialModel, initial_weights
@@ -32,6 +32,7 @@ def import_adapter(directory: Path, out: Path, base: Path | None, any_base: bool
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; name a new folder")
+    check_export(directory)
     adapter, record = folder.read(directory)
     form = form_of_config(adapter.config)
     source = open_source(_base_folder(directory, base, record))

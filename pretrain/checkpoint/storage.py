@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Mapping
@@ -209,6 +210,12 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{error}; use an earlier checkpoint") from None
+    named = re.fullmatch(r"step_(\d+)", Path(path).name)
+    if named and manifest.get("step", int(named[1])) != int(named[1]):
+        raise CheckpointError(
+            f"{path} holds the checkpoint of step {manifest['step']}: its folder or its files were moved; rename it to "
+            f"step_{manifest['step']}, or use an earlier checkpoint"
+        )
     if "stretches" in manifest:  # the key in version 2
         manifest["data_spans"] = manifest.pop("stretches")
     return manifest
@@ -253,7 +260,7 @@ def find_newest(
             check(directory(run_dir, step))
             return directory(run_dir, step), problems
         except CheckpointError as error:
-            problems.append(str(error))
+            problems.append(re.sub(r"[;,] use an earlier checkpoint$", "", str(error)))
     return None, problems
 
 

@@ -16,8 +16,10 @@ from pretrain.logs.metrics_file import read_metrics
 
 def after_run(run_dir: Path) -> Iterator[Finding]:
     """Yields findings about how a training run ended, from the files in its folder."""
-    config = _config(run_dir)
+    config, fault = _config(run_dir)
     steps = config.get("train", {}).get("steps", 0)
+    if fault:
+        yield warning(fault, "the run writes it again when it goes on")
     metrics = read_metrics(run_dir / "metrics.jsonl")
     logged = [record for record in metrics.records if "loss" in record]
     last = logged[-1]["step"] if logged else 0
@@ -55,8 +57,9 @@ def _checkpoints(run_dir: Path, saved: list[int], last: int) -> Iterator[Finding
 
 def _end(run_dir: Path, last: int, steps: int) -> Finding:
     """Says whether the run is finished, runs, hung, or ended before its last step."""
+    of_all = f" of {steps}" if steps else ""
     if _is_held(run_dir):
-        return ok(f"it is running, at step {last} of {steps}")
+        return ok(f"it is running, at step {last}{of_all}")
     if steps and last >= steps and storage.steps(run_dir)[-1:] == [steps]:
         return ok(f"it is finished, at step {steps}")
     again = "run the same command again to go on"
@@ -64,7 +67,7 @@ def _end(run_dir: Path, last: int, steps: int) -> Finding:
     if hang is not None and hang["step"] > last:
         return failure(f"it hung in step {hang['step']}: {hang['text']}", again)
     return warning(
-        f"it ended at step {last} of {steps}, by a signal, an error or the end of its machine",
+        f"it ended at step {last}{of_all}, by a signal, an error or the end of its machine",
         f"what it printed says which; {again}",
     )
 
@@ -92,8 +95,12 @@ def _last_hang(run_dir: Path) -> dict[str, Any] | None:
     return hangs[-1] if hangs else None
 
 
-def _config(run_dir: Path) -> dict[str, Any]:
+def _config(run_dir: Path) -> tuple[dict[str, Any], str]:
+    """Reads a run's config.toml; returns it, empty if it cannot be read, and what is wrong with it."""
+    file = run_dir / "config.toml"
     try:
-        return tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+        return tomllib.loads(file.read_text(encoding="utf-8")), ""
+    except OSError as error:
+        return {}, f"{file} cannot be read: {error.strerror}"
+    except ValueError as error:
+        return {}, f"{file} is damaged: {error}"

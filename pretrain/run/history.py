@@ -1,7 +1,8 @@
 """History of a run: a list of data spans, which are ranges of steps with the same data and settings.
 
-A new data span begins where a run is resumed with other data or settings, or passes over samples. The list is in every
-checkpoint's manifest and in history.json in the run's folder. Each data span has these keys:
+A new data span begins where a run is resumed with other data or settings, or passes over samples. Where the run's
+folder is, its log and its trackers do not count as settings. The list is in every checkpoint's manifest and in
+history.json in the run's folder. Each data span has these keys:
 
 first_step, first_sample    its first step and that step's first sample; both count from 0
 global_batch_size           rows per step
@@ -30,13 +31,20 @@ from pretrain.schedule import learning_rate
 FILE = "history.json"
 DataSpan = dict[str, Any]
 
-# Beginnings of keys that change no number of the training, or whose change shows in the data's fingerprint.
-NEUTRAL = ("run.dir", "log.", "tracking.", "checkpoint.", "eval.", "task.eval_prompts", "data.plan")
+# Beginnings of keys that are no settings of the training, or whose change shows in the data's fingerprint.
+NOT_LISTED = ("run.dir", "log.", "tracking.", "data.plan")
+# Beginnings of keys that change no number of the training.
+NEUTRAL = (*NOT_LISTED, "checkpoint.", "eval.", "task.eval_prompts")
 
 
 def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> Changes:
     """Returns the keys of two configs whose values differ and that may change the numbers of the training."""
     return {key: pair for key, pair in changes(before, after).items() if not key.startswith(NEUTRAL)}
+
+
+def listed(before: Mapping[str, Any], after: Mapping[str, Any]) -> Changes:
+    """Returns the settings of two configs that differ, those of checkpoints and evaluations among them."""
+    return {key: pair for key, pair in changes(before, after).items() if not key.startswith(NOT_LISTED)}
 
 
 def completed(schema: type[BaseModel], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +78,7 @@ def describe_changes(last: DataSpan, config: TrainerConfig, now: DataSpan) -> li
     """
     step = now["first_step"]
     before = last.get("config", {})
-    lines = [f"{line} from step {step} on" for line in words(changed(before, now["config"]))]
+    lines = [f"{line} from step {step} on" for line in words(listed(before, now["config"]))]
     lines += [f"{line} from step {step} on" for line in _data_changes(last, now)]
     try:
         old = loader.validate(_RateConfig, {key: before[key] for key in _RateConfig.model_fields if key in before})
@@ -105,7 +113,7 @@ def append_span(data_spans: Sequence[DataSpan], now: DataSpan) -> list[DataSpan]
         earlier
         and earlier[-1]["data"] == now["data"]
         and not passed_over(earlier[-1], now)
-        and not changed(earlier[-1].get("config", {}), now["config"])
+        and not listed(earlier[-1].get("config", {}), now["config"])
     ):
         return earlier
     return [*earlier, now]
@@ -124,7 +132,7 @@ def describe_spans(data_spans: Sequence[DataSpan]) -> list[str]:
         rows = f"{one['global_batch_size']} rows a step" + (f" of {one['plan']}" if one["plan"] else "")
         parts = [f"from step {one['first_step']}, sample {one['first_sample']:,}: {rows}"]
         if i and "config" in one and "config" in data_spans[i - 1]:
-            parts += words(changed(data_spans[i - 1]["config"], one["config"]))
+            parts += words(listed(data_spans[i - 1]["config"], one["config"]))
         if i:
             parts += _data_changes(data_spans[i - 1], one)
         if i and (passed := passed_over(data_spans[i - 1], one)):
@@ -144,9 +152,16 @@ def _data_changes(before: DataSpan, after: DataSpan) -> list[str]:
 
 
 def read(run_dir: Path) -> list[DataSpan]:
-    """Reads the history in a run's folder; an empty list if there is none."""
+    """Reads the history in a run's folder; an empty list if there is none. Raises ConfigError for a damaged file."""
     path = run_dir / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        if all(isinstance(one, dict) and "first_step" in one for one in found):
+            return list(found)
+        said = "it is no list of data spans"
+    except ValueError as error:
+        said = f"it is not JSON: {error}"
+    raise ConfigError(f"{path} is damaged ({said}); remove it: the run's own command writes it again when it goes on")
 
 
 def write(run_dir: Path, data_spans: Sequence[DataSpan]) -> None:

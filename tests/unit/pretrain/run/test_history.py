@@ -36,9 +36,15 @@ def test_settings_that_change_numbers_are_told() -> None:
     (line, rate) = news(40, ["train.steps=80"], ["train.steps=80", "optimizer.lr=1e-2"])
     assert line == "optimizer.lr 0.001 -> 0.01 from step 40 on"
     assert "the learning rate of step 40 is 0.006" in rate and "would have made it 0.0006" in rate
-    neutral = ["log.every=7", "checkpoint.every=9", "checkpoint.keep=5", "eval.every=3", "run.dir=x", "data.plan=y"]
-    assert news(20, [], neutral) == []
-    assert history.append_span([data_span(0)], data_span(20, *neutral)) == [data_span(0)]
+    elsewhere = ["log.every=7", "run.dir=x", "data.plan=y"]
+    assert news(20, [], elsewhere) == []
+    assert history.append_span([data_span(0)], data_span(20, *elsewhere)) == [data_span(0)]
+    # These change no number of the training, so that a replay may go across their change.
+    beside = ["checkpoint.every=9", "checkpoint.keep=5", "eval.every=3"]
+    assert "eval.every 1600 -> 3 from step 20 on" in news(20, [], beside) and len(news(20, [], beside)) == 3
+    (_, told) = history.describe_spans(history.append_span([data_span(0)], data_span(20, *beside)))
+    assert "eval.every 1600 -> 3" in told
+    assert not history.changed(data_span(0)["config"], data_span(20, *beside)["config"])
     changed = ["optimizer.betas=[0.9,0.9]", "train.precision=bf16", "train.recompute=full"]
     assert len(news(20, [], changed)) == 3
 

@@ -1,0 +1,134 @@
+"""Damage of a run's folder, or of an exported one: what is damaged is named, and remedies are those that work."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from configs.checkpoint_folders import check_named
+from configs.initial import InitConfig
+from configs.loader import ConfigError
+from export import import_hf
+from export.model_source import open_source
+from export.publishing import RECORD
+from posttrain.initial_chat_model import InitialChatModel
+from pretrain.checkpoint import storage
+from pretrain.doctor.after_run import after_run
+from pretrain.run import history
+from pretrain.run.initial_model import InitialModel
+from tests.tiny_models import tiny, write_imported
+
+
+@pytest.fixture(scope="module")
+def imported(tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one checkpoint, of step 0."""
+    return write_imported(tmp_path_factory.mktemp("damage") / "run", tiny(), tokenizer_path)
+
+
+@pytest.fixture
+def run(imported: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be damaged."""
+    return Path(shutil.copytree(imported, tmp_path / "run"))
+
+
+def test_a_checkpoint_in_the_folder_of_another_step_is_passed_over(run: Path) -> None:
+    moved = storage.directory(run, 5)
+    storage.directory(run, 0).rename(moved)
+    with pytest.raises(storage.CheckpointError, match="step_5 holds the checkpoint of step 0: ") as told:
+        storage.verify(moved)
+    (name,) = re.findall(r"rename it to (\w+)", str(told.value))
+    assert storage.find_newest(run)[0] is None
+    moved.rename(moved.with_name(name))
+    assert storage.latest(run) == storage.directory(run, 0)
+    elsewhere = Path(shutil.copytree(storage.directory(run, 0), run / "the_best"))
+    assert storage.verify(elsewhere)["step"] == 0, "a copy may have any other name"
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_told_to_take_an_earlier_one(run: Path) -> None:
+    file = storage.directory(run, 0) / "weights_00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(storage.CheckpointError, match=r"has \d+ bytes, its manifest says \d+; restore one, or") as told:
+        storage.latest(run)
+    assert "earlier" not in str(told.value)
+
+
+def test_a_checkpoint_without_manifest_is_none_that_a_message_names(run: Path) -> None:
+    shutil.copytree(storage.directory(run, 0), storage.directory(run, 3))
+    (storage.directory(run, 3) / storage.MANIFEST).unlink()
+    for named, said in (("checkpoints/step_3", "is no checkpoint"), ("", "is a run, not a checkpoint")):
+        with pytest.raises(ConfigError, match=said) as told:
+            check_named(InitConfig(checkpoint=str(run / named)))
+        (other,) = re.findall(r"set init\.checkpoint=(\S+)", str(told.value))
+        check_named(InitConfig(checkpoint=other))
+    (storage.directory(run, 0) / storage.MANIFEST).unlink()
+    with pytest.raises(ConfigError, match=r"no checkpoint of \S+ has a manifest\.json; name another run's"):
+        check_named(InitConfig(checkpoint=str(run / "checkpoints/step_3")))
+
+
+def test_a_damaged_history_or_config_is_named(run: Path) -> None:
+    file = run / history.FILE
+    for content in ("[{", "{}x", '["a"]', '{"a": 1}'):
+        file.write_text(content)
+        with pytest.raises(ConfigError, match=r"history\.json is damaged \(it is n.*; remove it"):
+            history.read(run)
+    file.unlink()
+    assert history.read(run) == []
+    (run / "config.toml").write_text("x = [")
+    found = [str(one) for one in after_run(run)]
+    assert "config.toml is damaged" in found[0] and "it ended at step 0, by" in found[-1], found
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_file_of_an_export_is_named_before_anything_is_made_of_it(
+    exported: Path, tmp_path: Path, damage: str
+) -> None:
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    for name in sorted(file.name for file in exported.iterdir()):
+        shutil.rmtree(folder, ignore_errors=True)
+        file = Path(shutil.copytree(exported, folder)) / name
+        content = file.read_bytes()
+        if damage == "remove":
+            file.unlink()
+        else:
+            file.write_bytes(
+                content[:-2] if damage == "cut" else content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+            )
+        if name == "README.md" or (name, damage) == (RECORD, "remove"):
+            import_hf.import_directory(folder, out, dry_run=True)
+            continue
+        readers = [
+            lambda: import_hf.import_directory(folder, out),
+            lambda: InitialModel.open(InitConfig(hf=str(folder)), str(out), "auto"),
+        ]
+        # Generation and evaluation do not read all weights for this, and know a folder by its config.json.
+        if name != "model.safetensors" and (name, damage) != ("config.json", "remove"):
+            readers.append(lambda: open_source(folder))
+        for read in readers:
+            with pytest.raises(ConfigError, match=re.escape(str(file))):
+                read()
+        assert not out.exists()
+        (folder / RECORD).unlink()  # as the message says for a change that is meant
+        if name == "generation_config.json" and damage == "remove":
+            import_hf.import_directory(folder, out, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("", "writes nothing of a user's message; correct it"),
+        ("{{ 1 / 0 }}", r"refuses a user's message \(ZeroDivisionError: division by zero\); correct it"),
+        ("{% if", "is not valid Jinja: line 1: unexpected 'end of template'; correct it"),
+        ("{{ messages | unknown }}", "is not valid Jinja: line 1: No filter named 'unknown'; correct it"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_one_sentence(
+    exported: Path, tmp_path: Path, template: str, said: str
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "folder"))
+    (folder / RECORD).unlink()
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigError, match=said):
+        open_source(folder).codec()
+    with pytest.raises(ConfigError, match=said):
+        InitialChatModel.open(InitConfig(hf=str(folder)), str(tmp_path / "run"), "auto")
