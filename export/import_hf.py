@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--config {args.config} is for a checkpoint of another trainer, and {args.directory} has a config.json of "
             "its own; leave --config out, or give --from dcp or --from megatron"
         )
+    if not args.max_shard_gb > 0:
+        raise ConfigError(f"--max-shard-gb {args.max_shard_gb:g} holds no weight; give a size above 0, such as 5")
     is_adapter = (args.directory / "adapter_config.json").is_file() and args.kind == "hf"
     if (args.base is not None or args.any_base) and not is_adapter:
         raise ConfigError(

@@ -85,9 +85,12 @@ def is_current(out: Path, made_from: dict[str, Any]) -> bool:
 def check_export(folder: Path, weights: bool = True) -> None:
     """Raises ConfigError if a file of a folder that Trivium exported is missing or another one; the card may be.
 
-    Without `weights` files of tensors are not read. Nothing is known of folders that Trivium did not write.
+    The folder may be that of the adapter in an export. Without `weights` files of tensors are not read. Nothing is
+    known of folders that Trivium did not write.
     """
-    record = folder / RECORD
+    record, prefix = folder / RECORD, ""
+    if not record.is_file():
+        record, prefix = folder.parent / RECORD, f"{folder.name}/"
     if not record.is_file():
         return
     meant = f"if a change of the folder is meant, remove {record}"
@@ -96,7 +99,8 @@ def check_export(folder: Path, weights: bool = True) -> None:
     except (ValueError, KeyError, TypeError) as error:
         fault = error if isinstance(error, ValueError) else "it names no files"
         raise ConfigError(f"{record} is damaged ({fault}); export the model again; {meant}") from None
-    for name, sha256 in files.items():
+    own = {name.removeprefix(prefix): sha256 for name, sha256 in files.items() if name.startswith(prefix)}
+    for name, sha256 in own.items():
         file = folder / name
         if name == CARD or "/" in name or (file.suffix == ".safetensors" and not weights):
             continue

@@ -49,7 +49,8 @@ class InitialChatModel(initial_model.InitialModel):
         if template is not None:
             found = replace(found, lineage=replace(found.lineage, chat_template=_read_template(template)))
         try:
-            written = found.chat.template  # made here, so that its error is told with the rest
+            found.chat.check()  # made here, so that its error is told with the rest
+            written = found.chat.template
         except ValueError as error:
             raise ConfigError(str(error) if found.own else f"{found.said}: {error}") from None
         if template is None and found.own is None:

@@ -154,7 +154,8 @@ def find_files(paths: Sequence[str], key: str) -> list[str]:
     for path in paths:
         files = [path] if Path(path).is_file() else sorted(one for one in glob.glob(path) if Path(one).is_file())
         if not files:
-            raise ConfigError(f"{key} names {path}, which is no file; `ls {Path(path).parent}` shows what is there")
+            near = next(folder for folder in [*Path(path).parents, Path()] if folder.is_dir())
+            raise ConfigError(f"{key} names {path}, which is no file; `ls {near}` shows what is there")
         found += files
     return found
 

@@ -49,6 +49,9 @@ class Chat(abc.ABC):
     template: str
     stop_ids: tuple[int, ...]
 
+    def check(self) -> None:  # noqa: B027
+        """Raises ValueError if the format writes no user's message; Trivium's own writes all."""
+
     @abc.abstractmethod
     def samples(self, messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] | None = None) -> list[Sample]:
         """Returns the samples of a dialogue: one, unless earlier answers look different in a longer dialogue.

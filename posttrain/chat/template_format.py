@@ -27,16 +27,19 @@ DROPPED = "text that the template drops"
 class TemplateFormat(Chat):
     """Converts messages to tokens and back by a Jinja template.
 
-    Raises ValueError if it is not valid Jinja, or writes no user's message. `ends` are further ids that end an answer.
+    Raises ValueError if it is not valid Jinja. `ends` are further ids that end an answer.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str, ends: Sequence[int] = ()) -> None:
         self.tokenizer, self.template = tokenizer, template
         self.encoder = ChatEncoder(tokenizer, template, TODAY)
-        self.encoder.check()
         stops = [tokenizer.added_ids[name] for name in self.encoder.ends]
         self.stop_ids = tuple(dict.fromkeys([*stops, *ends, *([tokenizer.eos_id] if tokenizer.eos_id >= 0 else [])]))
         self._around = self._written_around()
+
+    def check(self) -> None:
+        """Raises ValueError as `ChatEncoder.check`."""
+        self.encoder.check()
 
     def samples(self, messages: Sequence[Any], tools: Sequence[Mapping[str, Any]] | None = None) -> list[Sample]:
         """Returns the samples of a dialogue; see `Chat.samples`. What follows its last answer is left out."""

@@ -210,7 +210,7 @@ def check_identity(
         said += filter(None, [tokenizer_difference(lineage, Path(path), manifest)])
     if said:
         go_on = ""
-        if "data" in differing and source.location and not of_tokens:
+        if "data" in differing and "mixture" in _facts(manifest) and source.location and not of_tokens:
             go_on = f", make a plan that goes on from it (trivium data replan CONFIG --after {path} --out FOLDER)"
         raise ConfigError(
             f"{path} was trained with other settings than this config: {'; '.join(said)}; set it back{go_on}, or "

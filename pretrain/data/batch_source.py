@@ -216,6 +216,8 @@ class PlanSource(BatchSource):
         return self.plan.facts
 
     def difference(self, before: Mapping[str, Any]) -> str:
+        if before and "mixture" not in before:
+            return "they are no data plan"
         return earlier.differences(before, self.facts) if before else super().difference(before)
 
     @property

@@ -66,6 +66,7 @@ A, FILE = ["--prompt", "a"], ["--prompts", "prompts.jsonl"]
         (import_hf, ["hf", "taken"], "name a new folder", ["hf", "new"]),
         (import_hf, ["hf", "new", "--base", "run"], "leave them out", ["hf", "new"]),
         (import_hf, ["hf", "new", "--config", "x"], "leave --config out", ["hf", "new"]),
+        (import_hf, ["hf", "new", "--max-shard-gb", "0"], "above 0, such as 5", ["hf", "new", "--max-shard-gb", "5"]),
         (import_hf, ["prompts.jsonl", "new"], "is a file; name a Hugging Face model directory", ["hf", "new"]),
         (import_hf, ["gone", "new"], "gone does not exist; name a Hugging Face model directory", ["hf", "new"]),
         (import_hf, ["run", "new"], "needs no import; train from it with init.run=run", []),

@@ -298,6 +298,7 @@ def test_a_run_that_continues_is_told_no_other_length_of_rows_than_its_own(
             ["rl.record={dense}/r"],
         ),
         ("dpo", ["data.pairs=['none']"], r"data\.pairs names none, which is no file; `ls \.` shows", []),
+        ("rm", ["data.files=['none/such/file']"], r"which is no file; `ls \.` shows what is there", []),
         ("dpo", ["data.heldout_share=0.9999"], r"are held out; lower data\.heldout_share", ["data.heldout_share=0.5"]),
         ("dpo", ["train.seq_length=16"], r"or set train\.seq_length=(\d+), which takes the longest", None),
         (

@@ -333,6 +333,10 @@ def test_an_adapter_becomes_a_run_and_is_exported_again(base, run, exported, tmp
     assert all(torch.equal(beside.tensors[name], tensor) for name, tensor in alone.tensors.items())
     assert alone.config["base_model_name_or_path"] == str(exported)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    damaged = tmp_path / "out/adapter/adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    with pytest.raises(ConfigError, match=r"adapter/adapter_model\.safetensors is not the one that "):
+        main([str(damaged.parent), str(tmp_path / "from_damaged")])
     shutil.rmtree(tmp_path / "out/adapter")
     plain = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -355,7 +359,8 @@ def test_the_base_is_known_by_its_hash_or_its_name(base, run, tmp_path, tokenize
         main(arguments)
     assert main([*arguments, "--any-base"]) == 0, "the remedy works"
 
-    (tmp_path / "alone/trivium_adapter.json").unlink()  # as if peft had saved it
+    for name in ("trivium_adapter.json", "trivium_export.json"):  # as if peft had saved it
+        (tmp_path / "alone" / name).unlink()
     written = json.loads((tmp_path / "alone/adapter_config.json").read_text())
     for name, fits in (("hub/tiny-other", False), ("hub/other", True), (None, True)):
         (tmp_path / "alone/adapter_config.json").write_text(json.dumps(written | {"base_model_name_or_path": name}))
