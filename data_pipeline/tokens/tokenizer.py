@@ -244,7 +244,8 @@ def difference_of_files(first: str | Path, second: str | Path, strict: bool = Fa
         return ""
     parts: list[str] = []
     try:
-        found = difference(*(Tokenizer.load(path, complete=False) for path in files), strict=strict)
+        one, other = (Tokenizer.load(file, complete=False) for file in files)
+        found = difference(one, other, strict)
         if files[0].suffix == files[1].suffix == ".json" and not same:
             parts = _differing_parts(*map(json.loads, contents))
             same = not parts

@@ -45,8 +45,9 @@ def critic_start(named: str | None, policy: InitialModel) -> Pin:
     if policy.own is not None:  # the critic goes on from the run's own checkpoint
         began = storage.read_manifest(policy.own)["config"].get("ppo", {}).get("critic")
         if began != named:
+            given = f"ppo.critic = {named!r}" if named else "ppo.critic is left out"
             raise ConfigError(
-                f"ppo.critic = {named!r}, and the run's critic began from {began or 'the model of the policy'}; "
+                f"{given}, and the run's critic began from {began or 'the model of the policy'}; "
                 f"{f'set ppo.critic={began}' if began else 'leave it out'}, or choose another run.dir"
             )
         return policy.pin

@@ -19,6 +19,7 @@ from typing import Any
 from configs.files import write_atomic
 from configs.loader import ConfigError
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.replication import disks
 from pretrain.checkpoint.storage import MANIFEST
 from pretrain.parallel.groups import Mesh
 
@@ -29,11 +30,13 @@ Unwanted = Callable[[int, int], bool]
 class LocalDisk:
     """Local checkpoints on one node's disk, under `checkpoint.local_dir`. Every rank makes one.
 
-    `open` and `begin` are collective. `path` is the folder of the present start, laid out as a run's.
+    `open`, `find_sharing` and `begin` are collective, and called in this order. `path` is the folder of the present
+    start, laid out as a run's.
     """
 
     def __init__(self, mesh: Mesh, run_dir: Path, local_dir: str):
         self.mesh, self.run_dir, self.local_dir = mesh, run_dir, local_dir
+        self.sharing: list[list[int]] = []  # the ranks of each disk
         self._starts: list[int] = []  # the step that each began from
         self._folder = Path(local_dir)
 
@@ -60,6 +63,19 @@ class LocalDisk:
                 self._refuse(*found)
         self._starts = facts["starts"]
         self._folder = Path(self.local_dir, f"{facts['run_hash']}-{facts['id']}")
+
+    def find_sharing(self) -> None:
+        """Finds which ranks have a disk in common. Collective; nothing that it writes stays.
+
+        Raises ConfigError if one rank cannot write there, or all nodes share one folder.
+        """
+        self.sharing = disks(Path(self.local_dir), self.mesh.rank, self.mesh.gather_json)
+        hosts = len({*self.mesh.gather_json(platform.node())})
+        if len(self.sharing) == 1 and hosts > 1:
+            raise ConfigError(
+                f"checkpoint.local_dir = {self.local_dir!r} is one folder that all {hosts} nodes share; name one on a "
+                "disk that each node has for itself, or leave it out"
+            )
 
     def begin(self, step: int) -> None:
         """Begins a start of the run from `step`.

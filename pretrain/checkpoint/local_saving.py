@@ -5,7 +5,6 @@ neighbours. Only one is kept beside the one that is being written; where the run
 `run.dir` first (see local_gathering.py). On a single node there is nothing to copy to, and its disk alone has them.
 """
 
-import platform
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,10 +14,9 @@ import torch
 import torch.distributed as dist
 
 from configs.files import sync, write_atomic
-from configs.loader import ConfigError
 from pretrain.checkpoint import pruning, storage
 from pretrain.checkpoint.local_disk import LocalDisk
-from pretrain.checkpoint.replication import disks, exchange, targets
+from pretrain.checkpoint.replication import exchange, targets
 from pretrain.checkpoint.storage import MANIFEST, CheckpointError, Piece
 from pretrain.parallel.rank_messages import broadcast_json, gather_json
 
@@ -31,13 +29,7 @@ class LocalSaver:
 
     def __init__(self, disk: LocalDisk, group: dist.ProcessGroup):
         self._disk, self._group, self._rank = disk, group, disk.mesh.rank
-        sharing = disks(disk.path, self._rank, group)
-        hosts = len({*gather_json(platform.node(), group)})
-        if len(sharing) == 1 and hosts > 1:
-            raise ConfigError(
-                f"checkpoint.local_dir = {disk.local_dir!r} is one folder that all {hosts} nodes share; name one on a "
-                "disk that each node has for itself, or leave it out"
-            )
+        sharing = disk.sharing
         self._to = targets(sharing)
         self._is_first = any(self._rank == ranks[0] for ranks in sharing)  # of those that share its disk
         self.said = f"{disk.local_dir} of {len(sharing)} nodes, with copies on the next one's"

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,30 +12,35 @@ import torch.distributed as dist
 
 from configs.files import sync
 from configs.loader import ConfigError
-from pretrain.parallel.rank_messages import gather_json
 
 BLOCK = 8 << 20  # bytes sent at a time
 Facts = Mapping[str, Mapping[str, Any]]  # size and SHA-256 of files by name
 
 
-def disks(folder: Path, rank: int, group: dist.ProcessGroup | None = None) -> list[list[int]]:
+def disks(folder: Path, rank: int, gather: Callable[[Any], list[Any]]) -> list[list[int]]:
     """Returns the ranks by the disk that `folder` is on, where a file that one rank makes is seen by others.
 
-    Collective. Raises ConfigError on all ranks if one cannot write there.
+    Collective; `gather` returns the values of all ranks. Folders that were made for this are removed again. Raises
+    ConfigError on all ranks if one cannot write there.
     """
-    token, fault = gather_json(uuid.uuid4().hex, group)[0], None
+    token, fault = gather(uuid.uuid4().hex)[0], None
     own = folder / f".seen_{token}_{rank}"
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        own.touch()
-    except OSError as error:
-        fault = f"rank {rank} cannot write to {folder}: {error.strerror}"
-    if fault := next(filter(None, gather_json(fault, group)), None):
-        own.unlink(missing_ok=True)
-        raise ConfigError(f"checkpoint.local_dir: {fault}; name a folder that can be written on every node")
-    seen = sorted(int(file.name.rpartition("_")[2]) for file in folder.glob(f".seen_{token}_*"))
-    found = gather_json(seen, group)
-    own.unlink()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            own.touch()
+        except OSError as error:
+            fault = f"rank {rank} cannot write to {folder}: {error.strerror}"
+        if fault := next(filter(None, gather(fault)), None):
+            raise ConfigError(f"checkpoint.local_dir: {fault}; name a folder that can be written on every node")
+        seen = sorted(int(file.name.rpartition("_")[2]) for file in folder.glob(f".seen_{token}_*"))
+        found = gather(seen)
+    finally:
+        with contextlib.suppress(OSError):  # missing, or not empty
+            own.unlink()
+            for one in made:
+                one.rmdir()
     return sorted({tuple(one): one for one in found}.values())
 
 

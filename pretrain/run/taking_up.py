@@ -74,6 +74,8 @@ def begin_to_write(trainer: "Trainer", saved: Path | None) -> None:
 
     Raises ConfigError and CheckpointError as `claim_mirror`.
     """
+    if trainer.run.local:
+        trainer.run.local.find_sharing()
     if mirror := trainer.config.checkpoint.mirror:
         claim_mirror(trainer.mesh, trainer.run.path, mirror)
     if trainer.run.local:

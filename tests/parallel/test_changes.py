@@ -146,7 +146,7 @@ def test_a_run_of_before_a_key_was_there_goes_on(ranks: RanksOf, tmp_path: Path)
             del model[key]
         for key in ("gating", "renormalize", "num_shared_experts"):
             del model["moe"][key]
-    del manifest["config"]["optimizer"]["weight_decay"], manifest["config"]["checkpoint"]
+    del manifest["config"]["optimizer"]["weight_decay"], manifest["config"]["log"]
     manifest["data_spans"] = [{k: v for k, v in manifest["data_spans"][0].items() if k not in ("config", "facts")}]
     file.write_bytes(CHECKPOINT.write(manifest))
     answer = train(ranks, run, MODELS["moe"], 4)

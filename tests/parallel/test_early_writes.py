@@ -71,4 +71,7 @@ def test_a_refused_run_writes_nothing(ranks: RanksOf, tmp_path: Path) -> None:
             )
             assert not gone.exists()
     assert f"would go on from {step_2}" in train(3, "--dry-run")["said"]
+    closed = [f"run.dir={gone}", f"checkpoint.local_dir={tmp_path / 'config.toml'}/local", "checkpoint.mirror="]
+    answer = train(3, *closed)
+    assert "name a folder that can be written on every node" in answer["error"] and not gone.exists(), answer
     assert "is finished at step 2" in train(2, "--dry-run")["said"] and listing(written) == before

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from sentencepiece import sentencepiece_model_pb2
 
 from configs.loader import ConfigError
 from configs.mixture import PlanConfig
@@ -16,6 +15,7 @@ from data_pipeline.mixture.rows import Plan
 from data_pipeline.provenance import document_samples, explain, replan
 from data_pipeline.provenance.lookup import DataSpan, plans
 from data_pipeline.provenance.replan import rest
+from data_pipeline.tokens.sentencepiece_training import proto
 from tests.small_sources import write_config
 
 MIXTURE = "[mixture]\nseq_length = 32\nsamples = 10\nweights = { big = 1.0 }\n"
@@ -91,7 +91,7 @@ def test_a_plan_goes_on_with_the_tokenizer_of_the_plan_before(
     plan, other = Plan.open(tmp_path / "plan"), tmp_path / "tokenizer"
     shutil.copytree(tokenizer_folder, other)
     replan.check_tokenizer(other, plan, tmp_path / "step_2")
-    model = sentencepiece_model_pb2.ModelProto()
+    model = proto.ModelProto()
     model.ParseFromString((other / "tokenizer.model").read_bytes())
     model.pieces[-1].score, model.pieces[-2].score = model.pieces[-2].score, model.pieces[-1].score
     (other / "tokenizer.model").write_bytes(model.SerializeToString())
