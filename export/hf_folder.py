@@ -22,6 +22,7 @@ from data_pipeline.tokens.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE,
 from export.conversion.family_registry import family_of_config
 from export.conversion.table import Family
 from export.conversion.walk import KEPT, ConversionError, Fit, convert, embedding_name, fit, head_name, modules_in
+from export.publishing import check_export
 from export.tensors import TensorFolder, scan_tensors, tensor_files
 
 HF_CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -76,8 +77,13 @@ class FolderTensors:
         self.balance = {name: self.read(name) for name in self.shapes if ".moe.balance." in name}
 
 
-def open_hf_folder(directory: Path) -> HFFolder:
-    """Opens a directory. Raises one ConversionError that names everything wrong with config.json, files and tensors."""
+def open_hf_folder(directory: Path, check: bool = False) -> HFFolder:
+    """Opens a directory. Raises one ConversionError that names everything wrong with config.json, files and tensors.
+
+    With `check` it raises ConfigError as `check_export`, for a damaged export of Trivium.
+    """
+    if check:
+        check_export(directory)
     if (directory / "adapter_config.json").is_file() and not (directory / HF_CONFIG).is_file():
         raise ConversionError(
             [

@@ -101,8 +101,7 @@ def import_directory(
     if out.exists():
         raise ConfigError(f"{out} exists already; name a new folder")
     if kind == "hf":
-        check_export(directory)
-        opened, described = open_hf_folder(directory), directory
+        opened, described = open_hf_folder(directory, check=True), directory
     else:
         from export.training_checkpoint import open_checkpoint
 

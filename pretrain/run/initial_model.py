@@ -158,10 +158,8 @@ def with_model(tree: dict[str, Any], resume: str) -> tuple[dict[str, Any], list[
 def _of_folder(cls: type[Opened], init: InitConfig, folder: Path) -> Opened:
     """Opens a Hugging Face folder as the initial model of a new run."""
     from export.hf_folder import content_sha256, facts_of, open_hf_folder, tokenizer_of_folder
-    from export.publishing import check_export
 
-    check_export(folder)
-    opened, tokenizer = open_hf_folder(folder), tokenizer_of_folder(folder)
+    opened, tokenizer = open_hf_folder(folder, check=True), tokenizer_of_folder(folder)
     if init.tokenizer is not None:
         named = Tokenizer.load(_located(init.tokenizer), complete=False)
         if tokenizer is not None and (said := difference_of_files(named.origin, tokenizer.origin)):

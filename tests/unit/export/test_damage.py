@@ -11,7 +11,7 @@ from configs.initial import InitConfig
 from configs.loader import ConfigError
 from export import import_hf
 from export.model_source import open_source
-from export.publishing import RECORD
+from export.publishing import RECORD, check_export, publish
 from posttrain.initial_chat_model import InitialChatModel
 from pretrain.checkpoint import storage
 from pretrain.doctor.after_run import after_run
@@ -111,6 +111,19 @@ def test_a_damaged_file_of_an_export_is_named_before_anything_is_made_of_it(
         (folder / RECORD).unlink()  # as the message says for a change that is meant
         if name == "generation_config.json" and damage == "remove":
             import_hf.import_directory(folder, out, dry_run=True)
+
+
+def test_the_adapter_beside_an_exported_model_has_checksums_too(tmp_path: Path) -> None:
+    partial, out = tmp_path / "partial", tmp_path / "out"
+    (partial / "adapter").mkdir(parents=True)
+    for name in ("config.json", "adapter/adapter_model.safetensors"):
+        (partial / name).write_text(name)
+    publish(partial, out, {})
+    check_export(out / "adapter")
+    (out / "adapter/adapter_model.safetensors").write_text("damaged")
+    check_export(out)
+    with pytest.raises(ConfigError, match=r"adapter/adapter_model\.safetensors is not the one that .*/out/adapter was"):
+        check_export(out / "adapter")
 
 
 @pytest.mark.parametrize(

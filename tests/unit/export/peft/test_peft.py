@@ -333,10 +333,6 @@ def test_an_adapter_becomes_a_run_and_is_exported_again(base, run, exported, tmp
     assert all(torch.equal(beside.tensors[name], tensor) for name, tensor in alone.tensors.items())
     assert alone.config["base_model_name_or_path"] == str(exported)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    damaged = tmp_path / "out/adapter/adapter_model.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    with pytest.raises(ConfigError, match=r"adapter/adapter_model\.safetensors is not the one that "):
-        main([str(damaged.parent), str(tmp_path / "from_damaged")])
     shutil.rmtree(tmp_path / "out/adapter")
     plain = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
     with torch.no_grad():
