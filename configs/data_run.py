@@ -37,7 +37,7 @@ class RayConfig(Section):
 class DataRunConfig(Section):
     """The run's folder, and the executor of its tasks. Neither `executor` nor `workers` changes the result."""
 
-    dir: str
+    dir: str = Field(min_length=1)
     """The folder that all stages write into, relative to the working directory."""
     executor: Literal["local", "slurm", "ray", "mpi"] | None = None
     """The executor of the tasks; left out, it is mpi under mpirun and local otherwise."""

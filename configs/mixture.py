@@ -1,5 +1,6 @@
 """Config section [mixture] of a data run: which sources training rows come from, in one plan or one per stage."""
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -46,6 +47,8 @@ class PlanConfig(Section):
             raise ValueError(
                 f"{key} takes exactly one of weights, temperature and unimax = true; set one and leave out the others"
             )
+        if self.weights == {}:
+            raise ValueError(f"{key}.weights names no source; give each source a weight, such as {{ web = 1.0 }}")
         for source, epochs in self.epochs.items():
             if not epochs > 0:
                 raise ValueError(f"{key}.epochs.{source} = {epochs} is not above 0; give a cap above 0")
@@ -56,11 +59,11 @@ class PlanConfig(Section):
                     "rearrange no document of the source"
                 )
         for source, weight in (self.weights or {}).items():
-            if not weight > 0:
+            if not 0 < weight < math.inf:
                 named = [f"{key}.{part}" for part in BY_SOURCE if source in (getattr(self, part) or {})]
                 raise ValueError(
-                    f"{key}.weights.{source} = {weight} is not above 0; give a weight above 0, or leave the source out "
-                    f"of {' and '.join(named)}"
+                    f"{key}.weights.{source} = {weight} is not a number above 0; give one that is, or leave the source "
+                    f"out of {' and '.join(named)}"
                 )
 
 

@@ -292,26 +292,27 @@ def _print_counts(done: PublishedStage, number: int, count: int, console: Consol
 def dry_run(config: DataConfig, console: Console, executor: Executor, only: str = "", until: str = "") -> None:
     """Prints for every stage whether it would run or be skipped and, once there are tokens, the mixture's forecast.
 
-    Writes nothing but the cache of input hashes, and that only into an existing run directory. Raises ValueError if
+    Writes nothing but the cache of input hashes, and that only where a run has been before. Raises ValueError if
     there are too few tokens for the mixture.
     """
     run_dir = Path(config.run.dir)
     if run_dir.exists():
         check_writable(run_dir, "run.dir")
     done = set()
-    if run_dir.is_dir():
+    if (run_dir / "config.toml").is_file():  # a run has been here
         stages = recipe(RunContext(config, run_dir, console, executor))
     else:
         with TemporaryDirectory() as nowhere:
             stages = recipe(RunContext(config, Path(nowhere), console, executor))
     chosen = _chosen(config, stages, only, until)
+    _check_needs(stages, chosen, run_dir)
     _say_made_by_other_code(stages, chosen, run_dir, console)
     for stage in stages:
         verdict = "would run" if stage.name in chosen else "not done, not asked for"
         if published(stage, run_dir):
             done.add(stage.name)
             verdict = "done, would be skipped"
-        say(f"{stage.name:<11} {verdict:<23} {run_dir / stage.name}", console)
+        say(f"{stage.name:<13} {verdict:<23} {run_dir / stage.name}", console)
     if {"tokenizer", "tokens"} <= done:
         show_forecast(config, console)
 

@@ -8,6 +8,7 @@ holds a checksum of its own values, so that a changed digit is noticed. `check_f
 import contextlib
 import hashlib
 import json
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -102,16 +103,19 @@ def read_sealed(
         raise DamagedData(f"{error}; {remedy(path)}") from None
 
 
-def remedy(path: Path) -> str:
-    """Says, as the second half of a sentence, how to make a damaged file of a data run again."""
-    for folder in path.parents:
+def remedy(path: Path, elsewhere: str = "") -> str:
+    """Says, as the second half of a sentence, how to make a damaged file of a data run again.
+
+    `elsewhere` is what is said of a file that is in no stage's folder.
+    """
+    for folder in Path(os.path.normpath(path)).parents:
         if (folder / STAGE_MANIFEST).is_file():
             if "." in folder.name:  # an earlier result, kept because a training run uses it: see `mixture.earlier`
                 return (
                     f"restore the folder {folder} from a copy, or run `trivium data run` with the settings that made it"
                 )
             return f"delete the folder {folder} and run `trivium data run` again, which makes a new one"
-    return (
+    return elsewhere or (
         "delete the folder of the stage or plan that it belongs to, and run the command that made it again, usually "
         "`trivium data run`"
     )

@@ -20,7 +20,7 @@ from datatrove.pipeline.readers.jsonl import JsonlReader
 from datatrove.pipeline.writers.jsonl import JsonlWriter
 from fsspec.compression import compr, register_compression
 
-from data_pipeline.core.integrity import seal
+from data_pipeline.core.integrity import remedy, seal
 from data_pipeline.core.progress import ProgressFile
 
 TRAIN, HELDOUT = "train", "heldout"  # folders of the two splits, in the documents and tokens stages
@@ -112,7 +112,7 @@ def shards_under(folder: Path) -> list[str]:
 def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yields the objects of a shard, each with a text under the key "text".
 
-    Raises ValueError with file and line if the shard is missing, damaged or truncated.
+    Raises ValueError with the file and the last line that was read if the shard is missing, damaged or truncated.
     """
     number = 0
     try:
@@ -127,4 +127,5 @@ def read_records(path: str | Path) -> Iterator[dict[str, Any]]:
                     raise ValueError('expected an object with text under "text"')
                 yield record
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}, line {number}: {error}; remove the stage's folder and run it again") from None
+        where = f"{path}, line {number}" if number else str(path)
+        raise ValueError(f"{where}: {error}; {remedy(Path(path))}") from None

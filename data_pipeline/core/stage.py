@@ -25,7 +25,7 @@ from configs.files import file_sha256, sync, write_atomic
 from configs.run_lock import locked
 from configs.sealed import STAGE
 from data_pipeline.core.hashing import digest
-from data_pipeline.core.integrity import STAGE_MANIFEST, Expected, is_seal, read_sealed, unseal
+from data_pipeline.core.integrity import STAGE_MANIFEST, DamagedData, Expected, is_seal, read_sealed, remedy, unseal
 from data_pipeline.core.ledger import Tally
 
 _HERE, _PACKAGE = Path(__file__).parents[1], "data_pipeline"
@@ -178,7 +178,12 @@ def made_by_other_code(stages: Sequence[Stage], run_dir: Path) -> list[str]:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Reads the manifest of a published stage, None for a folder without one. Raises DamagedData if it is damaged."""
     path = folder / STAGE_MANIFEST
-    return read_sealed(STAGE, path, has_no_checksum=_is_from_before_checksums) if path.is_file() else None
+    if not path.is_file():
+        return None
+    manifest = read_sealed(STAGE, path, has_no_checksum=_is_from_before_checksums)
+    if missing := {"key", "sources", "seconds"} - manifest.keys():
+        raise DamagedData(f"{path} lacks {' and '.join(sorted(missing))}; {remedy(path)}")
+    return manifest
 
 
 def _is_from_before_checksums(manifest: dict[str, Any]) -> bool:

@@ -33,11 +33,13 @@ FAILED = "extract.failed"  # folder of the ledger and rejected records of an att
 def extract_stage(context: RunContext) -> Stage:
     """Returns the extract stage; it runs again when the content of any source file changes.
 
-    Raises ConfigError for patterns that match no file and for mistakes in blocklists.
+    Raises ConfigError for patterns that match no file, keys that no record has, and mistakes in blocklists: before any
+    work begins.
     """
     config = context.config
     units = input_units(config)
-    Blocklist.load(config.extract.blocklist)  # so that a mistake in a list is found before the work begins
+    check_keys(units, config.extract)
+    Blocklist.load(config.extract.blocklist)
     return Stage(
         "extract",
         partial(_extract, context, units),
@@ -82,7 +84,6 @@ def inputs_hash(config: DataConfig, units: Sequence[InputUnit], cache: Path) -> 
 def _extract(context: RunContext, units: list[InputUnit], folder: Path, logs: Path) -> Tally:
     """Runs the stage: writes texts to shards, makes ids unique, and checks the share of broken records."""
     config = context.config
-    check_keys(units, config.extract)
     tallies = str(logs / "tallies")
     steps = [
         SourceReader(units, config.extract, tallies, str(logs / "progress")),
@@ -140,7 +141,12 @@ def _check_bad_shares(context: RunContext, tally: Tally, folder: Path) -> None:
         for source, broken, records in bad
     )
     enough = max(math.ceil(1000 * broken / records) for _, broken, records in bad) / 1000
-    ways = ["repair the files", *(_encoding_remedy(name, context.config.sources[name], tally) for name, _, _ in bad)]
+    ways = ["repair the files"]
+    for name, broken, records in bad:
+        source = context.config.sources[name]
+        ways.append(_encoding_remedy(name, source, tally))
+        if broken == records and source.format in ("jsonl", "parquet", "warc"):
+            ways.append(f"correct sources.{name}.format, which is {source.format!r}")
     # A share of 1 would take a source of which nothing can be read.
     ways += [f"raise extract.max_bad_share to {enough}"] if enough < 1 else []
     raise ValueError(

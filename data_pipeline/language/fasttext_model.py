@@ -104,7 +104,7 @@ class FastTextModel:
             self._vectors,
             *(self._tree.left, self._tree.right, self._tree.vectors),
         )
-        return (self._labels[label], float(np.float32(np.exp(logprob)))) if label >= 0 else ("", 0.0)
+        return (self.labels[label], float(np.float32(np.exp(logprob)))) if label >= 0 else ("", 0.0)
 
     def _read(self, file: _ModelFile) -> None:
         """Reads vocabulary, n-grams, vectors and tree; raises ValueError for a model of an unsupported kind."""
@@ -116,7 +116,7 @@ class FastTextModel:
             raise ValueError("it is not a supervised model with hierarchical softmax and single words")
         size, words, labels, _, pruned = file.numbers("iiiqq")
         entries = [(file.word(), *file.numbers("qb")) for _ in range(size)]
-        self._labels = [name.removeprefix(LABEL).decode() for name, _, _ in entries[words:]]
+        self.labels = [name.removeprefix(LABEL).decode() for name, _, _ in entries[words:]]
         self._words = _word_table([name for name, _, _ in entries[:words]])
         rows = np.full(buckets, _EMPTY, np.int32)
         pairs = file.array(np.dtype("<i4"), 2 * pruned).reshape(-1, 2)

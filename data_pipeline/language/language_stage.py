@@ -8,12 +8,16 @@ from data_pipeline.core.ledger import Tally
 from data_pipeline.core.run_context import COMPILED_ONCE, RunContext, scan_texts
 from data_pipeline.core.stage import Stage
 from data_pipeline.core.tables import table_samples
-from data_pipeline.language.identification import IdentifyLanguage, kept_identifier
+from data_pipeline.language.identification import IdentifyLanguage, check_languages, kept_identifier
 
 
 def language_stage(context: RunContext, extract: Stage) -> Stage:
-    """Returns the language stage, which reads every text; its config is each source's map of languages to rule sets."""
+    """Returns the language stage, which reads every text; its config is each source's map of languages to rule sets.
+
+    Raises ConfigError for a language that is not known.
+    """
     config = context.config
+    check_languages(config)
     rules = {name: plain(rules) for name, rules in config.rules.items()}
     routes = {name: source.rules for name, source in config.sources.items()}
     return Stage(

@@ -13,18 +13,27 @@ from configs.model_scores import MODEL_OF, ScoresConfig
 from data_pipeline.core.tables import FileKey, file_key
 from data_pipeline.scan.words import Splitter
 from data_pipeline.scores.classifier import load, manifest_path
-from data_pipeline.scores.ngram_models import Arpa, Unigrams
+from data_pipeline.scores.ngram_models import Arpa, Unigrams, check_arpa, check_unigrams
 
 MODEL_SCORES = tuple(MODEL_OF)
+_CHECKS = {"arpa": check_arpa, "unigrams": check_unigrams}  # of a file's beginning
 
 
 def model_files(config: ScoresConfig) -> list[Path]:
-    """Returns the files on which the scores depend; raises ConfigError for a model that does not exist."""
+    """Returns the files on which the scores depend; raises ConfigError for a model that does not exist.
+
+    It is also raised for a file that does not begin like such a model, so that this is known before any work.
+    """
     files = []
     for key, name in config.paths().items():
         path = Path(name)
         if not path.is_file():
             raise ConfigError(f"scores.{key} = {name!r} is not a file, seen from {Path.cwd()}; correct the path")
+        if key in _CHECKS:
+            try:
+                _CHECKS[key](path)
+            except (ValueError, OSError) as error:
+                raise ConfigError(f"scores.{key} = {name!r}: {error}") from None
         files.append(path)
         if key == "classifier" and manifest_path(path).is_file():
             files.append(manifest_path(path))

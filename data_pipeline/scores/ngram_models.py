@@ -10,10 +10,10 @@ import gzip
 import io
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numba
 import numpy as np
@@ -154,19 +154,24 @@ def _frequencies(path: Path, lower: bool) -> dict[str, float]:
         else:
             pairs = [tuple(line.rstrip("\r\n").split("\t")) for line in lines]
     for number, pair in enumerate(pairs, 1):
-        try:
-            word, count = pair[0], float(pair[1])
-            if len(pair) != 2 or not 0 < count < float("inf"):
-                raise ValueError
-        except (ValueError, TypeError, IndexError):
-            raise ValueError(
-                f"unigram table {path}, entry {number}: {str(pair)[:80]} should be a word and a count above 0"
-            ) from None
+        word, count = _entry(path, number, pair)
         word = word.lower() if lower else word
         counts[word] = counts.get(word, 0.0) + count
     if not counts:
         raise ValueError(f"unigram table {path} contains no words; each line should be a word, a tab and a count")
     return counts
+
+
+def _entry(path: Path, number: int, pair: Sequence[Any]) -> tuple[str, float]:
+    try:
+        word, count = pair[0], float(pair[1])
+        if len(pair) != 2 or not 0 < count < float("inf"):
+            raise ValueError
+    except (ValueError, TypeError, IndexError):
+        raise ValueError(
+            f"unigram table {path}, entry {number}: {str(pair)[:80]} should be a word and a count above 0"
+        ) from None
+    return word, count
 
 
 class Arpa:
@@ -301,6 +306,21 @@ def _read_arpa(path: Path) -> tuple[int, LogprobTable]:
             matrix = np.array(words, np.int32).reshape(-1, order)
             table.add(hashes, matrix, np.array(logprobs, np.float32), np.array(backoffs, np.float32))
         return len(sizes), table
+
+
+def check_arpa(path: Path) -> None:
+    """Raises ValueError if a file does not begin like one in ARPA format; reads no more than its header."""
+    with _bytes(path) as file:
+        _header(path, iter(enumerate(file, 1)))
+
+
+def check_unigrams(path: Path) -> None:
+    """Raises ValueError if the first line of a table of words and counts is none; a table in JSON is read whole."""
+    if ".json" in path.suffixes:
+        _frequencies(path, lower=False)
+        return
+    with _bytes(path) as file:
+        _entry(path, 1, tuple(file.readline().decode("utf-8", "replace").rstrip("\r\n").split("\t")))
 
 
 def _header(path: Path, lines: Iterator[tuple[int, bytes]]) -> list[int]:

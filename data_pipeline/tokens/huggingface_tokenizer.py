@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from data_pipeline.tokens.foreign import Named, Roles, find_roles
-from data_pipeline.tokens.tokenizer import PROBE, ROLES_FILE, SPECIALS, Tokenizer, check_unicode
+from data_pipeline.tokens.tokenizer import PROBE, ROLES_FILE, SPECIALS, Tokenizer, check_unicode, remade
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -36,8 +36,7 @@ class HuggingFaceTokenizer(Tokenizer):
             described = json.loads(content)
         except Exception as error:  # the library raises plain Exceptions
             raise ValueError(
-                f"tokenizer {origin} is not a tokenizer.json that can be read ({error}); restore it, or train one with "
-                "`trivium tokenizer train`"
+                f"tokenizer {origin} is not a tokenizer.json that can be read ({error}); {remade(origin)}"
             ) from None
         if dropout := described["model"].get("dropout"):
             raise ValueError(

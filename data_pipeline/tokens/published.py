@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from configs.loader import ConfigError
+from data_pipeline.core.integrity import remedy
 from data_pipeline.tokens.huggingface_tokenizer import HuggingFaceTokenizer, byte_alphabet
 from data_pipeline.tokens.tokenizer import HUGGINGFACE_FILE, SENTENCEPIECE_FILE, SPACE, Tokenizer
 
@@ -103,7 +104,8 @@ def _of_sentencepiece(file: Path) -> Published:
     try:
         model.Load(str(file))
     except (RuntimeError, OSError):
-        raise ConfigError(f"{file} is no sentencepiece model; restore it, or name another tokenizer") from None
+        what = remedy(file, "restore it, or name another tokenizer")
+        raise ConfigError(f"{file} is no sentencepiece model; {what}") from None
     spellings = [
         "" if model.is_control(one) or model.is_unknown(one) else model.id_to_piece(one).replace(SPACE, " ")
         for one in range(model.vocab_size())

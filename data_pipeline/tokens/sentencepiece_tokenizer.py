@@ -12,7 +12,7 @@ import numpy as np
 import sentencepiece
 
 from data_pipeline.tokens.bpe_cache import PartTable
-from data_pipeline.tokens.tokenizer import INFO_FILE, PROBE, SPACE, Tokenizer, check_unicode
+from data_pipeline.tokens.tokenizer import INFO_FILE, PROBE, SPACE, Tokenizer, check_unicode, remade
 
 BPE_KIND, UNIGRAM_KIND = "sentencepiece-bpe", "sentencepiece-unigram"
 
@@ -26,10 +26,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             sp.LoadFromSerializedProto(model)
         except RuntimeError:
-            raise ValueError(
-                f"tokenizer {origin} is not a sentencepiece model; restore it, or train one with "
-                "`trivium tokenizer train`"
-            ) from None
+            raise ValueError(f"tokenizer {origin} is not a sentencepiece model; {remade(origin)}") from None
         pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
         special_ids = {piece: i for i, piece in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)}
         own_bytes = [

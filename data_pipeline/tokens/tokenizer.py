@@ -21,6 +21,7 @@ import numpy as np
 
 from configs.differences import changes
 from configs.tokenizer import CONTROLS
+from data_pipeline.core.integrity import remedy
 
 if TYPE_CHECKING:
     from data_pipeline.tokens.foreign import Named
@@ -98,11 +99,15 @@ class Tokenizer(ABC):
         else:
             tokenizer = SentencePieceTokenizer(path.read_bytes(), str(path), threads)
         info_path = path.with_name(INFO_FILE)
-        info = json.loads(info_path.read_text(encoding="utf-8")) if info_path.is_file() else {}
-        if info.get("sha256", tokenizer.sha256) != tokenizer.sha256:
+        try:
+            info = json.loads(info_path.read_text(encoding="utf-8")) if info_path.is_file() else {}
+            expected = info.get("sha256", tokenizer.sha256)
+        except (ValueError, AttributeError):
+            raise ValueError(f"{info_path} is not a JSON object; {remade(info_path)}") from None
+        if expected != tokenizer.sha256:
             raise ValueError(
-                f"tokenizer {path} has SHA-256 {tokenizer.sha256[:12]}..., but {info_path} expects "
-                f"{info['sha256'][:12]}...: the file was changed or damaged; run its stage again"
+                f"tokenizer {path} has SHA-256 {tokenizer.sha256[:12]}..., but {info_path} expects {expected[:12]}...: "
+                f"the file was changed or damaged; {remade(path)}"
             )
         return tokenizer
 
@@ -202,6 +207,11 @@ def roles_beside(tokenizer: Path) -> bytes | None:
     """Returns the content of the file with the roles of a foreign tokenizer's tokens, None if it has none."""
     file = tokenizer.with_name(ROLES_FILE)
     return file.read_bytes() if tokenizer.suffix == ".json" and file.is_file() else None
+
+
+def remade(path: str | Path) -> str:
+    """Says, as the second half of a sentence, how to get a damaged file of a tokenizer again."""
+    return remedy(Path(path), "restore it, or train one with `trivium tokenizer train`")
 
 
 def check_unicode(text: str) -> None:

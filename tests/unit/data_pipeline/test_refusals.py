@@ -26,13 +26,21 @@ def test_a_refused_run_and_a_dry_run_leave_nothing(tmp_path: Path, capsys: pytes
         ['decontaminate.files=["none"]'],
         [f'decontaminate.files=["{config}"]'],  # no JSON lines
         ["rules.prose.word_count.min=x"],
+        ["sources.prose.text_key=body"],
+        ["sources.prose.rules={english='english'}"],
+        ["scores.languages=['ger']"],
+        [f"scores.arpa={config}", "rules.english.perplexity.max=9"],
+        [f"scores.unigrams={config}", "rules.english.unigram_logprob.min=-9"],
     ]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"run\.dir"):
+        main([str(config), "run.dir="])
     for options in refused:
         for folder in (run, tmp_path / "mine"):
-            with pytest.raises(ConfigError):
-                main([str(config), f"run.dir={folder}", *options])
+            for dry in ([], ["--dry-run"]):
+                with pytest.raises(ConfigError):
+                    main([str(config), f"run.dir={folder}", *options, *dry])
             assert not run.parent.exists(), options
             assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"], options
     assert main([str(config), f"run.dir={run}", "--dry-run"]) == 0

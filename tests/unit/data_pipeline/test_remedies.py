@@ -80,6 +80,25 @@ def test_text_in_another_encoding_is_read_once_the_key_that_the_message_names_is
         assert not outcome(command.main, [*args, f"{key}={encoding.replace('cp', 'windows-')}"], capsys)
 
 
+@pytest.mark.parametrize("wrong", ["warc", "parquet"])
+def test_a_source_of_another_format_is_read_once_its_format_is_corrected(tmp_path: Path, wrong: str, capsys) -> None:
+    args = [str(write_config(tmp_path, {"big": 3, "other": 3}, "")), "--until", "extract"]
+    said = outcome(command.main, [*args, f"sources.big.format={wrong}"], capsys)
+    key = found(rf"repair the files or correct (sources\.big\.format), which is '{wrong}'\n", said)[1]
+    assert not outcome(command.main, [*args, f"{key}=jsonl"], capsys)
+
+
+def test_a_language_that_does_not_exist_is_refused_and_those_that_are_named_do(
+    finished: Path, tmp_path: Path, capsys
+) -> None:
+    args = [str(finished), f"run.dir={tmp_path}/run", "--dry-run"]
+    for wrong in ("english", "eng", "cn", "zh-Hans"):
+        said = outcome(command.main, [*args, f"sources.big.rules={{'{wrong}'='big'}}"], capsys)
+        named = found(rf"sources\.big\.rules has '{wrong}', .*such as (.+), or 'any' for all", said)[1].split(", ")
+        for language in ("any", *named):
+            assert not outcome(command.main, [*args, f"sources.big.rules={{{language}='big'}}"], capsys)
+
+
 def test_stages_that_are_needed_are_all_named(finished: Path, tmp_path: Path, capsys) -> None:
     args = [str(finished), f"run.dir={tmp_path}/run"]
     said = found(
@@ -176,6 +195,28 @@ def test_commands_are_told_what_to_do_about_a_run(finished: Path, tmp_path: Path
     on = [config, f"run.dir={folder}", f"{off[1]}.max_copies=1"]
     assert not outcome(command.main, [*on, "--until", off[1]], capsys)
     assert not outcome(document_samples.main, [*on, "--stage", off[1], "--kept"], capsys)
+
+
+@pytest.mark.parametrize("file", ["extract/big/0000-0000.jsonl.zst", "tokenizer/tokenizer.model", "dedup/stage.json"])
+def test_a_damaged_file_that_a_stage_reads_is_made_anew_as_the_message_says(
+    finished: Path, tmp_path: Path, file: str, capsys
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished.parent / "run", folder)
+    content = (folder / file).read_bytes()
+    half = len(content) // 2
+    damaged = (
+        b"{}" if file.endswith(".json") else content[:half] + bytes([content[half] ^ 255]) * 8 + content[half + 8 :]
+    )
+    (folder / file).write_bytes(damaged)
+    args = [str(finished), f"run.dir={folder}", "mixture.samples=41"]
+    args += ["rules.big.word_count.min=6"] if file.startswith("extract") else []
+    said = " ".join(outcome(command.main, args, capsys).split())
+    told = found(r"delete the folder (\S+) and run `trivium data run` again", said)[1]
+    assert told == str(folder / file.split("/")[0])
+    shutil.rmtree(told)
+    assert not outcome(command.main, args, capsys)
+    assert not outcome(verify.main, [str(folder)], capsys)
 
 
 def test_a_damaged_file_is_made_anew_as_the_message_says(finished: Path, tmp_path: Path, capsys) -> None:

@@ -91,11 +91,11 @@ def test_a_damaged_shard_is_never_a_shorter_one(folder: Path) -> None:
     whole = path.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"b/00000\.jsonl\.zst, line \d+: .*run it again"):
+        with pytest.raises(ValueError, match=r"b/00000\.jsonl\.zst(, line \d+)?: .*; delete the folder"):
             list(read_records(path))
     for position in range(0, len(whole), 7):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 16]) + whole[position + 1 :])
-        with pytest.raises(ValueError, match=r"b/00000\.jsonl\.zst, line \d+: .*run it again"):
+        with pytest.raises(ValueError, match=r"b/00000\.jsonl\.zst(, line \d+)?: .*; delete the folder"):
             list(read_records(path))
     path.unlink()
     with pytest.raises(ValueError, match="No such file"):

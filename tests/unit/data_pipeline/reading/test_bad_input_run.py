@@ -36,7 +36,7 @@ def bad_lines(folder: Path, long_line: int) -> dict[str, tuple[str, int]]:
         "blank": (SOUND + b'{"text": " "}', "empty", len(SOUND)),
         "letter": (SOUND + b'{"text": "%s"}' % (b"a" * MB), "one_character", len(SOUND)),
         "nothing": (b"", "empty_file", 0),
-        "archive": (archive.getvalue(), "invalid_utf8", 0),
+        "archive": (archive.getvalue(), "unsupported_compression", 0),
     }
     packed_files = {
         "cut-gz": (gzip.compress(letters)[:-30], "cut_gzip", None),
