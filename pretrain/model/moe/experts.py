@@ -73,12 +73,14 @@ class Experts(nn.Module):
         sizes = on_host(counts, x_RH).numpy().tolist()
         outputs = []
         rows = x_RH.split([*sizes, len(x_RH) - sum(sizes)])
-        for expert, own in enumerate(rows[:-1]):
+        for expert, given in enumerate(rows[:-1]):
+            own = _widened(given, 0, rows_of_product(len(given), given.dtype) - len(given))
             names = ("gate", "up") if is_gated(self.kind) else ("up",)
             inner = ACTIVATIONS[self.kind](*(self._projected(own, name, expert) for name in names))
             output = inner @ self.down_proj[expert].t()
             if "down_proj" in self.adapter:
                 output = output + self.adapter["down_proj"](inner, expert)
+            output = output[: len(given)]
             outputs.append(output + self.down_bias[expert] / self.down_bias_parts if self.has_bias else output)
         return torch.cat([*outputs, torch.zeros_like(rows[-1])])
 
@@ -119,6 +121,21 @@ def _widened(matrices: torch.Tensor, columns: int, rows: int = 0) -> torch.Tenso
     return F.pad(matrices, (0, columns, 0, rows)) if columns or rows else matrices
 
 
+def rows_of_product(count: int, dtype: torch.dtype) -> int:
+    """Returns how many rows a product of an expert's `count` rows takes; those beyond its own are zeros.
+
+    For products in bf16 a CPU's library builds code for every new number of rows, which takes several times as long as
+    the product, and each batch gives the experts other numbers. So they are rounded up, by at most a sixteenth or 15.
+    """
+    step = max(16, 1 << max(0, count.bit_length() - 5)) if dtype == torch.bfloat16 else 1
+    return -(-count // step) * step
+
+
+def most_rows(count: int, experts: int) -> int:
+    """Returns the most rows that the products of all experts take together for `count` rows."""
+    return count + count // 16 + 15 * experts
+
+
 # An operator of its own: the compiler would build a loop over counts anew for each count.
 @torch.library.custom_op("trivium::experts", mutates_args=())
 def _by_loop(
@@ -126,12 +143,16 @@ def _by_loop(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes one expert after another; `counts` are on the host. Returns outputs and what backward needs."""
     out, gate, up, silu, inner = _empty_outputs(x_RH, counts, gate_proj, up_proj, down_proj)
-    for expert, own in _spans(counts):
-        torch.mm(x_RH[own], gate_proj[expert].t(), out=gate[own])
-        torch.mm(x_RH[own], up_proj[expert].t(), out=up[own])
-        torch.ops.aten.silu.out(gate[own], out=silu[own])
-        torch.mul(silu[own], up[own], out=inner[own])
-        torch.mm(inner[own], down_proj[expert].t(), out=out[own])
+    for expert, own, place in _spans(counts, x_RH.dtype):
+        x = _filled(x_RH[own], place)
+        torch.mm(x, gate_proj[expert].t(), out=gate[place])
+        torch.mm(x, up_proj[expert].t(), out=up[place])
+        torch.ops.aten.silu.out(gate[place], out=silu[place])
+        torch.mul(silu[place], up[place], out=inner[place])
+        if len(x) == own.stop - own.start:
+            torch.mm(inner[place], down_proj[expert].t(), out=out[own])
+        else:
+            out[own] = (inner[place] @ down_proj[expert].t())[: own.stop - own.start]
     return out, gate, up, silu, inner
 
 
@@ -139,9 +160,9 @@ def _by_loop(
 def _empty_outputs(
     x_RH: torch.Tensor, counts: torch.Tensor, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, hidden_size = x_RH.shape
+    rows = most_rows(len(x_RH), len(gate_proj)) if x_RH.dtype == torch.bfloat16 else len(x_RH)
     gate, up, silu, inner = (x_RH.new_empty(rows, gate_proj.shape[1]) for _ in range(4))
-    return x_RH.new_empty(rows, hidden_size), gate, up, silu, inner
+    return x_RH.new_empty(x_RH.shape), gate, up, silu, inner
 
 
 @torch.library.custom_op("trivium::experts_backward", mutates_args=())
@@ -161,15 +182,20 @@ def _by_loop_backward(
     gradients = _empty_gradients(grad, x_RH, counts, gate_proj, up_proj, down_proj, gate, up, silu, inner)
     grad_x, grad_gate_proj, grad_up_proj, grad_down_proj = gradients
     grad_x[counts.numpy().sum() :] = 0
-    for expert, own in _spans(counts):
-        torch.mm(grad[own].t(), inner[own], out=grad_down_proj[expert])
-        grad_inner = grad[own] @ down_proj[expert]
-        grad_up = grad_inner * silu[own]
-        grad_gate = torch.ops.aten.silu_backward(grad_inner.mul_(up[own]), gate[own])
-        torch.mm(grad_gate.t(), x_RH[own], out=grad_gate_proj[expert])
-        torch.mm(grad_up.t(), x_RH[own], out=grad_up_proj[expert])
-        torch.mm(grad_gate, gate_proj[expert], out=grad_x[own])
-        grad_x[own].addmm_(grad_up, up_proj[expert])
+    for expert, own, place in _spans(counts, x_RH.dtype):
+        x, own_grad = _filled(x_RH[own], place), _filled(grad[own], place)
+        torch.mm(own_grad.t(), inner[place], out=grad_down_proj[expert])
+        grad_inner = own_grad @ down_proj[expert]
+        grad_up = grad_inner * silu[place]
+        grad_gate = torch.ops.aten.silu_backward(grad_inner.mul_(up[place]), gate[place])
+        torch.mm(grad_gate.t(), x, out=grad_gate_proj[expert])
+        torch.mm(grad_up.t(), x, out=grad_up_proj[expert])
+        if len(x) == own.stop - own.start:
+            torch.mm(grad_gate, gate_proj[expert], out=grad_x[own])
+            grad_x[own].addmm_(grad_up, up_proj[expert])
+        else:
+            both = (grad_gate @ gate_proj[expert]).addmm_(grad_up, up_proj[expert])
+            grad_x[own] = both[: own.stop - own.start]
     return gradients
 
 
@@ -190,12 +216,18 @@ def _empty_gradients(
     return grad_x, weights[0], weights[1], weights[2]
 
 
-def _spans(counts: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    """Yields (expert, its rows) for every expert; a product of no rows is zeros."""
-    start = 0
+def _spans(counts: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, slice]]:
+    """Yields for every expert (its number, its rows, the rows of its products); a product of no rows is zeros."""
+    start = place = 0
     for expert, count in enumerate(counts.numpy().tolist()):
-        yield expert, slice(start, start + count)
-        start += count
+        rows = rows_of_product(count, dtype)
+        yield expert, slice(start, start + count), slice(place, place + rows)
+        start, place = start + count, place + rows
+
+
+def _filled(rows: torch.Tensor, place: slice) -> torch.Tensor:
+    """Appends rows of zeros, so that there are as many as in `place`; returns the same tensor if there are already."""
+    return _widened(rows, 0, place.stop - place.start - len(rows))
 
 
 def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:

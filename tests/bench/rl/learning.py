@@ -41,9 +41,8 @@ class Runs:
         argv = [sys.executable, "-m", "launch.ranks", "--nproc-per-node", str(RANKS), command, str(CONFIGS / config)]
         started = time.perf_counter()
         with open(self.folder / f"{name}.log", "wb") as log:
-            done = subprocess.run(
-                [*argv, *(f"{key}={value}" for key, value in settings.items())], cwd=ROOT, stdout=log, stderr=log
-            )
+            pairs = [f"{key}={str(value).lower() if value is True else value}" for key, value in settings.items()]
+            done = subprocess.run([*argv, *pairs], cwd=ROOT, stdout=log, stderr=log)
         if done.returncode:
             raise RuntimeError(f"trivium {command} ended with status {done.returncode}; see {log.name}")
         return Trained(run, time.perf_counter() - started)

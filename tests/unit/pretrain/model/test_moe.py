@@ -21,7 +21,7 @@ from pretrain.model import Decoder, LayerContext, build_single, init_weights
 from pretrain.model.moe import MoE
 from pretrain.model.moe.balance import Balance, LossDenominators
 from pretrain.model.moe.dispatch import Dispatch
-from pretrain.model.moe.experts import Experts
+from pretrain.model.moe.experts import Experts, most_rows, rows_of_product
 
 HIDDEN, EXPERT, EXPERTS = 16, 24, 8
 TRANSFORMERS = {
@@ -224,6 +224,16 @@ def test_grouped_products_are_a_loop_over_experts(way: str, dtype: torch.dtype, 
             # A sum of K products may round K times; in bf16 sums are in fp32 and only the result is rounded.
             roundoff = 2.0**-8 if dtype == torch.bfloat16 else max(hidden, ffn) * 2.0**-24
             assert torch.linalg.vector_norm(found - right) <= 2 * roundoff * torch.linalg.vector_norm(right), ffn
+
+
+def test_products_in_bf16_take_few_numbers_of_rows() -> None:
+    """Counts the numbers of rows, for each of which a library for CPUs builds code, and the rows that are too many."""
+    assert [rows_of_product(n, torch.float32) for n in (0, 1, 517)] == [0, 1, 517]
+    sizes = [rows_of_product(n, torch.bfloat16) for n in range(2**16)]
+    assert sizes[:2] == [0, 16] and len(set(sizes)) < 160
+    assert all(n <= size <= n + max(15, n // 16) for n, size in enumerate(sizes))
+    counts = [1, 17, 255, 257, 1025, 0, 4097]
+    assert sum(sizes[n] for n in counts) <= most_rows(sum(counts), len(counts))
 
 
 def one_by_one(experts: Experts, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
