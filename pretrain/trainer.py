@@ -113,7 +113,7 @@ class Trainer:
         self.rows = StepRows(source, train, mesh, self.rewinds)
         check_source(source, config.spikes)
         if train.compile:  # torch would keep compiled code in a temporary folder, which a restart may not find
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.run.dir, "compiled").absolute()))
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.run.compiled.absolute()))
         sources, adapter = max(1, len(source.sources)), config.adapter
         self.engine = Engine(model_config, train, config.optimizer, mesh, config.run.seed, dtype, sources, adapter)
         self.engine.base = base_facts(self.config, self.lineage.init)

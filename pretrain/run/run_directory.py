@@ -7,6 +7,7 @@ protected.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import platform
 import time
@@ -19,6 +20,7 @@ from typing import IO, Any
 
 import torch
 
+import pretrain.model
 from configs import files, loader, signals
 from configs.loader import ConfigError
 from configs.model import ModelConfig
@@ -48,6 +50,14 @@ class RunDirectory:
         self._source, self._lineage, self._mesh = source, lineage, mesh
         local_dir = config.checkpoint.local_dir
         self.local = LocalDisk(mesh, self.path, local_dir) if local_dir else None
+
+    @property
+    def compiled(self) -> Path:
+        """The folder of compiled code: one for each version of our model, of whose operators torch sees the names."""
+        code = hashlib.sha256()
+        for source in sorted(Path(pretrain.model.__file__).parent.rglob("*.py")):
+            code.update(source.read_bytes())
+        return Path(self.path, "compiled", code.hexdigest()[:16])
 
     @property
     def full_config(self) -> dict[str, Any]:
