@@ -143,16 +143,16 @@ def _by_loop(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes one expert after another; `counts` are on the host. Returns outputs and what backward needs."""
     out, gate, up, silu, inner = _empty_outputs(x_RH, counts, gate_proj, up_proj, down_proj)
-    for expert, own, place in _spans(counts, x_RH.dtype):
-        x = _filled(x_RH[own], place)
-        torch.mm(x, gate_proj[expert].t(), out=gate[place])
-        torch.mm(x, up_proj[expert].t(), out=up[place])
-        torch.ops.aten.silu.out(gate[place], out=silu[place])
-        torch.mul(silu[place], up[place], out=inner[place])
+    for expert, own, filled in _spans(counts, x_RH.dtype):
+        x = _filled(x_RH[own], filled)
+        torch.mm(x, gate_proj[expert].t(), out=gate[filled])
+        torch.mm(x, up_proj[expert].t(), out=up[filled])
+        torch.ops.aten.silu.out(gate[filled], out=silu[filled])
+        torch.mul(silu[filled], up[filled], out=inner[filled])
         if len(x) == own.stop - own.start:
-            torch.mm(inner[place], down_proj[expert].t(), out=out[own])
+            torch.mm(inner[filled], down_proj[expert].t(), out=out[own])
         else:
-            out[own] = (inner[place] @ down_proj[expert].t())[: own.stop - own.start]
+            out[own] = (inner[filled] @ down_proj[expert].t())[: own.stop - own.start]
     return out, gate, up, silu, inner
 
 
@@ -182,12 +182,12 @@ def _by_loop_backward(
     gradients = _empty_gradients(grad, x_RH, counts, gate_proj, up_proj, down_proj, gate, up, silu, inner)
     grad_x, grad_gate_proj, grad_up_proj, grad_down_proj = gradients
     grad_x[counts.numpy().sum() :] = 0
-    for expert, own, place in _spans(counts, x_RH.dtype):
-        x, own_grad = _filled(x_RH[own], place), _filled(grad[own], place)
-        torch.mm(own_grad.t(), inner[place], out=grad_down_proj[expert])
+    for expert, own, filled in _spans(counts, x_RH.dtype):
+        x, own_grad = _filled(x_RH[own], filled), _filled(grad[own], filled)
+        torch.mm(own_grad.t(), inner[filled], out=grad_down_proj[expert])
         grad_inner = own_grad @ down_proj[expert]
-        grad_up = grad_inner * silu[place]
-        grad_gate = torch.ops.aten.silu_backward(grad_inner.mul_(up[place]), gate[place])
+        grad_up = grad_inner * silu[filled]
+        grad_gate = torch.ops.aten.silu_backward(grad_inner.mul_(up[filled]), gate[filled])
         torch.mm(grad_gate.t(), x, out=grad_gate_proj[expert])
         torch.mm(grad_up.t(), x, out=grad_up_proj[expert])
         if len(x) == own.stop - own.start:
@@ -218,16 +218,16 @@ def _empty_gradients(
 
 def _spans(counts: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, slice]]:
     """Yields for every expert (its number, its rows, the rows of its products); a product of no rows is zeros."""
-    start = place = 0
+    start = padded_start = 0
     for expert, count in enumerate(counts.numpy().tolist()):
         rows = rows_of_product(count, dtype)
-        yield expert, slice(start, start + count), slice(place, place + rows)
-        start, place = start + count, place + rows
+        yield expert, slice(start, start + count), slice(first, first + rows)
+        start, first = start + count, first + rows
 
 
-def _filled(rows: torch.Tensor, place: slice) -> torch.Tensor:
-    """Appends rows of zeros, so that there are as many as in `place`; returns the same tensor if there are already."""
-    return _widened(rows, 0, place.stop - place.start - len(rows))
+def _filled(rows: torch.Tensor, filled: slice) -> torch.Tensor:
+    """Appends rows of zeros, so that there are as many as in `filled`; returns the same tensor if there are already."""
+    return _widened(rows, 0, filled.stop - filled.start - len(rows))
 
 
 def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
