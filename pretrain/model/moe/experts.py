@@ -218,7 +218,7 @@ def _empty_gradients(
 
 def _spans(counts: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, slice, slice]]:
     """Yields for every expert (its number, its rows, the rows of its products); a product of no rows is zeros."""
-    start = padded_start = 0
+    start = first = 0
     for expert, count in enumerate(counts.numpy().tolist()):
         rows = rows_of_product(count, dtype)
         yield expert, slice(start, start + count), slice(first, first + rows)
