@@ -140,9 +140,10 @@ class AdapterConfig(Section):
     def check_steps(self, steps: int) -> None:
         """Raises ValueError if the run ends before AdaLoRA's budget has brought the ranks down to `target_rank`."""
         if self.kind == "adalora" and self.budget_steps > steps:
+            warmup = f" and adapter.warmup_steps={steps - 1}" if self.warmup_steps >= steps else ""
             raise ValueError(
                 f"adapter.budget_steps = {self.budget_steps} is after the run's last step {steps}, and ranks would not "
-                f"fall to adapter.target_rank; set adapter.budget_steps={steps} or less"
+                f"fall to adapter.target_rank; set adapter.budget_steps={steps}{warmup} or less"
             )
 
     @property

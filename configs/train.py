@@ -321,10 +321,12 @@ class TrainerConfig(Section):
         schedule, steps = self.schedule, self.train.steps
         decay = schedule.decay_steps if schedule.kind == "wsd" else 0
         if schedule.steps is not None and schedule.steps < steps:
+            least = schedule.warmup_steps + decay
+            left_out = ", leave it out" if least <= steps else ""
+            shorter = f", or set train.steps={schedule.steps} or less" if least <= schedule.steps else ""
             raise ValueError(
                 f"schedule.steps = {schedule.steps} ends before train.steps = {steps}, and there is no learning rate "
-                f"then; set schedule.steps={max(steps, schedule.warmup_steps + decay)} or more, leave it out, or set "
-                f"train.steps={schedule.steps} or less"
+                f"then; set schedule.steps={max(steps, least)} or more{left_out}{shorter}"
             )
         key, end = ("schedule.steps", schedule.steps) if schedule.steps else ("train.steps", steps)
         if schedule.warmup_steps + decay > end:
