@@ -184,23 +184,36 @@ def _sentence(schema: type[BaseModel], tries: Sequence[Any]) -> str:
         return f"unknown key {key!r}; {hint}"
     if item["type"] == "missing" and isinstance(item["loc"][-1], int):
         return f"{'.'.join(location[:-1])} has too few values; one more is expected"
+    if item["type"] == "missing" and (shown := _keys_of_section(schema, location)):
+        return f"section {key!r} is missing; set {shown}"
     if item["type"] == "missing":
         return f"key {key!r} is missing; set it in the file or as {key}=VALUE"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":  # our own validators name key and value themselves
         return message if key == "config" else f"{key}: {message}"
     if item["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        known = list(_known_keys(schema, location))
-        shown, first = ", ".join(known[:6]) + "..." * (len(known) > 6), known[0] if known else "NAME"
-        keys = f"its keys ({shown})" if known else "names below it"
+        keys = _keys_of_section(schema, location) or f"names below it, as in {key}.NAME=VALUE"
         without = f", or leave it out by {key}={NONE}" if _may_be_none(schema, location) else ""
-        said = f"{key} = {item['input']!r}: this is a section, not a value; set {keys}, as in {key}.{first}=VALUE"
-        return said + without
+        return f"{key} = {item['input']!r}: this is a section, not a value; set {keys}{without}"
     if item["type"] == "too_short":
         least, present = item["ctx"]["min_length"], item["ctx"]["actual_length"]
         return f"{key} = {item['input']!r} has {present} values; give it {least} or more"
     way = _way(item) if item["type"] != "literal_error" else ""
     return f"{key} = {item['input']!r}: {message[0].lower()}{message[1:]}{way and '; ' + way}"
+
+
+def _keys_of_section(schema: type[BaseModel], location: Sequence[str]) -> str:
+    """Returns in words the keys of the section at `location`, with one that must be set; "" if it is a value."""
+    section, is_named = _section_at(schema, location)
+    if section is None:
+        return ""
+    key = ".".join(location)
+    first = next((name for name, field in section.model_fields.items() if field.is_required()), None)
+    if is_named:
+        return f"names below it, as in {key}.NAME.{first or next(iter(section.model_fields))}=VALUE"
+    known = list(_known_keys(schema, location))
+    shown = ", ".join(known[:6]) + "..." * (len(known) > 6)
+    return f"its keys ({shown}), as in {key}.{first or known[0]}=VALUE"
 
 
 def _way(item: Any) -> str:
@@ -223,15 +236,21 @@ def _may_be_none(schema: type[BaseModel], location: Sequence[str]) -> bool:
 
 def _known_keys(schema: type[BaseModel], location: Sequence[str]) -> Iterator[str]:
     """Yields the keys of the section at `location`; names in a dict of sections (`rules.english`) are skipped."""
+    section, is_named = _section_at(schema, location)
+    if section and not is_named:
+        yield from section.model_fields
+    if section is presets.ModelConfig and not is_named:
+        yield "preset"
+
+
+def _section_at(schema: type[BaseModel], location: Sequence[str]) -> tuple[type[BaseModel] | None, bool]:
+    """Returns the schema of the section at `location`, and whether sections with names are there; None for a value."""
     current: type[BaseModel] | None = schema
-    in_dict = False
+    is_named = False
     for part in location:
-        if in_dict:
-            in_dict = False
+        if is_named:
+            is_named = False
             continue
         field = current.model_fields.get(part) if current else None
-        current, in_dict = section_in(field.annotation) if field else (None, False)
-    if current and not in_dict:
-        yield from current.model_fields
-    if current is presets.ModelConfig:
-        yield "preset"
+        current, is_named = section_in(field.annotation) if field else (None, False)
+    return current, is_named

@@ -1,5 +1,6 @@
 """Mistakes in a config are reported by a sentence that names the key, the value and what to change."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -15,6 +16,7 @@ from configs.model import ModelConfig
 from configs.rl import GRPOConfig
 from configs.train import Precision, PretrainConfig
 
+_KEY = re.compile(r"as in (\S+)=VALUE")
 PRESETS = Path(__file__).resolve().parents[3] / "configs"
 DEMO = PRESETS / "pretrain" / "demo.toml"
 
@@ -97,8 +99,17 @@ def test_a_missing_file_and_broken_toml_are_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not valid TOML"):
         loader.load(PretrainConfig, tmp_path / "broken.toml")
     (tmp_path / "empty.toml").write_text("")
-    with pytest.raises(ConfigError, match="key 'run' is missing; set it in the file or as run=VALUE"):
+    with pytest.raises(ConfigError, match=r"section 'run' is missing; .*; section 'optimizer' is missing;") as said:
         loader.load(PretrainConfig, tmp_path / "empty.toml")
+    model = [f"model.{key}=8" for key in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads")]
+    train = ["train.global_batch_size=1", "train.micro_batch_size=1", "train.seq_length=8", "model.head_dim=2", *model]
+    named = [
+        f"{key}=8" if "dir" not in key and "plan" not in key else f"{key}=a" for key in _KEY.findall(str(said.value))
+    ]
+    assert {one.partition(".")[0] for one in named} == {"run", "train", "optimizer", "model", "data"}
+    loader.load(PretrainConfig, tmp_path / "empty.toml", [*named, *train])
+    with pytest.raises(ConfigError, match=r"names below it, as in sources\.NAME\.files=VALUE"):
+        loader.load(DataConfig, tmp_path / "empty.toml")
 
 
 def test_none_is_left_out_of_the_resolved_copy() -> None:

@@ -35,7 +35,7 @@ def checked(kind: str, overrides: Sequence[str]) -> None:
         (["model.moe.num_experts=12", "model.moe.num_groups=4", "model.moe.top_groups=5"], 1),
         (["model.moe.num_experts=12", "model.moe.num_groups=4", "model.moe.top_k=5"], 1),
         (["model.moe.num_experts=4", "model.moe.num_groups=4", "model.moe.group_score=top2", "model.moe.top_k=1"], 1),
-        (["schedule.steps=3", "train.steps=9"], 2),
+        (["schedule.steps=3", "train.steps=9"], 1),
         (["schedule.warmup_steps=30", "train.steps=9"], 1),
         (["schedule.kind=wsd", "schedule.decay_steps=30", "train.steps=9", "schedule.steps=12"], 1),
         (["checkpoint.every=7", "checkpoint.keep_every=10"], 1),
