@@ -5,11 +5,13 @@ The folder `launch/N` in the command's own folder gets the script, a copy of the
 jobs, one a stage, each of which waits for the one before it.
 """
 
+import contextlib
 import itertools
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,6 +45,8 @@ def submit(submission: Submission) -> int:
         raise ConfigError(f"{str(jobs)!r} cannot hold the output of a Slurm job; choose another path")
     if not submission.dry_run:
         check_writable(jobs, "--job-dir" if submission.job_dir else f"the folder of `{submission.command.name}`")
+    code, missing = snapshot(jobs / "code", copy=False), [one for one in (jobs, *jobs.parents) if not one.exists()]
+    is_new = not code.exists()
     folder = _numbered(jobs, submission.dry_run)
     job = SlurmJob(
         command=_with_copied_config(submission.command, folder, submission.dry_run),
@@ -62,11 +66,25 @@ def submit(submission: Submission) -> int:
         else:
             one.script.write_text(one.render(), encoding="utf-8")
             one.script.chmod(0o755)
-            number = _sbatch(one.script)
+            try:
+                number = _sbatch(one.script)
+            except ConfigError:
+                if before == submission.after:  # no job that needs them was submitted
+                    _remove([folder, *([code] if is_new else [])], [code.parent, *missing])
+                raise
             waits = f", after {', '.join(before)}" if before else ""
             print(f"submitted job {number}{waits}: {one.script}\n  its output: {folder / f'{number}.log'}", flush=True)
         before = (number,)
     return 0
+
+
+def _remove(written: Sequence[Path], made: Sequence[Path]) -> None:
+    """Removes what a refused submission has written, and of the folders above it that were made those that are empty."""
+    for folder in written:
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in made:
+        with contextlib.suppress(OSError):  # not empty, or gone
+            folder.rmdir()
 
 
 def python_of(config: LaunchConfig) -> str:
@@ -150,5 +168,8 @@ def _sbatch(script: Path) -> str:
     )
     if done.returncode:
         said = " ".join(done.stderr.replace("sbatch: error:", "").split())
-        raise ConfigError(f"sbatch refused {script}: {said}; correct the launch config, mostly its slurm.* keys")
+        raise ConfigError(
+            f"sbatch refused the job: {said}; correct the launch config, mostly its slurm.* keys (--dry-run before the "
+            "command prints the script)"
+        )
     return done.stdout.strip().partition(";")[0]

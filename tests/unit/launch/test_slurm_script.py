@@ -1,6 +1,7 @@
 """Scripts that `trivium launch --on slurm --dry-run` prints: their options, the words that bash reads, refusals."""
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -148,6 +149,21 @@ def test_without_slurm_a_dry_run_is_offered(monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(ConfigError, match=r"needs the command sbatch, which is not on PATH; .* add --dry-run"):
         ranks.main(["--on", "slurm", *TRAIN])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_job_leaves_no_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Submits to a Slurm that takes no job, and to one that takes the first of a recipe, whose files then stay."""
+    sbatch, jobs = tmp_path / "bin/sbatch", tmp_path / "runs/jobs"
+    sbatch.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    recipe = ["recipe", "run", str(ROOT / "configs/recipes/demo.toml")]
+    for command, takes in ((TRAIN, 0), (recipe, 0), (recipe, 1)):
+        sbatch.write_text(f"#!/bin/sh\necho x >> {tmp_path}/n\n[ $(wc -l < {tmp_path}/n) -le {takes} ] && echo 7\n")
+        sbatch.chmod(0o755)
+        (tmp_path / "n").unlink(missing_ok=True)
+        with pytest.raises(ConfigError, match=r"sbatch refused the job: .*slurm\.\* keys \(--dry-run before the"):
+            ranks.main(["--on", "slurm", "--job-dir", str(jobs), *command])
+        assert (jobs / "1").is_dir() == bool(takes) and (takes or not (tmp_path / "runs").exists())
 
 
 def test_the_copy_of_the_code_is_named_after_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
