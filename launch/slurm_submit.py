@@ -79,7 +79,7 @@ def submit(submission: Submission) -> int:
 
 
 def _remove(written: Sequence[Path], made: Sequence[Path]) -> None:
-    """Removes what a refused submission has written, and of the folders above it that were made those that are empty."""
+    """Removes what a refused submission has written, and the folders that were made for it, if they are empty."""
     for folder in written:
         shutil.rmtree(folder, ignore_errors=True)
     for folder in made:
