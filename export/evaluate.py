@@ -123,6 +123,7 @@ def _plan(args: argparse.Namespace, opened: "ModelSource") -> "Plan | None":
     """Opens the plan; returns None if no held-out text is asked for, or the model has none and there are tasks."""
     from data_pipeline.mixture.rows import Plan
     from data_pipeline.tokens.tokenizer import difference_of_files
+    from export.heldout_passages import check_heldout
 
     if args.rows == 0:
         return None
@@ -146,6 +147,7 @@ def _plan(args: argparse.Namespace, opened: "ModelSource") -> "Plan | None":
         if args.tasks and not args.plan:
             return None
         raise ConfigError(f"{path} has no held-out documents; name another plan by --plan, or give --tasks")
+    check_heldout(plan)
     return plan
 
 

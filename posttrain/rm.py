@@ -106,8 +106,9 @@ def model_with_values(initial: "InitialChatModel", section: RewardSection) -> Mo
         wanted = f"{section.outputs} ({', '.join(section.classes)})" if section.classes else "1"
         raise ConfigError(
             f"{initial.own or initial.pin.checkpoint} is a reward model with {model.head.outputs} values of each token,"
-            f" and reward_model.kind = {section.kind!r} needs {wanted}; start from a language model, or set "
-            "reward_model.kind and reward_model.labels as it was trained"
+            f" and reward_model.kind = {section.kind!r} needs {wanted}; "
+            f"{'choose another run.dir' if initial.own else 'start from a language model'}, or set reward_model.kind "
+            "and reward_model.labels as it was trained"
         )
     return model
 

@@ -14,6 +14,7 @@ from data_pipeline.core import integrity
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens.store import Store
+from export.heldout_passages import check_heldout, heldout_passages
 from pretrain import train as train_command
 from pretrain.checkpoint import storage
 from tests.parallel.harness import RanksOf
@@ -181,3 +182,16 @@ def test_an_id_beyond_the_vocabulary_names_source_shard_and_document(data: Path)
     with pytest.raises(ValueError, match=message):
         for i in range(plan.num_samples):
             plan.row(i)
+
+
+def test_damaged_heldout_text_is_not_measured(data: Path) -> None:
+    """Checks the held-out text that evaluation and export read, and not the rest of the plan's files."""
+    for name, word in (("train/code", ""), ("heldout/prose", r"source prose, shard heldout/prose/00000: the file")):
+        path = data / f"tokens/{name}/00000.bin"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        if not word:
+            check_heldout(Plan.open(data / "plan"))
+            continue
+        with pytest.raises(integrity.DamagedData, match=f"{word} .* does not match its checksum"):
+            heldout_passages(data / "plan", 2, 16, data / "tokenizer")
