@@ -37,6 +37,17 @@ def check_writable(folder: str | Path, key: str, value: str | Path | None = None
         raise ConfigError(f"{key} = {named!r}: {_reason(folder, error)}") from None
 
 
+def check_can_hold(run_dir: Path, name: str) -> None:
+    """Checks that a file `name` about a finished run can be written to the run's folder. Raises ConfigError."""
+    try:
+        check_writable(run_dir, "run.dir")
+    except ConfigError as error:
+        what = str(error).partition(";")[0]
+        raise ConfigError(
+            f"{what}, so that {name} cannot be written; copy the run's folder, and name the copy as run.dir"
+        ) from None
+
+
 def check_run_dir(run_dir: str | Path) -> None:
     """Checks that a training run can write to its folder and to what is in it already. Raises ConfigError naming it.
 

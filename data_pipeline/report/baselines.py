@@ -21,6 +21,7 @@ from rich.table import Table
 from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
 from configs.files import file_sha256, write_atomic
+from configs.folders import check_can_hold
 from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.integrity import STAGE_MANIFEST
 from data_pipeline.core.shards import HELDOUT, TRAIN, read_records, shard_path, shards_under
@@ -136,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         say(f"would measure the held-out text of {run_dir}", console)
         return 0
+    check_can_hold(run_dir, FILE)
     try:
         found = baselines(run_dir, config.run.workers)
         if not found:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from configs.cli import entrypoint, parse_args
 from configs.data import DataConfig
+from configs.folders import check_can_hold
 from configs.loader import ConfigError, load
 from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.console import say, wide_console
@@ -115,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         print_ledger(ledger, run_dir, console)
         print_drops(run_dir, console)
+        check_can_hold(run_dir, "report.html")
         # The config of the run itself: the thresholds in the file may have changed since.
         page = write(load(DataConfig, run_dir / "config.toml"), run_dir, ledger)
     except ConfigError:

@@ -85,15 +85,21 @@ def test_a_folder_that_will_do_is_left_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not HAS_NAMESPACES, reason="this system lets no user mount a file system of his own")
 @pytest.mark.parametrize(
-    ("options", "fill", "words"),
+    ("options", "fill", "check", "words"),
     [
-        ("ro", "true", "is on a read-only file system; name a folder"),
-        ("size=16k", "head -c 16384 /dev/zero > full", "the file system is full; make room"),
+        ("ro", "true", "check_writable", "is on a read-only file system; name a folder"),
+        ("size=16k", "head -c 16384 /dev/zero > full", "check_writable", "the file system is full; make room"),
+        (
+            "ro",
+            "true",
+            "check_can_hold",
+            "so that run.dir cannot be written; copy the run's folder",
+        ),
     ],
 )
-def test_a_read_only_and_a_full_file_system(tmp_path: Path, options: str, fill: str, words: str) -> None:
+def test_a_read_only_and_a_full_file_system(tmp_path: Path, options: str, fill: str, check: str, words: str) -> None:
     (tmp_path / "disk").mkdir()
-    script = "import sys; from configs.folders import check_writable; check_writable(sys.argv[1], 'run.dir')"
+    script = f"import sys; from configs import folders; folders.{check}(sys.argv[1], 'run.dir')"
     mount = f'mount -t tmpfs -o {options} none {tmp_path / "disk"} && cd {tmp_path / "disk"} && {fill}; exec "$@"'
     command = [*IN_OWN_NAMESPACE, "sh", "-c", mount, "sh", sys.executable, "-c", script, str(tmp_path / "disk/run")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.getcwd()}, capture_output=True, text=True)
