@@ -140,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_can_hold(run_dir, FILE)
     try:
         found = baselines(run_dir, config.run.workers)
+        if not found and config.heldout.share and not (run_dir / "documents" / STAGE_MANIFEST).is_file():
+            raise ValueError(f"{run_dir} has no documents any more; run: trivium data run CONFIG")
         if not found:
             raise ValueError(
                 f"{run_dir} holds no text out to measure on (heldout.share = {config.heldout.share:g}); set "

@@ -12,9 +12,12 @@ TITLES = {"ngram": f"{ORDER}-gram", "xz_after_training": "xz -9 after training t
 
 
 def kept(run_dir: Path) -> dict[str, dict[str, float]]:
-    """Returns the baselines of a data run by source; {} if they were made from other tokens than the present."""
+    """Returns the baselines of a data run by source; {} if they are damaged, or of other tokens than the present."""
     manifest, path = run_dir / "tokens" / STAGE_MANIFEST, run_dir / FILE
     if not (manifest.is_file() and path.is_file()):
         return {}
-    known = json.loads(path.read_text(encoding="utf-8"))
-    return dict(known["sources"]) if known.get("made_from") == file_sha256(manifest) else {}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return dict(known["sources"]) if known["made_from"] == file_sha256(manifest) else {}
+    except (ValueError, KeyError, TypeError):
+        return {}

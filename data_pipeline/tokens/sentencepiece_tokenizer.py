@@ -4,7 +4,6 @@ The model keeps every character: it uses identity normalisation, adds and remove
 characters as their UTF-8 bytes.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import sentencepiece
 
 from data_pipeline.tokens.bpe_cache import PartTable
-from data_pipeline.tokens.tokenizer import INFO_FILE, PROBE, SPACE, Tokenizer, check_unicode, remade
+from data_pipeline.tokens.tokenizer import PROBE, SPACE, Tokenizer, check_unicode, read_info, remade
 
 BPE_KIND, UNIGRAM_KIND = "sentencepiece-bpe", "sentencepiece-unigram"
 
@@ -76,5 +75,4 @@ class SentencePieceTokenizer(Tokenizer):
 
 def _trained_here(origin: str) -> str | None:
     """Returns the kind of a tokenizer that `train` wrote beside its info.json, None for another file."""
-    info = Path(origin).with_name(INFO_FILE)
-    return json.loads(info.read_text(encoding="utf-8")).get("kind") if info.is_file() else None
+    return read_info(Path(origin)).get("kind")

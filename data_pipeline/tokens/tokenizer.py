@@ -98,16 +98,11 @@ class Tokenizer(ABC):
             tokenizer = HuggingFaceTokenizer(path.read_bytes(), str(path), threads, named, complete)
         else:
             tokenizer = SentencePieceTokenizer(path.read_bytes(), str(path), threads)
-        info_path = path.with_name(INFO_FILE)
-        try:
-            info = json.loads(info_path.read_text(encoding="utf-8")) if info_path.is_file() else {}
-            expected = info.get("sha256", tokenizer.sha256)
-        except (ValueError, AttributeError):
-            raise ValueError(f"{info_path} is not a JSON object; {remade(info_path)}") from None
+        expected = str(read_info(path).get("sha256", tokenizer.sha256))
         if expected != tokenizer.sha256:
             raise ValueError(
-                f"tokenizer {path} has SHA-256 {tokenizer.sha256[:12]}..., but {info_path} expects {expected[:12]}...: "
-                f"the file was changed or damaged; {remade(path)}"
+                f"tokenizer {path} has SHA-256 {tokenizer.sha256[:12]}..., but {path.with_name(INFO_FILE)} expects "
+                f"{expected[:12]}...: the file was changed or damaged; {remade(path)}"
             )
         return tokenizer
 
@@ -207,6 +202,20 @@ def roles_beside(tokenizer: Path) -> bytes | None:
     """Returns the content of the file with the roles of a foreign tokenizer's tokens, None if it has none."""
     file = tokenizer.with_name(ROLES_FILE)
     return file.read_bytes() if tokenizer.suffix == ".json" and file.is_file() else None
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """Returns what info.json beside a tokenizer says, {} if there is none. Raises ValueError if it is damaged."""
+    file = path.with_name(INFO_FILE)
+    if not file.is_file():
+        return {}
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        info = None
+    if not isinstance(info, dict):
+        raise ValueError(f"{file} is not a JSON object; {remade(file)}")
+    return info
 
 
 def remade(path: str | Path) -> str:

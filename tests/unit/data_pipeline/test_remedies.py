@@ -197,17 +197,22 @@ def test_commands_are_told_what_to_do_about_a_run(finished: Path, tmp_path: Path
     assert not outcome(document_samples.main, [*on, "--stage", off[1], "--kept"], capsys)
 
 
-@pytest.mark.parametrize("file", ["extract/big/0000-0000.jsonl.zst", "tokenizer/tokenizer.model", "dedup/stage.json"])
+@pytest.mark.parametrize(
+    "file", ["extract/big/0000-0000.jsonl.zst", "tokenizer/tokenizer.model", "tokenizer/info.json", "dedup/stage.json"]
+)
 def test_a_damaged_file_that_a_stage_reads_is_made_anew_as_the_message_says(
     finished: Path, tmp_path: Path, file: str, capsys
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished.parent / "run", folder)
     content = (folder / file).read_bytes()
-    half = len(content) // 2
-    damaged = (
-        b"{}" if file.endswith(".json") else content[:half] + bytes([content[half] ^ 255]) * 8 + content[half + 8 :]
-    )
+    if file.endswith("stage.json"):
+        damaged = b"{}"
+    elif file.endswith(".json"):
+        damaged = b"[" + b" " * (len(content) - 2) + b"]"  # of the same size
+    else:
+        half = len(content) // 2
+        damaged = content[:half] + bytes([content[half] ^ 255]) * 8 + content[half + 8 :]
     (folder / file).write_bytes(damaged)
     args = [str(finished), f"run.dir={folder}", "mixture.samples=41"]
     args += ["rules.big.word_count.min=6"] if file.startswith("extract") else []
