@@ -290,6 +290,11 @@ def _reason(error: Exception) -> str:
             f"its data are not on this machine ({text[:200]}); put them into files and name these in dataset_kwargs."
             "data_files of a copy of the task's file, or run once with HF_HUB_OFFLINE=0, which downloads them"
         )
+    if "module script" in text:  # of the package evaluate, which fetches it
+        return (
+            f"code of one of its metrics is not on this machine ({text[:200]}); use another metric in a copy of the "
+            "task's file, or run once with HF_HUB_OFFLINE=0, which downloads it"
+        )
     return f"{type(error).__name__}: {text[:400]}; correct its file"
 
 

@@ -264,6 +264,8 @@ def test_an_unknown_name_is_told_with_those_like_it() -> None:
         load_tasks(["humanevil"])
     with pytest.raises(ConfigError, match=r"task hellaswag cannot be loaded: its data are not on this machine"):
         load_tasks(["hellaswag"])
+    with pytest.raises(ConfigError, match=r"task humaneval_instruct cannot be .*use another metric .*HF_HUB_OFFLINE=0"):
+        load_tasks(["humaneval_instruct"])
 
 
 def test_rouge_knows_words_of_every_script() -> None:
