@@ -157,7 +157,12 @@ def published(stage: Stage, run_dir: Path) -> PublishedStage | None:
     """
     folder = run_dir / stage.name
     manifest = read_manifest(folder)
-    if manifest is None or manifest["key"] != stage.identity["key"]:
+    if manifest is None:
+        return None
+    if missing := {"key", "sources", "seconds"} - manifest.keys():
+        path = folder / STAGE_MANIFEST
+        raise DamagedData(f"{path} lacks {' and '.join(sorted(missing))}; {remedy(path)}")
+    if manifest["key"] != stage.identity["key"]:
         return None
     for file in expected_files(folder, manifest):
         if not file.path.is_file() or file.path.stat().st_size != file.size:
@@ -180,10 +185,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / STAGE_MANIFEST
     if not path.is_file():
         return None
-    manifest = read_sealed(STAGE, path, has_no_checksum=_is_from_before_checksums)
-    if missing := {"key", "sources", "seconds"} - manifest.keys():
-        raise DamagedData(f"{path} lacks {' and '.join(sorted(missing))}; {remedy(path)}")
-    return manifest
+    return read_sealed(STAGE, path, has_no_checksum=_is_from_before_checksums)
 
 
 def _is_from_before_checksums(manifest: dict[str, Any]) -> bool:

@@ -70,7 +70,7 @@ def normal_url(url: str) -> tuple[str, str]:
 def _entries(paths: Sequence[str], kind: str) -> Iterator[str]:
     for path in paths:
         try:
-            with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+            with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
                 for number, line in enumerate(file, 1):
                     if entry := line.split("#")[0].strip():
                         yield _entry(entry, kind, f"extract.blocklist.{kind}: {path}, line {number}")

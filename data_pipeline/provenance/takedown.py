@@ -23,6 +23,7 @@ from data_pipeline.mixture.rows import open_plans
 from data_pipeline.personal_data.hiding import hide
 from data_pipeline.provenance.lookup import StoredDocument, data_spans, given, locations, plans, steps, stored, uses
 from data_pipeline.provenance.replan import rest, used
+from data_pipeline.reading.charsets import decode_whole, marked_charset
 from data_pipeline.reading.document_urls import url_key
 from data_pipeline.reading.ids import published_id
 
@@ -30,10 +31,19 @@ _SHOWN = 8  # ids listed for one line of the list
 
 
 def read_list(path: Path) -> list[str]:
-    """Reads the distinct lines of a list, without comments; raises ConfigError if it is missing or empty."""
+    """Reads the distinct lines of a list, without comments, in UTF-8 or in the encoding that its byte order mark names.
+
+    Raises ConfigError if it is missing, empty, or in another encoding.
+    """
     if not path.is_file():
         raise ConfigError(f"LIST {path} does not exist; give a file with a document id or an address on each line")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    content = path.read_bytes()
+    try:
+        lines = [line.strip() for line in decode_whole(content, marked_charset(content) or "utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"LIST {path} is not valid {error.encoding} at byte {error.start}; convert it to UTF-8"
+        ) from None
     wanted = [line for line in dict.fromkeys(lines) if line and not line.startswith("#")]
     if not wanted:
         raise ConfigError(f"LIST {path} names no document; write an id or an address on each line")

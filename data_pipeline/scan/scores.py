@@ -115,7 +115,7 @@ def definition_of(rules: RuleSet) -> Definition:
         if not path.is_file():
             raise ValueError(f"bad_words_file {path} does not exist, seen from {Path.cwd()}; correct the path")
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"bad_words_file {path} is not UTF-8 ({error}); convert it to UTF-8") from None
         words = tuple(sorted({line.strip().lower() for line in lines} - {""}))

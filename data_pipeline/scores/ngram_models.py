@@ -145,7 +145,7 @@ def _frequencies(path: Path, lower: bool) -> dict[str, float]:
     Counts are above 0; with `lower`, words are lower-cased and the counts of equal ones are summed.
     """
     counts: dict[str, float] = {}
-    with io.TextIOWrapper(_bytes(path), encoding="utf-8", errors="replace", newline="\n") as lines:
+    with io.TextIOWrapper(_bytes(path), encoding="utf-8-sig", errors="replace", newline="\n") as lines:
         if ".json" in path.suffixes:
             try:
                 pairs = list(json.load(lines).items())

@@ -314,8 +314,12 @@ def test_a_list_of_documents_is_right_once_it_is_as_the_message_says(finished: P
     file.write_text("nosuch\nbig/none\n")
     said = outcome(takedown.main, args[:-1], capsys)
     assert "no plan is written; list ids as `trivium data sample`" in said and not (tmp_path / "out").exists()
-    file.write_text("big/3\n")
-    assert not outcome(takedown.main, args, capsys)
+    file.write_bytes("big/3é\n".encode("latin-1"))
+    assert "is not valid utf-8 at byte 5; convert it to UTF-8" in outcome(takedown.main, args, capsys)
+    for encoding in ("utf-8-sig", "utf-16", "utf-8"):
+        file.write_text("big/3\r\n", encoding=encoding)
+        capsys.readouterr()
+        assert takedown.main(args) == 0 and "not found" not in capsys.readouterr().out
     out = tmp_path / "taken"
     out.mkdir()
     said = outcome(takedown.main, [*args[:3], str(out)], capsys)

@@ -16,7 +16,7 @@ from data_pipeline.extraction.extract import Extract
 def config(tmp_path: Path) -> BlocklistConfig:
     (tmp_path / "domains").write_text("# a comment\nexample.com\n\nBücher.example # and another\nco.uk.example.\n")
     (tmp_path / "hosts.gz").write_bytes(gzip.compress(b"www.host.org\n10.0.0.1\n"))
-    (tmp_path / "prefixes").write_text("path.net/forum\nhttps://path.net/a/b/\n")
+    (tmp_path / "prefixes").write_text("path.net/forum\nhttps://path.net/a/b/\n", encoding="utf-8-sig")
     return BlocklistConfig(
         domains=(str(tmp_path / "domains"),),
         hosts=(str(tmp_path / "hosts.gz"),),

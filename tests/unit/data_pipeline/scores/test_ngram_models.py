@@ -153,7 +153,7 @@ def test_perplexity_is_kenlms_on_real_text(tmp_path: Path, order: int, source: s
 
 def test_unigrams_by_hand_and_as_datatrove(tmp_path: Path) -> None:
     tsv, table = tmp_path / "f.tsv", tmp_path / "f.json"
-    tsv.write_text("the\t60\ncat\t30\nThe\t10\n")
+    tsv.write_text("the\t60\ncat\t30\nThe\t10\n", encoding="utf-8-sig")
     table.write_text(json.dumps({"the": 70, "cat": 30}))
     for path in (tsv, table):
         model = Unigrams(path)
