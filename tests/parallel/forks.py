@@ -148,7 +148,6 @@ def main() -> None:
     assert threading.active_count() == 1, "a fork would lack the other threads, and hang on locks that they hold"
     gc.collect()
     gc.freeze()  # else a garbage collection in a fork would copy every memory page
-    statuses: dict[int, int] = {}
     while True:
         line, descriptors = _line_with_descriptors(requests)
         if not line:
@@ -162,17 +161,14 @@ def main() -> None:
             for descriptor in descriptors:  # else the first, the `alive` pipe, would stay open after the fork has ended
                 os.close(descriptor)
         else:
-            answer = _status(request["pid"], statuses)
+            answer = _status(request["pid"])
         requests.sendall(json.dumps(answer).encode() + b"\n")
 
 
-def _status(pid: int, statuses: dict[int, int]) -> int | None:
-    if pid not in statuses:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if not ended:
-            return None
-        statuses[pid] = os.waitstatus_to_exitcode(status)
-    return statuses[pid]
+def _status(pid: int) -> int | None:
+    """Returns the exit status of a process, once: from then on another process may get its pid."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
 
 
 def run_and_exit(request: dict[str, Any], descriptors: Sequence[int] = ()) -> NoReturn:
