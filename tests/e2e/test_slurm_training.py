@@ -89,8 +89,10 @@ def test_a_job_that_is_warned_as_its_ranks_start_is_requeued(tmp_path: Path) -> 
     job.wait_for(lambda: f"{job.number}.0" in shown("squeue", "--steps", "--noheader"))
     job.warn()
     job.wait_for(lambda: job.shows("Restarts") == "1")
-    # Slurm may kill a task before `env` has blocked the signal, and so before the rank's first line.
-    killed = "User defined signal 1" in job.said() and not list(tmp_path.glob("up_*"))
+    # The signal may come before `env` has blocked it, or, as launch.bootstrap sets no handlers for a module of tests,
+    # while a rank imports what it needs; in both cases before the rank's first line.
+    words = ("User defined signal 1", "was killed by signal 10")
+    killed = any(word in job.said() for word in words) and not list(tmp_path.glob("up_*"))
     assert killed or "before the first step" in job.said() or (tmp_path / "saved_0").exists()
     job.cancel()
 
