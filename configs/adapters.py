@@ -153,7 +153,7 @@ class AdapterConfig(Section):
 
     @property
     def prepends(self) -> bool:
-        """Whether virtual tokens pass through the layers like others, in front of them."""
+        """Tells whether virtual tokens pass through the layers like others, in front of them."""
         return self.kind in ("prompt", "p_tuning")
 
     @property

@@ -189,7 +189,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_from_before_checksums(manifest: dict[str, Any]) -> bool:
-    """Whether a manifest was written by a version of Trivium that wrote no checksums."""
+    """Tells whether a manifest was written by a version of Trivium that wrote no checksums."""
     return "format" not in manifest and all(isinstance(size, int) for size in manifest.get("files", {}).values())
 
 

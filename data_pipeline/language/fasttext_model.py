@@ -259,7 +259,7 @@ def _add_grams(
 
 @numba.njit(cache=True, nogil=True)
 def _begins(line: np.ndarray, start: int, size: int, mark: np.ndarray) -> bool:
-    """Whether the word of `size` bytes at `start` begins with `mark`."""
+    """Tells whether the word of `size` bytes at `start` begins with `mark`."""
     return size >= len(mark) and line[start] == mark[0] and bool(np.all(line[start : start + len(mark)] == mark))
 
 

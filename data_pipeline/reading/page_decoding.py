@@ -163,7 +163,7 @@ def _is_iso2022(content: bytes) -> bool:
 
 
 def _is_believed(text: str, charset: str, known_by: str, bad: int) -> bool:
-    """Whether few enough characters of `text` failed (`bad`) to accept its charset, by the limits of this module."""
+    """Tells whether so few characters of `text` failed (`bad`) that its charset is accepted, by our limits."""
     beyond_ascii = len(text) if charset.startswith(WIDE) else len(text) - len(text.encode("ascii", "ignore"))
     good = beyond_ascii - bad
     if known_by == BY_BYTES:

@@ -122,7 +122,7 @@ def _is_named(leaf: str, source: SourceConfig) -> bool:
 
 
 def _leads_to(key: str, leaf: str) -> bool:
-    """Whether a key names the column `leaf` or a struct that contains it."""
+    """Tells whether a key names the column `leaf` or a struct that contains it."""
     return leaf == key or leaf.startswith(f"{key}.")
 
 

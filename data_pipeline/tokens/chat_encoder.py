@@ -134,7 +134,7 @@ class _Written:
 
 
 def _is_mark(name: str) -> bool:
-    """Whether a token looks like one that a template writes, and not like a word or white space."""
+    """Tells whether a token looks like one that a template writes, and not like a word or white space."""
     return len(name) > 2 and not name[0].isalnum() and not name[-1].isalnum() and not name.isspace()
 
 

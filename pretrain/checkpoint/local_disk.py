@@ -132,7 +132,7 @@ class LocalDisk:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _is_followed(self, start: int, step: int) -> bool:
-        """Whether all later starts began from this step or a later one."""
+        """Tells whether all later starts began from this step or a later one."""
         return all(began >= step for began in self._starts[start:])
 
     def _all(self) -> Iterator[tuple[int, int, Path]]:
