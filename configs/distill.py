@@ -69,9 +69,10 @@ class DistillConfig(TrainerConfig):
                 "data.dialogues and set task.demonstrations=0"
             )
         if share < 1 and not (data.dialogues or data.plan or solved):
+            shown = "" if self.task and not self.task.is_scored else ", or task.demonstrations above 0"
             raise ValueError(
-                f"distill.on_policy = {share:g} leaves steps that need data: set data.dialogues, data.plan or "
-                "task.demonstrations above 0, or distill.on_policy=1"
+                f"distill.on_policy = {share:g} leaves steps that need data: set data.dialogues or data.plan{shown}, "
+                f"or distill.on_policy=1{'' if self.task else ' and [task]'}"
             )
         if share > 0 and self.task is None:
             raise ValueError(

@@ -12,6 +12,7 @@ from functools import cached_property
 from pydantic import Field, model_validator
 
 from configs.model_parts import (
+    ROUNDING,
     WITHOUT_WINDOW,
     AttentionConfig,
     AttentionPattern,
@@ -22,6 +23,7 @@ from configs.model_parts import (
     NormConfig,
     PositionConfig,
     ResidualConfig,
+    share_of,
 )
 from configs.moe import MoEConfig
 from configs.remedies import could_be, divisors
@@ -134,14 +136,14 @@ class ModelConfig(Section):
                 f"{delta.num_key_heads}, and every key head serves the same number of value heads; set model.attention."
                 f"delta.num_value_heads={nearest}"
             )
+        if latent := self.attention.latent:
+            return self._latent_problem(latent)
         if heads % self.num_kv_heads:
             kv_heads = could_be("model.num_kv_heads", self.num_kv_heads, divisors(heads), lambda _: True)
             return (
                 f"model.num_heads = {heads} is not a multiple of model.num_kv_heads = {self.num_kv_heads}, and every "
                 f"key-value head serves the same number of query heads; {kv_heads}"
             )
-        if latent := self.attention.latent:
-            return self._latent_problem(latent)
         if self.head_dim is None and width % heads:
             even = max(2, round(width / heads / 2) * 2)
             return (
@@ -152,11 +154,12 @@ class ModelConfig(Section):
             odd = self.dim_per_head
             said = f"model.head_dim = {odd}" if self.head_dim else f"model.hidden_size / model.num_heads = {odd}"
             return f"{said} is odd, and rotary embedding turns pairs; set model.head_dim={odd + 1}"
-        if self.position.kind == "rotary" and (turned := self.dim_per_head * self.position.fraction) % 2:
+        turned, size = self.dim_per_head * self.position.fraction, self.dim_per_head
+        if self.position.kind == "rotary" and (turned < 1 or turned % 2 > ROUNDING):
             return (
-                f"model.position.fraction = {self.position.fraction} rotates {turned:g} of {self.dim_per_head} elements"
-                f" of a head, and rotary embedding turns pairs; set model.position.fraction="
-                f"{max(1, round(turned / 2)) * 2 / self.dim_per_head}"
+                f"model.position.fraction = {self.position.fraction} rotates {turned} of {size} elements of a head, and"
+                f" rotary embedding turns pairs; set model.position.fraction="
+                f"{share_of(max(1, round(turned / 2)) * 2, size)}"
             )
         return ""
 
@@ -202,9 +205,10 @@ class ModelConfig(Section):
                 return f"{key}.pattern = {pattern!r} needs a length; set {key}.window, for example to 4096"
             position = self.kinds[kind].position if kind else None
             if position not in (None, self.position.kind) and (position, self.position.kind) != ("none", "rotary"):
+                none = f"set {key}.position=none, or " if self.position.kind == "rotary" else ""
                 return (
-                    f"{key}.position = {position!r}, and layers can only leave out the rotation of "
-                    f"model.position.kind = 'rotary'; set {key}.position=none or leave it out"
+                    f"{key}.position = {position!r} and model.position.kind = {self.position.kind!r}, and layers can "
+                    f"only do without a rotation that the others have; {none}leave {key}.position out"
                 )
         return ""
 
@@ -214,10 +218,14 @@ class ModelConfig(Section):
             return (
                 f"model.head.mtp_depth = {head.mtp_depth} predicts tokens, which a scalar head does not; leave it out"
             )
-        if head.mtp_depth and any(self._pattern(kind)[0] == "prefix" for kind in set(self.layer_pattern or [""])):
+        kinds = sorted({kind for kind in self.layer_pattern or [""] if self._pattern(kind)[0] == "prefix"})
+        if head.mtp_depth and kinds:
+            causal = [
+                f"model.kinds.{kind}.pattern=causal" if kind else "model.attention.pattern=causal" for kind in kinds
+            ]
             return (
                 f"model.head.mtp_depth = {head.mtp_depth} with the attention pattern 'prefix', where the context sees "
-                "tokens ahead that are to be predicted; set model.head.mtp_depth=0 or model.attention.pattern=causal"
+                f"tokens ahead that are to be predicted; set model.head.mtp_depth=0, or set {' and '.join(causal)}"
             )
         if head.kind == "language_model":
             if head.outputs != 1:

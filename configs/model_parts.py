@@ -1,5 +1,6 @@
 """Config sections of the parts that a decoder is made of, all but the mixture of experts."""
 
+import math
 from typing import Literal
 
 from pydantic import Field
@@ -9,6 +10,7 @@ from configs.section import Section
 AttentionPattern = Literal["causal", "prefix", "sliding", "chunked"]
 WITHOUT_WINDOW = ("causal", "prefix")  # patterns that have no length
 PositionKind = Literal["rotary", "learned", "alibi", "none"]
+ROUNDING = 1e-6  # of a number of elements that is a float
 
 
 class LatentConfig(Section):
@@ -123,6 +125,15 @@ class RopeScalingConfig(Section):
     """longrope: the divisor of each frequency in documents of up to original_length tokens."""
     long_factor: tuple[float, ...] | None = None
     """longrope: the divisor of each frequency in longer documents."""
+
+
+def share_of(elements: int, width: int) -> float:
+    """Returns the share of `width` that is `elements`, or the next number above it that also truncates to `elements`.
+
+    A position's fraction is truncated in transformers, where 44 times 30 / 44 is 29.999999999999996 and becomes 29.
+    """
+    share = elements / width
+    return share if int(width * share) == elements else math.nextafter(share, 1)
 
 
 class PositionConfig(Section):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from configs.model import ModelConfig
+from configs.model_parts import share_of
 from export.conversion.config_keys import ConfigKey, Custom, Draft, Fixed, MappedKey
 from export.conversion.families.llama import BOTH, OURS
 from export.conversion.operations import Chain, HeadByHead, Join, Operation, Rotary, RowOffset, Transpose, chain
@@ -233,7 +234,7 @@ class NeoXRope(Rope):
         if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden >= heads:
             size = hidden // heads
             if (turned := int(size * fraction)) != size * fraction and turned > 0:
-                draft.put("position.fraction", turned / size)
+                draft.put("position.fraction", share_of(turned, size))
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         position = config.position

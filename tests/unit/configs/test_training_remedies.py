@@ -2,31 +2,14 @@
 
 import importlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from configs.cli import SCHEMAS
 from configs.loader import ConfigError, load, toml
 from configs.sampling import split_keys
+from tests.training_configs import BASES
 
-MODEL = {"vocab_size": 64, "num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 32, "num_heads": 4, "num_kv_heads": 2}
-TRAIN: dict[str, Any] = {
-    "run": {"dir": "runs/x"},
-    "train": {"steps": 20, "global_batch_size": 4, "micro_batch_size": 2, "seq_length": 16},
-    "optimizer": {"lr": 0.1},
-}
-TUNE = TRAIN | {"init": {"run": "runs/y"}}
-BASES: dict[str, dict[str, Any]] = {
-    "pretrain": TRAIN | {"model": MODEL, "data": {"plan": "plan"}},
-    "sft": TUNE | {"data": {"dialogues": ["a"]}},
-    "dpo": TUNE | {"data": {"pairs": ["a"]}},
-    "distill": TUNE | {"teacher": {"run": "runs/z"}, "data": {"dialogues": ["a"]}},
-    "grpo": TUNE | {"task": {}},
-    "sample": {"run": {"dir": "runs/x"}, "init": {"run": "runs/y"}, "task": {}, "sample": {"completions": 2}},
-    "export": {"run": "runs/y", "out": "out"},
-    "launch": {},
-}
 ADALORA, PREFIX = ["adapter.kind=adalora"], ["adapter.kind=prefix", "adapter.virtual_tokens=2"]
 PROMPT, ONLINE = ["adapter.kind=prompt", "adapter.virtual_tokens=2"], ["data=none", "online.completions=2"]
 OFFLOAD, ZERO = "parallel.offload_optimizer=true", "parallel.zero=2"
@@ -143,7 +126,7 @@ UNSCORED = ["task.kind=file", "task.files=['a']", "task.answer_key="]
         ("distill", ["data.plan=a"], "leave out data.plan, or leave out data.dialogues and set task.demon", [
             [], ["data.plan=a", PLAN, "data.heldout_share=0.05"],
         ]),
-        ("distill", [PLAN], "set data.dialogues, data.plan or task.demonstrations above 0, or distill.on_policy=1", [
+        ("distill", [PLAN], "set data.dialogues or data.plan, or task.demonstrations above 0, or distill.on_policy=1", [
             [], [PLAN, "data.plan=a"], [PLAN, "task.demonstrations=9"], [PLAN, "distill.on_policy=1", "task.digits=3"],
         ]),
         ("distill", ["distill.on_policy=0.5"], "such as one of kind 'file' with task.answer_key", [

@@ -251,6 +251,8 @@ def test_rotary_positions_have_their_old_names_too():
     assert (written["rotary_pct"], written["rotary_emb_base"]) == (0.5, 300.0)
     assert written["rope_parameters"]["partial_rotary_factor"] == 0.5
     assert from_hf_config({"model_type": "gpt_neox", **NEOX}).position.fraction == 0.25  # what the class takes
+    thirty = from_hf_config(old | {"hidden_size": 132, "rotary_pct": 0.69}).position.fraction  # of 30.36
+    assert int(44 * thirty) == 30 and int(44 * (30 / 44)) == 29
 
 
 def shrunk(name: str, **changes: Any) -> ModelConfig:
