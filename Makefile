@@ -114,8 +114,8 @@ bench-data: install
 	@PYTHONWARNINGS=ignore $(BIN)/pip install -qq --constraint constraints.txt --no-build-isolation --editable '.[dev,bench]'
 	@$(BIN)/python -m tests.bench.data_pipeline
 
-# Training steps beside transformers and plain PyTorch take both cores: nothing else should run. PART=bf16 runs the
-# contests in bf16, PART="dense 34M" those of that model.
+# Training steps beside transformers, plain PyTorch and litgpt take both cores: nothing else should run. PART=bf16 runs
+# the contests in bf16, PART="dense 34M" those of that model.
 bench-train: install
 	@$(BIN)/python -m tests.bench.training $(if $(PART),--only "$(PART)")
 

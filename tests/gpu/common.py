@@ -6,6 +6,7 @@ import json
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,19 @@ def run(part: Callable[[argparse.Namespace], dict[str, Any]]) -> int:
     return 1 if "failed" in result else 0
 
 
+@cache
+def environment() -> ClusterEnvironment:
+    """Returns this process's environment as it was before its first engine.
+
+    An engine sets torchrun's variables, with which a second one would open the port that torchrun would have chosen.
+    """
+    return ClusterEnvironment.read()
+
+
 @contextmanager
 def engine(model: ModelConfig, train: TrainSection, dtype: torch.dtype) -> Iterator[Engine]:
     """Context manager with an engine of one rank."""
-    env = ClusterEnvironment.read()
-    with groups.joined(env, Layout.of(1, ParallelConfig(), model, train)) as mesh:
+    with groups.joined(environment(), Layout.of(1, ParallelConfig(), model, train)) as mesh:
         made = Engine(model, train, OptimizerConfig(lr=1e-4), mesh, 1234, dtype)
         yield made
         del made

@@ -2,7 +2,7 @@
 # Checks Trivium on one GPU in about ten minutes, and writes runs/gpu/gpu.json and runs/gpu/gpu.md.
 #
 #   tests/gpu/run.sh                        # on a machine with a CUDA GPU
-#   tests/gpu/run.sh --device cpu --small   # the same road without a GPU, in two minutes
+#   tests/gpu/run.sh --device cpu --small   # the same road without a GPU, in some minutes
 #   tests/gpu/run.sh --wheels DIR           # installs from the wheels in DIR alone, without network
 #   tests/gpu/run.sh --make-wheels DIR      # fills DIR, on a machine with network and the same Python
 #

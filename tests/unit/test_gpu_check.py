@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.loader import validate
 from configs.model import ModelConfig
-from tests.gpu import check, page, parts, requirements
+from tests.gpu import check, common, page, parts, requirements, syncs
 from tests.gpu.parts import Part
 
 
@@ -105,3 +107,21 @@ def test_the_memory_formula_counts_what_autograd_saves() -> None:
     deeper = validate(ModelConfig, {**shape, "num_kv_heads": 2, "num_layers": 4})
     growth = memory.expected(deeper, train, batch, torch.bfloat16)["activations"] / whole["activations"]
     assert 1.7 < growth < 2.0
+
+
+def test_values_that_are_read_count_as_waits() -> None:
+    lines: Counter[str] = Counter()
+    with syncs._counted("cpu", lines):
+        torch.ones(2).nonzero()
+        assert torch.ones(1).add(1).item() == 2
+    torch.ones(1).item()
+    assert lines == {"elsewhere": 2}
+
+
+def test_a_second_engine_of_a_process_opens_no_port_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    common.environment.cache_clear()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in common.environment().as_variables().items():  # as the first engine does
+        monkeypatch.setenv(name, value)
+    assert common.environment().launcher == "single"

@@ -8,13 +8,13 @@ takes as many steps as the other from the same weights; rates leave out the firs
 import json
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from posttrain.tasks.sorting import SortTask
+from tests.bench.environment import NoPeer, environment_of
 from tests.bench.rl.learning import ROOT, Runs
 
 STEPS, WARM = 30, 5
@@ -22,13 +22,9 @@ PROMPTS, GROUP, LONGEST = 16, 16, 6
 WANTED = 3.0  # times the steps a minute
 
 
-class NoPeer(Exception):
-    """Error for a TRL that cannot be used here; the message says why."""
-
-
 def contest(runs: Runs) -> Iterator[dict[str, Any]]:
     """Yields the steps a minute and the reward of each side's steps."""
-    python = _environment(runs.folder / "trl_environment")
+    python = environment_of("TRL", runs.folder / "trl_environment", ["trl"], "from trl import GRPOTrainer")
     exported = _exported(runs)
     ours = runs.train(
         "peer_trivium", "grpo", "demo_grpo.toml", init__run=runs.fine_tuned, train__steps=STEPS, rl__max_draws=1
@@ -55,24 +51,6 @@ def _tokens(run: Path) -> list[float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     totals = [0.0, *(line["tokens"] for line in lines if "tokens_per_s" in line)]
     return [after - before for before, after in pairwise(totals)]
-
-
-def _environment(folder: Path) -> Path:
-    """Makes the environment with TRL, unless it is there, and returns its Python. Raises NoPeer if it cannot."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        own = subprocess.run(
-            [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-            check=True, capture_output=True, text=True,
-        )  # fmt: skip
-        Path(own.stdout.strip(), "benchmark.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    for argv in (["-m", "pip", "install", "-qq", "trl"], ["-c", "from trl import GRPOTrainer"]):
-        done = subprocess.run([str(python), *argv], capture_output=True, text=True)
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise NoPeer(f"TRL cannot be used here: {said}")
-    return python
 
 
 def _exported(runs: Runs) -> Path:

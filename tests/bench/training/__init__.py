@@ -1,1 +1,1 @@
-"""Speed of training steps beside transformers and plain PyTorch: `make bench-train`."""
+"""Speed of training steps beside transformers, plain PyTorch and litgpt: `make bench-train`."""

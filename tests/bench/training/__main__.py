@@ -1,9 +1,12 @@
-"""`make bench-train`: a table and JSON of tokens a second beside transformers and plain PyTorch.
+"""`make bench-train`: tables and JSON of tokens a second beside transformers, plain PyTorch and litgpt.
 
 All contenders of a contest have the same weights, tokens, precision and cores. They take turns, one step each, so that
 a slower moment of the machine meets them all alike; what counts is the median step. Contenders' first losses must
 agree, or the contest is refused. "of products" relates the floating-point operations of the model, causal attention
-counted once, to the rate of the products of its weights alone, which is measured in the same turns.
+counted once, to the rate of the products of its weights alone, which is measured in the same turns. "time in" divides
+one step more, under torch's profiler. The second table has what is to be reached, and where it was not, the bounds.
+
+litgpt is installed into an environment of its own, beside the results; without a network the contests leave it out.
 
 `--quick` is for a machine that others use: small batches, nothing compiled, one core, and what counts is processor
 time. Its ratios say whether a change helps; they are no measurement of speed.
@@ -24,24 +27,40 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.files import write_atomic
-from tests.bench.training import contests
+from tests.bench.environment import NoPeer
+from tests.bench.training import contests, targets
+from tests.bench.training.contests import LITGPT
+from tests.bench.training.litgpt_peer import python_with_litgpt
 
 
-def table_of(records: list[dict[str, Any]], clock: str) -> Table:
-    table = Table(title=f"median training step, by {clock.replace('_', ' ')}", title_justify="left")
+def table_of(records: list[dict[str, Any]], facts: dict[str, Any]) -> Table:
+    about = f"{facts['cpu']}, {facts['cores']} cores, {', '.join(features(facts)) or 'no AVX'}; torch {facts['torch']}"
+    by = facts["ratios_by"].replace("_", " ")
+    table = Table(title=f"median training step, by {by}; {about}", title_justify="left")
     left = ("contest", "contender", "best peer", "time in")
     middle = ("documents a row", "tokens/s", "of products", "to best peer")
     alike = "to best with fp32 weights"
     for name in (*left[:2], *middle, left[2], alike, "to one rank, one document", left[3]):
         table.add_column(name, justify="left" if name in left else "right")
+    speed = f"tokens_per_{facts['ratios_by']}"
     for one in records:
         parts = ", ".join(f"{part} {share:.0%}" for part, share in one["shares"].items() if share >= 0.005)
-        numbers = [f"{one[f'tokens_per_{clock}']:,.0f}", _number(one["share_of_products"]), _number(one.get("ratio"))]
+        numbers = [
+            f"{one[speed]:,.0f}",
+            _number(one["share_of_products"]),
+            _number(one.get("ratio")),
+        ]
         whole = _number(one.get("of_one_rank_and_document"))
         alike = _number(one.get("ratio_with_fp32_weights"))
         cells = [one["label"], str(one["documents"]), *numbers, one.get("best_peer") or "", alike, whole, parts]
         table.add_row(one["contest"], *cells)
     return table
+
+
+def features(facts: dict[str, Any]) -> list[str]:
+    """Names those instructions of the machine that decide how fast it multiplies matrices."""
+    decide = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "sve", "bf16")
+    return [name for name in decide if name in facts["instructions"]]
 
 
 def _number(value: float | None) -> str:
@@ -83,15 +102,26 @@ def main() -> None:
     chosen = [contest for contest in every if args.only in contest.name]
     if not chosen:
         parser.error(f"--only {args.only}: the contests are {', '.join(contest.name for contest in every)}")
-    facts: dict[str, Any] = {**machine(), "quick": args.quick, "ratios_by": clock}
+    pythons, left_out = {}, {}
+    if any(contest.has(LITGPT) for contest in chosen):
+        try:
+            pythons[LITGPT] = python_with_litgpt(args.out.parent / "litgpt_environment")
+        except NoPeer as error:
+            left_out[LITGPT] = str(error)
+            print(error, file=sys.stderr, flush=True)
+            chosen = [contest.without(LITGPT) for contest in chosen]
+    facts: dict[str, Any] = {**machine(), "quick": args.quick, "ratios_by": clock, "left_out": left_out}
     records: list[dict[str, Any]] = []
     for contest in chosen:
         print(f"{contest.name}: {len(contest.contenders)} contenders", file=sys.stderr, flush=True)
-        records += contests.run(contest, args.rounds, cores)
+        records += contests.run(contest, args.rounds, cores, pythons)
         contests.compare(records, clock)
-        result = {"machine": facts, "records": records}
+        found = list(targets.reached(records, clock))
+        result = {"machine": facts, "records": records, "targets": found}
         write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())
-    Console(width=200).print(table_of(records, clock))
+    console = Console(width=200)
+    console.print(table_of(records, facts))
+    console.print(targets.table_of(found))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from configs.layout import Layout
 from configs.loader import validate
 from configs.train import OptimizerConfig, ParallelConfig, Precision, TrainSection
 from launch.environment import ClusterEnvironment
 from pretrain.data.batch_source import micro_batches, share_of_rank
-from tests.bench.training import models
+from pretrain.parallel.engine import OPTIMIZER
+from tests.bench.training import litgpt_peer, models
 from tests.bench.training.models import SIZES
 
 Step = Callable[[int], float]  # takes a step on rows of so many documents and returns the loss before it
@@ -29,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Contender:
     """A model in one process or, with more ranks, several."""
 
-    who: str  # trivium, transformers, plain or products
+    who: str  # trivium, transformers, plain, litgpt or products
     size: str
     precision: str = "fp32"
     compiled: bool = False
@@ -49,7 +51,13 @@ class Contender:
 
 def build(contender: Contender) -> contextlib.AbstractContextManager[Step]:
     """Returns a context that gives the contender's step, in the process group of this rank."""
-    builders = {"trivium": _trivium, "transformers": _transformers, "plain": _plain, "products": _products}
+    builders = {
+        "trivium": _trivium,
+        "transformers": _transformers,
+        "plain": _plain,
+        "litgpt": _litgpt,
+        "products": _products,
+    }
     return builders[contender.who](contender)
 
 
@@ -125,9 +133,10 @@ def _peer_step(
         with torch.autocast("cpu", DTYPES[contender.precision], enabled=contender.autocast):
             loss = loss_of(called, documents)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), models.CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
+        with record_function(OPTIMIZER):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), models.CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
         return float(loss.detach())
 
     return step
@@ -158,6 +167,19 @@ def _plain(contender: Contender) -> Iterator[Step]:
 
     with _joined(contender):
         yield _peer_step(contender, models.Plain.build(SIZES[contender.size].config), loss_of)
+
+
+@contextlib.contextmanager
+def _litgpt(contender: Contender) -> Iterator[Step]:
+    def loss_of(model: torch.nn.Module, documents: int) -> torch.Tensor:
+        if documents > 1:
+            raise ValueError("litgpt has no packed rows: give it rows of one document")
+        tokens, labels, _ = _tensors(contender, documents)
+        return litgpt_peer.loss_of(model, tokens, labels)
+
+    with _joined(contender):
+        size = SIZES[contender.size]
+        yield _peer_step(contender, litgpt_peer.model_of(size.config, size.length), loss_of)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from tests.bench.training.models import SIZES
 ROOT = Path(__file__).parents[3]
 DOCUMENTS = (1, 4)  # in a row
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative: roundings of the same operations in another order
-OURS, PRODUCTS = "trivium", "products"
+OURS, LITGPT, PRODUCTS = "trivium", "litgpt", "products"
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class Contest:
     name: str
     contenders: tuple[Contender, ...]
     documents: tuple[int, ...] = (1,)
+
+    def has(self, who: str) -> bool:
+        return any(one.who == who for one in self.contenders)
+
+    def without(self, who: str) -> "Contest":
+        return replace(self, contenders=tuple(one for one in self.contenders if one.who != who))
 
 
 def contests(quick: bool, precisions: Sequence[str]) -> list[Contest]:
@@ -46,7 +52,8 @@ def contests(quick: bool, precisions: Sequence[str]) -> list[Contest]:
             base = Contender(OURS, size, precision)
             all_ = [replace(base, who=who, compiled=c) for who in (OURS, "transformers") for c in kinds]
             all_ += _with_fp32_weights(base, kinds)
-            all_ += [*(replace(base, who="plain", compiled=c) for c in kinds), replace(base, who=PRODUCTS)]
+            all_ += [replace(base, who=who, compiled=c) for who in ("plain", LITGPT) for c in kinds]
+            all_.append(replace(base, who=PRODUCTS))
             made.append(Contest(f"dense {size} {precision}", tuple(all_), DOCUMENTS if size == dense[0] else (1,)))
         base = Contender(OURS, mixture, precision)
         all_ = [*(replace(base, compiled=c) for c in kinds), replace(base, who="transformers")]
@@ -65,9 +72,9 @@ def _with_fp32_weights(base: Contender, kinds: Sequence[bool]) -> list[Contender
 
 
 class Running:
-    """The processes of a contender. Ranks share `cores` evenly."""
+    """The processes of a contender, run by `python`. Ranks share `cores` evenly."""
 
-    def __init__(self, contender: Contender, cores: int):
+    def __init__(self, contender: Contender, cores: int, python: str):
         self.contender, self.first_loss = contender, float("nan")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -80,7 +87,7 @@ class Running:
                 world = {"RANK": rank, "WORLD_SIZE": contender.ranks, "LOCAL_RANK": rank}
                 world |= {"LOCAL_WORLD_SIZE": contender.ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 env |= {name: str(value) for name, value in world.items()}
-            command = [sys.executable, "-m", "tests.bench.training.worker", json.dumps(contender.plain()), str(threads)]
+            command = [python, "-m", "tests.bench.training.worker", json.dumps(contender.plain()), str(threads)]
             pipe = subprocess.PIPE
             self.processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, text=True))
 
@@ -107,8 +114,10 @@ class Running:
             process.wait()
 
 
-def run(contest: Contest, rounds: int, cores: int, profile: bool = True) -> list[dict[str, Any]]:
+def run(contest: Contest, rounds: int, cores: int, pythons: Mapping[str, Path]) -> list[dict[str, Any]]:
     """Runs a contest and returns a record for each contender and kind of row.
+
+    `pythons` are those of contenders that have an environment of their own, by `who`.
 
     Raises SystemExit if first losses disagree, since then contenders computed different things.
     """
@@ -117,7 +126,7 @@ def run(contest: Contest, rounds: int, cores: int, profile: bool = True) -> list
     try:
         for i, contender in enumerate(contest.contenders):  # one after the other: compiling wants the cores
             print(f"  {contender.label}: first step", file=sys.stderr, flush=True)
-            running.append(Running(contender, cores))
+            running.append(Running(contender, cores, str(pythons.get(contender.who, sys.executable))))
             kinds = contest.documents if contender.who == OURS and not contender.compiled else (1,)
             for documents in kinds:
                 timed[i, documents] = []
@@ -131,8 +140,8 @@ def run(contest: Contest, rounds: int, cores: int, profile: bool = True) -> list
                 answers = running[i].ask("step", documents)
                 slowest, all_ = max(a["seconds"] for a in answers), sum(a["cpu_seconds"] for a in answers)
                 spent.append({"seconds": slowest, "cpu_seconds": all_})
-        ours = [key for key in timed if profile and contest.contenders[key[0]].who == OURS]
-        shares = {key: running[key[0]].ask("profile", key[1])[0] for key in ours}
+        profiled = [key for key in timed if contest.contenders[key[0]].who != PRODUCTS]
+        shares = {key: running[key[0]].ask("profile", key[1])[0] for key in profiled}
     finally:
         for one in running:
             one.close()

@@ -15,15 +15,7 @@ import torch
 
 from tests.bench.training import contenders
 from tests.bench.training.contenders import Contender, Step
-
-# Parts of a step, and the beginnings of the names that torch gives their operations; "rest" is what remains.
-PARTS = {
-    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul", "aten::_grouped_mm"),
-    "attention": ("aten::_scaled_dot_product", "aten::scaled_dot_product"),
-    "loss": ("aten::_log_softmax", "aten::nll_loss", "aten::cross_entropy", "aten::_log_softmax_backward"),
-    "optimizer": ("aten::_fused_adamw",),
-    "communication": ("gloo:", "c10d::"),
-}
+from tests.bench.training.shares import shares
 
 
 def main() -> None:
@@ -43,20 +35,6 @@ def _answer(asked: str, documents: str, step: Step) -> dict[str, Any]:
     started, used = time.perf_counter(), time.process_time()
     loss = step(int(documents))
     return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used, "loss": loss}
-
-
-def shares(step: Step, documents: int) -> dict[str, float]:
-    """Takes a step under torch's profiler and returns the share of its time in each part."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
-        started = time.perf_counter()
-        step(documents)
-        seconds = time.perf_counter() - started
-    spent = dict.fromkeys(PARTS, 0.0)
-    for event in profile.key_averages():
-        for part, names in PARTS.items():
-            if event.key.startswith(names):
-                spent[part] += event.self_cpu_time_total / 1e6 / seconds
-    return {**{part: round(share, 4) for part, share in spent.items()}, "rest": round(1 - sum(spent.values()), 4)}
 
 
 if __name__ == "__main__":
