@@ -1,4 +1,4 @@
-"""What the benchmark is to reach, what was reached, and what bounds it, from the numbers of the same run."""
+"""Targets of the benchmark: their values in the same run's numbers, and what bounds those that are missed."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
