@@ -104,11 +104,17 @@ def check_overlong(settings: RLSection, task: TaskConfig) -> None:
         )
 
 
-def checked_rollouts(chosen: str, settings: RLSection) -> int:
+def checked_rollouts(chosen: str, settings: "GRPORollouts") -> int:
     """Returns the number of rollouts that `--rollouts-only` asks for, 0 for "".
 
-    Raises ConfigError if it is no number, or if the run does not record rollouts.
+    Raises ConfigError if it is no number, if the run does not record rollouts, or if a run that samples ahead of
+    training would train.
     """
+    if not chosen and settings.staleness and settings.record:
+        raise ConfigError(
+            f"rl.staleness = {settings.staleness} with rl.record is of the command that samples; add --rollouts-only "
+            "and the number of rollouts, or name rl.replay in place of rl.record to train"
+        )
     if not chosen:
         return 0
     if not (chosen.isascii() and chosen.isdigit() and int(chosen)):
@@ -163,6 +169,29 @@ class GRPOSection(PolicySection):
     """The method, as a paper or code base defines it: advantages, loss and aggregation; see algorithms/dialects.py."""
 
 
+class GRPORollouts(RLSection):
+    """Rollouts and what is done with them, with sampling that may be ahead of training."""
+
+    staleness: int = Field(default=0, ge=0)
+    """How many rollouts sampling is ahead of training, where one command samples with --rollouts-only while another one
+    trains with rl.replay: rollout n comes from the weights before the updates on rollout n - staleness; 0: the two take
+    turns."""
+
+    @model_validator(mode="after")
+    def _stale_rollouts_are_corrected(self) -> "GRPORollouts":
+        if self.staleness and (self.record is None) == (self.replay is None):
+            raise ValueError(
+                f"rl.staleness = {self.staleness} is for two commands at the same time; set rl.record=FOLDER in the "
+                "one that samples, with --rollouts-only, and rl.replay=FOLDER in the one that trains"
+            )
+        if self.staleness and self.correction == "report":
+            raise ValueError(
+                f"rl.staleness = {self.staleness} trains on rollouts of older weights, and rl.correction = 'report' "
+                "does not weigh their tokens by it; set rl.correction=truncate, or mask"
+            )
+        return self
+
+
 class GRPOConfig(TrainerConfig):
     """The root of a reinforcement-learning run's config."""
 
@@ -172,8 +201,24 @@ class GRPOConfig(TrainerConfig):
     """The task whose answers are rewarded."""
     grpo: GRPOSection = GRPOSection()
     """Sampling and loss of methods that compare the completions of one prompt, or of the whole rollout."""
-    rl: RLSection = RLSection()
-    """Rollouts and what is done with them, in every method: updates, corrections, the reference policy, records."""
+    rl: GRPORollouts = GRPORollouts()
+    """Rollouts and what is done with them: updates, corrections, the reference policy, records, staleness."""
+
+    @model_validator(mode="after")
+    def _weights_to_sample_with_are_kept(self) -> "GRPOConfig":
+        """Checks that there is a checkpoint before each rollout, and that it stays until the sampler has read it."""
+        stale, every, steps = self.rl.staleness, self.checkpoint.every, self.rl.rollout_batch * self.rl.epochs
+        if stale and steps % every:
+            raise ValueError(
+                f"checkpoint.every = {every} leaves rollouts, of {steps} steps each, without the checkpoint that "
+                f"rl.staleness = {stale} samples with; set checkpoint.every={steps}"
+            )
+        if stale and self.checkpoint.keep < (needed := stale * steps // every + 1):
+            raise ValueError(
+                f"checkpoint.keep = {self.checkpoint.keep} removes checkpoints that rl.staleness = {stale} samples "
+                f"with; set checkpoint.keep={needed} or more"
+            )
+        return self
 
     @model_validator(mode="after")
     def _divergence_can_be_charged(self) -> "GRPOConfig":

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.rl.logprob_check import LogprobCheck
     from posttrain.rl.policy_copy import PolicyCopy
     from posttrain.rl.policy_loss import PolicyLoss
-    from posttrain.rl.record_rollouts import record_rollouts
+    from posttrain.rl.record_rollouts import record_ahead, record_rollouts
     from posttrain.rl.rl_start import opened
     from posttrain.rl.rollout_source import RolloutSource
     from posttrain.rl.task_accuracy import TaskAccuracy
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         policy,
         LogprobCheck(config.grpo.max_logprob_difference),
         initial.pin,
+        staleness=config.rl.staleness,
     )
     if args.dry_run:
         if env.is_main:
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             profiled=profiled,
         )
         if rollouts:
-            return record_rollouts(trainer, source, rollouts)
+            return (record_ahead if source.staleness else record_rollouts)(trainer, source, rollouts)
         return trainer.fit()
 
 

@@ -238,6 +238,11 @@ class Trainer:
             self._evaluate(steps)
         config = self.config
         while self.step < config.train.steps:
+            if self.source.can_be_awaited:
+                self.activities.begin(PREPARATION, self.step + 1)
+                say = partial(self._say, steps.display)
+                if stopped_by := self.agreement.wait_for_rows(self.source, self.step, check, watch, say):
+                    return stopped_by
             try:
                 with self._profiler.step(self.step + 1):
                     done = self._train_step()

@@ -36,6 +36,10 @@ class Phases:
         """Whether a step is the first one on its rollout."""
         return step % self.steps == 0
 
+    def sampled_with(self, rollout: int, staleness: int) -> int:
+        """Returns the step after whose update a rollout is sampled, if sampling is `staleness` rollouts ahead."""
+        return max(0, rollout - staleness) * self.steps
+
     def minibatch(self, step: int) -> list[int]:
         """Returns the samples of the rollout that a step trains on, in order.
 

@@ -68,7 +68,8 @@ def opened(
         f"{config.train.steps} steps of {prompts} prompts x {group} samples of {task}, layout {layout}, from "
         f"{initial.pin.checkpoint} into {config.run.dir}"
     )
-    if config.rl.replay and not rollout_file.numbers(Path(config.rl.replay)):
+    awaits = isinstance(config, GRPOConfig) and config.rl.staleness > 0
+    if config.rl.replay and not awaits and not rollout_file.numbers(Path(config.rl.replay)):
         raise ConfigError(
             f"rl.replay = {config.rl.replay!r} has no recorded rollouts; name the folder that a run had as rl.record, "
             "or leave it out"

@@ -43,7 +43,8 @@ def numbers(folder: Path) -> list[int]:
 class Recorded:
     """A rollout with its number, the number of the first prompt after it, and the (sum, count) of its metrics.
 
-    `tokenizer` is the SHA-256 of the tokenizer whose ids it has.
+    `tokenizer` is the SHA-256 of the tokenizer whose ids it has, and `step` the number of updates of the weights that
+    sampled it, where sampling is ahead of training.
     """
 
     rollout: Rollout
@@ -51,6 +52,7 @@ class Recorded:
     next_prompt: int
     metrics: Mapping[str, tuple[float, float]]
     tokenizer: str
+    step: int | None = None
 
     @cached_property
     def sha256(self) -> str:
@@ -71,6 +73,7 @@ class Recorded:
             "group_size": self.rollout.group_size,
             "metrics": {name: list(values) for name, values in sorted(self.metrics.items())},
             "tokenizer": self.tokenizer,
+            **({} if self.step is None else {"step": self.step}),
         }
 
 
@@ -102,7 +105,9 @@ def read(folder: Path, number: int, otherwise: str) -> Recorded:
         facts = json.loads(metadata["facts"])
         metrics = {name: (total, count) for name, (total, count) in facts["metrics"].items()}
         rollout = Rollout(kept, facts["group_size"])
-        recorded = Recorded(rollout, facts["number"], facts["next_prompt"], metrics, facts["tokenizer"])
+        recorded = Recorded(
+            rollout, facts["number"], facts["next_prompt"], metrics, facts["tokenizer"], facts.get("step")
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise damaged from None
     if recorded.sha256 != metadata.get("sha256") or recorded.number != number:

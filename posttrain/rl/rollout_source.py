@@ -3,14 +3,15 @@
 Each rollout is sampled by all ranks, which exchange it whole, so that every rank knows all rewards. What the trainer
 says of it is then computed once: log-probabilities by the trainer's code if there is more than one update, those of the
 reference if the divergence from it is charged, and advantages. A rollout that has several updates is recorded before
-the first one (`rollout_file`), and a run that goes on in the middle of it reads it. Sampling and training take turns:
-there is no separate inference engine, and no rollout is older than the weights before its first update.
+the first one (`rollout_file`), and a run that goes on in the middle of it reads it. Sampling and training take turns,
+and no rollout is older than the weights before its first update, unless another command samples ahead (`ahead`).
 """
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,9 +31,10 @@ from posttrain.rl.logprob_check import LogprobCheck
 from posttrain.rl.phases import Phases
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.reference_policy import ReferencePolicy
-from posttrain.rl.rollout import EXPERTS, METRICS, PART, Rollout
+from posttrain.rl.replaying import as_sampled, check_replayed, check_staleness
+from posttrain.rl.rollout import METRICS, PART, Rollout
 from posttrain.rl.rollout_file import Recorded
-from posttrain.rl.rollout_rows import RolloutRow, check_experts, rollout_rows
+from posttrain.rl.rollout_rows import RolloutRow, rollout_rows
 from posttrain.rl.shared_sampling import sample_together
 from posttrain.rl.text_rows import TextRows
 from posttrain.rl.token_values import token_values
@@ -47,6 +49,7 @@ from pretrain.parallel.groups import Mesh
 
 DRAWN = (*METRICS, "drawn_groups")  # metrics of all that was drawn, also of what was replaced
 ROLLOUTS = "rollouts"  # folder in run.dir of the rollouts that a resume may need
+POLL_SECONDS = 0.2  # from one look for a file, which another command writes, to the next
 
 
 class Credit(Protocol):
@@ -88,8 +91,8 @@ class SamplingPlan:
 class RolloutSource(BatchSource):
     """Batch source whose rows are completions sampled from the model in training.
 
-    `recomputed` says that the trainer's own log-probabilities are needed whatever the number of updates; `reference` is
-    the model from which divergence is measured.
+    `reference` is the model from which divergence is measured. With `staleness` another command samples the rollouts
+    that are replayed, so many ahead of training.
     """
 
     num_samples = None
@@ -106,7 +109,9 @@ class RolloutSource(BatchSource):
         check: LogprobCheck,
         reference: Pin | None = None,
         text: TextRows | None = None,
+        staleness: int = 0,
     ) -> None:
+        self.staleness, self.can_be_awaited = staleness, bool(staleness and settings.replay)
         self.sampling, self.settings, self.credit, self.aggregation = sampling, settings, credit, aggregation
         self.policy, self.seq_length, self.folder = policy, train.seq_length, Path(run_dir, ROLLOUTS)
         self.phases = Phases(settings.rollout_batch, settings.epochs, train.global_batch_size, sampling.seed)
@@ -185,6 +190,11 @@ class RolloutSource(BatchSource):
             )
         self._rollout, self._metrics, self._sha256 = recorded.rollout, dict(recorded.metrics), recorded.sha256
 
+    def is_awaited(self, step: int) -> bool:
+        if not (self.can_be_awaited and self.settings.replay and self.phases.begins(step)):
+            return False
+        return not rollout_file.path_of(Path(self.settings.replay), self.phases.rollout_of(step)).exists()
+
     def prepare(self, engine: Engine, step: int) -> None:
         """Samples a rollout if step `step` begins one. Collective: all ranks call it."""
         self._step, self._mesh = step, engine.mesh
@@ -202,14 +212,21 @@ class RolloutSource(BatchSource):
         self._metrics = drawn
         return rollout
 
-    def record_only(self, engine: Engine, number: int, folder: Path) -> Rollout:
-        """Samples rollout `number` as `sample_only`, writes it into a folder, and returns it. Collective."""
+    def record_only(self, engine: Engine, number: int, folder: Path, step: int | None = None) -> Rollout:
+        """Samples rollout `number` as `sample_only`, writes it into a folder, and returns it. Collective.
+
+        Where sampling is ahead, `step` is the number of updates that the weights have had.
+        """
         self._rollout = self.sample_only(engine, number)
         self._metrics = self._rollout.metrics() | self._metrics
         if engine.mesh.is_main:
             rollout_file.note_owner(folder, self.folder.parent)
-            self._recorded(number).write(folder)
+            replace(self._recorded(number), step=step).write(folder)
         return self._rollout
+
+    def go_on_after(self, folder: Path, number: int) -> None:
+        """Takes up the prompts after those of the rollout `number` that is recorded in a folder."""
+        self._next_prompt = rollout_file.read(folder, number, "remove it, to sample it again").next_prompt
 
     def _begin(self, engine: Engine, number: int) -> None:
         if self.settings.replay:
@@ -227,7 +244,8 @@ class RolloutSource(BatchSource):
         if self._recomputes or self._check.is_due:
             rows = rollout_rows(rollout, range(len(rollout)), replays_experts=True)
             old = token_values(engine, rows, self.sampling.temperature)
-            self._check((old - torch.from_numpy(rollout.rollout_logprobs)).abs(), torch.from_numpy(rollout.mask))
+            if not (self.staleness and number):  # later ones come from weights that the trainer no longer has
+                self._check((old - torch.from_numpy(rollout.rollout_logprobs)).abs(), torch.from_numpy(rollout.mask))
             rollout = rollout.plus(old_logprobs=old.numpy()) if self._recomputes else rollout
         if self.settings.kl != "none":
             if self._reference is None:
@@ -298,30 +316,17 @@ class RolloutSource(BatchSource):
 
     def _replayed(self, number: int, model: ModelConfig) -> Rollout:
         assert self.settings.replay is not None
+        while self.is_awaited(number * self.phases.steps):  # for the first rollout alone; see Agreement.wait_for_rows
+            time.sleep(POLL_SECONDS)
         recorded = rollout_file.read(Path(self.settings.replay), number, "leave out rl.replay to sample new ones")
-        rollout, self._next_prompt, group_size = recorded.rollout, recorded.next_prompt, self.sampling.group_size
-        if recorded.tokenizer != self.sampling.chat.tokenizer.sha256:
-            raise ConfigError(
-                f"rl.replay: rollout {number} of {self.settings.replay} was recorded with another tokenizer than the "
-                "model's, so its token ids stand for other text; replay rollouts of a model with the same tokenizer"
-            )
-        have = len(rollout), rollout.group_size, rollout.tokens.shape[1]
-        if have != (self.phases.samples, group_size, self.seq_length):
-            raise ConfigError(
-                f"rl.replay: rollout {number} has {have[0]} samples in groups of {have[1]} and rows of {have[2]} "
-                f"tokens, and this run takes {self.phases.samples} in groups of {group_size} and rows of "
-                f"{self.seq_length}; set {self.sampling.method}.group_size={have[1]}, train.seq_length={have[2]}, and "
-                f"train.global_batch_size and rl.rollout_batch so that their product is {have[0]}"
-            )
-        own = ("tokens", "labels", "mask", "lengths", "prompts", "scores", "stopped", "rollout_logprobs")
-        parts = [name for name in rollout.arrays if name.startswith(PART)]
-        choices = rollout.arrays.get(EXPERTS) if self.settings.replay_experts else None
-        if choices is not None:
-            check_experts(choices, number, model)
-            parts.append(EXPERTS)
-        rollout = Rollout({name: rollout.arrays[name] for name in (*own, *parts)}, rollout.group_size)
+        sampling, keeps = self.sampling, self.settings.replay_experts
+        samples = self.phases.samples, sampling.group_size, self.seq_length
+        check_replayed(recorded, self.settings.replay, sampling.chat.tokenizer.sha256, *samples, sampling.method)
+        if self.staleness:
+            check_staleness(recorded, self.settings.replay, self.phases, self.staleness)
+        self._next_prompt = recorded.next_prompt
         self._metrics = {name: m for name, m in recorded.metrics.items() if name in DRAWN or name.startswith(PART)}
-        return rollout
+        return as_sampled(recorded.rollout, number, model if keeps else None)
 
     def _record(self, number: int, writes: bool) -> None:
         """Writes the rollout where a resume finds it if it has several updates, and into `rl.record`."""

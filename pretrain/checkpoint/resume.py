@@ -125,6 +125,11 @@ def _check_together(mesh: Mesh, path: Path) -> None:
     """Checks a checkpoint with the help of all ranks, which wait for it in `choose`. Raises CheckpointError."""
     storage.read_manifest(path)
     mesh.gather_json({"check": str(path)})
+    check_whole(mesh, path)
+
+
+def check_whole(mesh: Mesh, path: Path) -> None:
+    """Checks a checkpoint, of whose files each rank reads a share. Collective; raises CheckpointError on all ranks."""
     faults = mesh.gather_json(_fault_in_share(mesh, path))
     if fault := next(filter(None, faults), None):
         raise CheckpointError(fault)

@@ -126,8 +126,14 @@ class BatchSource(abc.ABC):
     longest_text: int | None = None
     # Whether `rows` depends on its samples alone, and calls no collectives, so that a thread may call it ahead of time.
     reads_ahead: bool = False
+    # Whether another process makes the rows while the run trains, so that they may not be there yet.
+    can_be_awaited: bool = False
     # Fingerprints of other sources, with how many of the run's first samples are the same in them as in this one.
     common_samples: Mapping[str, int] = {}
+
+    def is_awaited(self, step: int) -> bool:
+        """Returns whether the rows of the step after `step` steps are not there yet."""
+        return False
 
     @property
     def facts(self) -> dict[str, Any]:

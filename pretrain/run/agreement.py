@@ -12,9 +12,12 @@ import torch
 import torch.distributed as dist
 
 from configs import signals
+from pretrain.data.batch_source import BatchSource
 from pretrain.data.data_check import DataCheck
 
 SECONDS = 1.0  # from one exchange to the next, about, if steps are shorter than that
+POLL_SECONDS = 0.2  # from one look for rows that another process makes to the next
+SAYS_SECONDS = 60.0  # from one message that such rows are awaited to the next
 MAX_STEPS = 10  # from one exchange to the next, so that steps that become slow are noticed soon
 
 
@@ -64,6 +67,26 @@ class Agreement:
         if not running:
             self.unchecked_from = step
         return number
+
+    def wait_for_rows(
+        self, source: BatchSource, step: int, check: DataCheck, watch: signals.Watch, say: Callable[[str], None]
+    ) -> int:
+        """Waits while another process makes the rows of the step after `step` steps, or until a rank got a signal.
+
+        Returns the signal, else 0. Raises DamagedTrainingData as `signal`.
+        """
+        said = time.monotonic()
+        while True:
+            awaited = torch.tensor(source.is_awaited(step))
+            dist.all_reduce(awaited, op=dist.ReduceOp.MAX)
+            if not awaited:
+                return 0
+            if number := self.signal(step, check, watch):
+                return number
+            if time.monotonic() - said > SAYS_SECONDS:
+                said = time.monotonic()
+                say(f"step {step} is done; waiting for the command that samples to write the next rollout")
+            time.sleep(POLL_SECONDS)
 
     def wait_for_check(self, step: int, check: DataCheck, watch: signals.Watch, say: Callable[[str], None]) -> int:
         """Waits until all ranks have checked their data or one got a signal; returns the signal, else 0.

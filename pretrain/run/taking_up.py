@@ -34,10 +34,7 @@ def load_weights(trainer: "Trainer") -> Path | None:
     if path is None:
         trainer.rewinds.begin(None)
         check_begins(trainer.source, train, trainer.rewinds)
-        if trainer.lineage.init:
-            with initial_weights(trainer.lineage.init) as tensors:
-                for name in state.begin_from(trainer.engine, tensors):
-                    trainer.print(f"{name} is not in {tensors.path} and begins with random values")
+        _load_initial(trainer)
         if trainer.companion:
             trainer.companion.begin()
         return None
@@ -57,6 +54,38 @@ def load_weights(trainer: "Trainer") -> Path | None:
     trainer.origin = resume.origin_of(path, trainer.run.path)
     take_up(trainer, path, manifest)
     return path
+
+
+def load_weights_after(trainer: "Trainer", step: int) -> bool:
+    """Loads the weights that the run has after `step` steps, while another process trains it. Collective.
+
+    Returns False while the run has no checkpoint of that step. Raises ConfigError if that will not come, since the run
+    has later ones already, or if it is of another run; CheckpointError if it is damaged.
+    """
+    if step == 0:
+        _load_initial(trainer)
+        return True
+    mesh, path = trainer.mesh, storage.directory(trainer.run.path, step)
+    there, steps = mesh.gather_json([path.exists(), storage.steps(trainer.run.path)])[0]
+    if not there:
+        if steps and steps[-1] > step:
+            raise ConfigError(
+                f"{path} is gone and the run is at step {steps[-1]}, so a rollout cannot be sampled with its weights; "
+                "raise checkpoint.keep, and begin both commands anew with other folders"
+            )
+        return False
+    resume.check_whole(mesh, path)
+    _check_identity(trainer, path, storage.read_manifest(path))
+    state.restore(trainer.engine, path)
+    return True
+
+
+def _load_initial(trainer: "Trainer") -> None:
+    """Loads the weights that a new run begins with, if they are those of another run."""
+    if trainer.lineage.init:
+        with initial_weights(trainer.lineage.init) as tensors:
+            for name in state.begin_from(trainer.engine, tensors):
+                trainer.print(f"{name} is not in {tensors.path} and begins with random values")
 
 
 def check_begins(source: BatchSource, train: TrainSection, rewinds: Rewinds) -> None:

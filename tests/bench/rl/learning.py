@@ -106,6 +106,7 @@ COUNTDOWN_GRPO = {
     "train.steps": 250,
     "train.seq_length": 32,
     "rl.max_draws": 4,
+    "optimizer.lr": 2e-3,  # few of the drawn answers are right, so gradients are small
     "eval.every": 1000,
     "checkpoint.every": 1000,
 }

@@ -30,6 +30,11 @@ PPO = {**TRAIN, "task": {}}
 FILE = {"kind": "file", "files": ["a"]}
 
 
+def ahead(**rl: Any) -> dict[str, Any]:
+    """Returns the config of a GRPO run for which another command samples ahead, or that is this command."""
+    return PPO | {"rl": {"staleness": 1, "correction": "truncate"} | rl, "checkpoint": {"every": 1}}
+
+
 def recipe(**stage: Any) -> dict[str, Any]:
     return {"dir": "runs/r", "stages": {"a": STAGE, "b": STAGE | stage}}
 
@@ -73,6 +78,24 @@ def recipe(**stage: Any) -> dict[str, Any]:
         ),
         (RLSection, {"correction_low": 3.0}, "swap them", {"correction_low": 2.0, "correction_high": 3.0}),
         (RLSection, {"record": "a", "replay": "a"}, "leave out rl.record to replay it", {"replay": "a"}),
+        *(
+            (GRPOConfig, ahead(**rl), "in the one that samples, .*, and rl.replay", ahead(**{key: "a"}))
+            for rl in ({}, {"record": "a", "replay": "b"})
+            for key in ("record", "replay")
+        ),
+        (GRPOConfig, ahead(replay="a", correction="report"), "set rl.correction=truncate, or mask", ahead(replay="a")),
+        (
+            GRPOConfig,
+            ahead(replay="a", epochs=2) | {"checkpoint": {"every": 4}},
+            "rollouts, of 2 steps each, .* set checkpoint.every=2",
+            ahead(replay="a", epochs=2) | {"checkpoint": {"every": 2}},
+        ),
+        (
+            GRPOConfig,
+            ahead(replay="a", staleness=2),
+            "set checkpoint.keep=3 or more",
+            ahead(replay="a", staleness=2) | {"checkpoint": {"every": 1, "keep": 3}},
+        ),
         (PPOConfig, PPO | {"ppo": {"text_rows": 2}}, "set both, or", PPO | {"ppo": {"text_rows": 2, "text_plan": "a"}}),
         (PPOConfig, PPO | {"ppo": {"text_rows": 2}}, "or leave out both", PPO),
         *(

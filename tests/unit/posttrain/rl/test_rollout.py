@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.loader import ConfigError, Failure
-from configs.rl import EnvironmentConfig, GRPOSection, RLSection, checked_rollouts
+from configs.rl import EnvironmentConfig, GRPORollouts, GRPOSection, RLSection, checked_rollouts
 from configs.train import TrainSection
 from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.algorithms.advantages import batch_normalised, decoupled_sums
@@ -62,12 +62,17 @@ def rollout(decoder: Decoder, chat: ChatFormat) -> Rollout:
         ("none", {"record": "x"}, "--rollouts-only none is no number"),
         ("0", {"record": "x"}, "--rollouts-only 0 is no number"),
         ("1", {"record": "x", "replay": "y"}, r"rl\.replay = 'y'; leave rl\.replay out"),
+        (
+            "",
+            {"record": "x", "staleness": 1, "correction": "mask"},
+            "is of the command that samples; add --rollouts-only",
+        ),
     ],
 )
 def test_rollouts_alone_need_a_folder(chosen: str, rl: dict[str, Any], words: str) -> None:
-    assert checked_rollouts("", RL) == 0 and checked_rollouts("2", RLSection(record="x")) == 2
+    assert checked_rollouts("", GRPORollouts()) == 0 and checked_rollouts("2", GRPORollouts(record="x")) == 2
     with pytest.raises(ConfigError, match=words):
-        checked_rollouts(chosen, RLSection(**rl))
+        checked_rollouts(chosen, GRPORollouts(**rl))
 
 
 def test_what_is_sampled_depends_on_seed_and_number_alone(rollout: Rollout, decoder: Decoder, chat: ChatFormat) -> None:
