@@ -193,12 +193,14 @@ class AdapterConfig(Section):
         if self.prepends and any(layer.moe for layer in model.layers):
             raise ConfigError(
                 f"adapter.kind = {self.kind!r} is for dense models: virtual tokens would take part in the balance of "
-                "experts; set adapter.kind=prefix, whose virtual tokens are keys and values alone"
+                "experts; set adapter.kind="
+                + ("lora" if model.attention.latent else "prefix, whose virtual tokens are keys and values alone")
             )
         if not self.prepends and model.attention.latent:
+            prompt = "" if any(layer.moe for layer in model.layers) else "prompt or "
             raise ConfigError(
                 f"adapter.kind = {self.kind!r} has keys and values of its own, and the model makes both from latent "
-                "vectors (model.attention.latent); set adapter.kind=prompt or lora"
+                f"vectors (model.attention.latent); set adapter.kind={prompt}lora"
             )
         most = model.position.max_positions
         if most and seq_length + count > most:

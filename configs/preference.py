@@ -113,7 +113,10 @@ class PreferenceConfig(TrainerConfig):
                 "preference.loss = 'kto' learns from single completions, and [online] makes pairs; choose another loss"
             )
         if self.task and not self.task.is_scored:
-            raise ValueError("[online] needs scores, and task.answer_key = '' without task.rewards gives none")
+            raise ValueError(
+                "[online] needs scores, and task.answer_key = '' without task.rewards gives none; set task.answer_key, "
+                "or name rewards"
+            )
         return self
 
     @model_validator(mode="after")

@@ -68,7 +68,7 @@ def opened(config: DistillConfig, resume: str, env: ClusterEnvironment) -> Opene
         check_template(config, teacher, student.chat.template)
     sampling = None
     if config.distill.on_policy and task is not None:
-        check_way(config.distill.sampler, layout, config.adapter)
+        check_way(config.distill.sampler, layout, config.adapter, "distill")
         settings = config.distill
         sampling = StudentSampling(
             task, student.chat, settings.on_policy, settings.sampling_temperature, config.run.seed, longest
@@ -105,7 +105,8 @@ def _plan(
             f"data.plan = {location!r} continues another plan after its first {plan.first_sample:,} samples; name a "
             "plan that begins at the first sample"
         )
-    check_length(config, teacher, length, f"rows of data.plan = {location!r}")
+    shorter = "name a plan made with mixture.seq_length={context} or less"
+    check_length(config, teacher, length, f"rows of data.plan = {location!r}", shorter)
     rows = config.eval.rows
     heldout = {s: [plan.heldout_row(s, i) for i in range(min(rows, plan.heldout_rows(s)))] for s in plan.sources}
     return PlanSource(plan, choice.common_samples), heldout, [f"data.plan: {choice.reason}"] if choice.reason else []
@@ -123,8 +124,13 @@ def _dialogues(
         source = SFTSource(examples, length, chat.tokenizer.pad_id, seed, masks)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    longest = max(len(one.tokens) for found in examples.values() for one in [*found.train, *found.heldout])
-    check_length(config, teacher, longest, "dialogues")
+    lengths = {name: [len(one.tokens) for one in [*found.train, *found.heldout]] for name, found in examples.items()}
+    context = teacher.initial.lineage.context
+    longer = {name: sum(length > context for length in found) for name, found in lengths.items()}
+    given = len(lengths.get("dialogues", []))
+    few = sum(longer.values()) == longer.get("dialogues", 0) <= min(config.data.max_bad_share * given, given - 1)
+    remedy = "set train.seq_length={context} or less" if few else "leave the longer ones out"
+    check_length(config, teacher, max(map(max, lengths.values())), "dialogues", remedy)
     steps, batch = config.train.steps, config.train.global_batch_size
     lines = [f"{name}: {found}" for name, found in examples.items()]
     lines.append(f"{source.rows_per_epoch} rows of {length} tokens; {steps} steps are {source.epochs(steps * batch)}")
@@ -148,5 +154,7 @@ def _check_task(
     most = longest + task.max_new_tokens - 1  # the last token is a label
     if samples:
         check_rows(task, longest, length, config.parallel)
-        check_length(config, teacher, most, f"prompts of {task.name!r} with completions")
+        room = teacher.initial.lineage.context - longest + 1
+        fewer = f"set task.max_new_tokens={room} or less" if room > 0 else "choose an easier task"
+        check_length(config, teacher, most, f"prompts of {task.name!r} with completions", fewer)
     return lines, most

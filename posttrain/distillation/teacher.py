@@ -128,13 +128,13 @@ def layout_of(model: ModelConfig, parallel: ParallelConfig, train: TrainSection,
     return Layout.of(world_size, parallel.model_copy(update=own), model, train, given=given)
 
 
-def check_length(config: DistillConfig, teacher: OpenedTeacher, longest: int, what: str) -> None:
+def check_length(config: DistillConfig, teacher: OpenedTeacher, longest: int, what: str, remedy: str) -> None:
     """Raises ConfigError if texts of `longest` tokens, which `what` has, are longer than any the teacher has seen."""
     context = teacher.initial.lineage.context
     if context and longest > context:
         raise ConfigError(
             f"{what} have up to {longest} tokens, and {config.teacher.said} was trained on {context} at a time, beyond "
-            f"which it predicts badly; set train.seq_length={context} or less, or choose another teacher"
+            f"which it predicts badly; {remedy.format(context=context)}, or choose another teacher"
         )
 
 

@@ -40,7 +40,7 @@ def opened_online(config: PreferenceConfig, initial: InitialChatModel, layout: L
         check_room(longest, task.max_new_tokens, train.seq_length)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    check_way(online.sampler, layout, config.adapter)
+    check_way(online.sampler, layout, config.adapter, "online")
     if config.preference.has_reference and not (config.adapter and config.adapter.merges):
         check_reference(initial.pin)
     if is_main:

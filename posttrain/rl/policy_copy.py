@@ -29,17 +29,21 @@ from pretrain.parallel.split_decoder import SplitDecoder
 Way = Literal["whole", "split"]
 
 
-def check_way(way: Way, layout: Layout, adapter: AdapterConfig | None) -> None:
-    """Raises ConfigError if completions cannot be sampled in this way at this layout, or with these adapters."""
+def check_way(way: Way, layout: Layout, adapter: AdapterConfig | None, section: str = "rl") -> None:
+    """Raises ConfigError if completions cannot be sampled in this way at this layout, or with these adapters.
+
+    `section` is that of the config whose `sampler` is the way.
+    """
     if way == "split" and adapter is not None and adapter.base != "full":
         raise ConfigError(
-            f"rl.sampler = 'split' samples with the slices that are trained, and those of adapter.base = "
-            f"{adapter.base!r} are in 4 bits; set rl.sampler=whole"
+            f"{section}.sampler = 'split' samples with the slices that are trained, and those of adapter.base = "
+            f"{adapter.base!r} are in 4 bits; set {section}.sampler=whole"
         )
     if way == "split" and (layout.pp > 1 or layout.cp > 1 or layout.sp or layout.zero == 3):
         raise ConfigError(
-            f"rl.sampler = 'split' samples with the slices of tensor and expert parallel alone, and the layout is "
-            f"{layout}; set rl.sampler=whole, or parallel.pp=1, parallel.cp=1, parallel.sp=false and parallel.zero=1"
+            f"{section}.sampler = 'split' samples with the slices of tensor and expert parallel alone, and the layout "
+            f"is {layout}; set {section}.sampler=whole, or parallel.pp=1, parallel.cp=1, parallel.sp=false and "
+            "parallel.zero=1"
         )
 
 

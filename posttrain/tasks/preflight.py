@@ -44,16 +44,19 @@ def _leave_out_long_ones(task: FileTask, chat: Chat, row: int) -> None:
         if tokens <= row:
             return None
         longest = max(longest, tokens)
-        return "too long", f"{tokens} tokens with {task.key}.max_new_tokens = {task.max_new_tokens}"
+        return "too long", f"{tokens} tokens with task.max_new_tokens = {task.max_new_tokens}"
 
     task.keep(usable)
     task.check_share(f"give prompt and completion more room than {row} tokens: {longest} take the longest")
 
 
-_REMEDY = (
-    'set {task}.answer_format to what a right completion says, such as "<answer>{{answer}}</answer>", '
-    "or {task}.solution_key to a key that holds one"
-)
+def _remedy(task: FileTask) -> str:
+    if not (task.settings.answer_key or task.settings.rewards):
+        return f"set {task.key}.answer_key to the key that holds the answer, or name rewards that need none"
+    return (
+        f'set {task.key}.answer_format to what a right completion says, such as "<answer>{{answer}}</answer>", '
+        f"or {task.key}.solution_key to a key that holds one"
+    )
 
 
 def _try_rewards(task: FileTask) -> None:
@@ -80,7 +83,7 @@ def _set_aside(task: FileTask, reward: Reward, key: str) -> None:
         return f"whose answer {key} refuses", f"{str(problem.solution)[:60]!r} gets {score.value:g}"
 
     task.keep(usable)
-    task.check_share(_REMEDY.format(task=task.key) if refused else "")
+    task.check_share(_remedy(task) if refused else "")
 
 
 def _check_accepted(task: FileTask, reward: Reward, key: str) -> None:
@@ -99,7 +102,7 @@ def _check_accepted(task: FileTask, reward: Reward, key: str) -> None:
     raise ConfigError(
         f"{key} refuses the problems' own answers, or cannot judge them, in {len(refused)} of {len(tried)} tried "
         f"(first: {first.id}, {said}{score.detail and ', ' + score.detail}), more than {task.key}.max_bad_share = "
-        f"{task.settings.max_bad_share}; correct the answers, or {_REMEDY.format(task=task.key)}"
+        f"{task.settings.max_bad_share}; correct {key} or the answers, or {_remedy(task)}"
     )
 
 

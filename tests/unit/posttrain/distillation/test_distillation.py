@@ -149,7 +149,7 @@ def small(**more: Any) -> dict[str, Any]:
     ("more", "words", "right"),
     [
         ({"data": {}}, r"distill\.on_policy = 0 leaves steps that need data", [{"data": {"dialogues": ["d"]}}]),
-        ({"data": {}}, r"set data\.dialogues, data\.plan or ", [{"data": {"plan": "p"}}]),
+        ({"data": {}}, r"set data\.dialogues or data\.plan, or ", [{"data": {"plan": "p"}}]),
         ({"data": {}}, r"or task\.demonstrations above 0, or", [{"data": {}, "task": {"demonstrations": 1}}]),
         ({"data": {}, "task": PROMPTS}, r"or distill\.on_policy=1$", [{**ALL_OWN, "data": {}, "task": PROMPTS}]),
         (
@@ -213,6 +213,6 @@ def test_a_teacher_of_another_template_is_refused(tmp_path: Path) -> None:
 def test_a_teacher_that_saw_shorter_texts_is_refused() -> None:
     initial = InitialModel("teacher", None, None, None, Lineage(context=64))  # type: ignore[arg-type]
     teacher = OpenedTeacher(initial, None)  # type: ignore[arg-type]
-    check_length(validate(DistillConfig, small()), teacher, 64, "dialogues")
+    check_length(validate(DistillConfig, small()), teacher, 64, "dialogues", "")
     with pytest.raises(ConfigError, match=r"dialogues have up to 65 tokens.* set train\.seq_length=64"):
-        check_length(validate(DistillConfig, small()), teacher, 65, "dialogues")
+        check_length(validate(DistillConfig, small()), teacher, 65, "dialogues", "set train.seq_length={context}")
