@@ -15,6 +15,7 @@ DATA = ["data", "run", str(ROOT / "configs/data/demo.toml")]
 SFT = ["sft", str(ROOT / "configs/posttrain/demo_sft.toml")]
 SLEEP = ["tests.e2e.steps_of_sleep", "x"]
 HOSTS = ["--set", 'hosts=["gpu0", "gpu1"]']
+TUNED = ["train", "tuned.toml", "run.dir=y"]  # whose model comes from files of another run
 CPU = str(ROOT / "configs/launch/cpu.toml")
 
 
@@ -55,6 +56,30 @@ CPU = str(ROOT / "configs/launch/cpu.toml")
         ("slurm", ["--set", 'slurm.options=["--nodes=2"]', *TRAIN], "set nnodes", ["--set", "nnodes=2", *TRAIN]),
         ("slurm", ["--set", "slurm.time=soon", *TRAIN], '"2-12:00:00"', ["--set", "slurm.time=2-12:00:00", *TRAIN]),
         ("slurm", ["--set", 'environment=["A=b"]', *TRAIN], "write the name", ["--set", 'environment=["A"]', *TRAIN]),
+        ("slurm", ["--nnodes=2", "--min-nodes=1", *TUNED], "leave min_nodes out", ["--nnodes=2", *TUNED]),
+        ("slurm", TUNED[:-1], "key 'run.dir' is missing; set it in the file or as run.dir=VALUE", TUNED),
+        ("slurm", ["--job-dir", "a\\b", *TRAIN], "choose another path", ["--job-dir", "ab", *TRAIN]),
+        ("local", ["sfft", SFT[1]], "did you mean sft?", SFT),
+        ("local", ["trivium", *TRAIN], "leave out the word 'trivium'", TRAIN),
+        (
+            "local",
+            ["--nnodes=2", "--node-rank=2", *TRAIN],
+            "they count from 0 to 1",
+            [
+                "--nnodes=2",
+                "--node-rank=1",
+                "--master-address=a",
+                *TRAIN,
+            ],
+        ),
+        ("local", ["--nproc-per-node=0", *TRAIN], "starts no rank; give 1 or more", ["--nproc-per-node=1", *TRAIN]),
+        (
+            "mpi",
+            ["--set", 'mpirun=["no-mpirun"]', *TRAIN],
+            "is not on PATH; load the cluster's MPI, or pip install",
+            [],
+        ),
+        ("mpi", ["--set", 'mpirun=["true"]', *TRAIN], "set mpirun to the words of one", []),
         ("local", ["chat", "runs/x"], "is started as `trivium chat RUN`, without `launch`", []),
     ],
 )
@@ -63,6 +88,7 @@ def test_a_launch_is_accepted_once_its_message_was_followed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.sh").write_text("module load cuda\n")
+    Path("tuned.toml").write_text('[init]\nrun = "x"\n[train]\nsteps = 9\n[data]\nplan = "p"\n')
     with pytest.raises(ConfigError) as raised:
         ranks.main(["--on", way, "--dry-run", *refused])
     assert said in str(raised.value)
