@@ -235,7 +235,7 @@ MISTAKES: list[tuple[Edits, str, Ways]] = [
             {"mixture.unimax": GONE, "mixture.weights": GONE, "mixture.temperature": 1.0},
         ),
     ),
-    ({"mixture.epochs": {"pages": 0}}, r"give a cap above 0", ways({"mixture.epochs.pages": 0.5})),
+    ({"mixture.epochs": {"pages": 0}}, r"is not above 0; give a cap above 0", ways({"mixture.epochs.pages": 0.5})),
     (
         {"mixture.fim": {"pages": 0}},
         r"above 0 and up to 1; give one, or leave the key out",

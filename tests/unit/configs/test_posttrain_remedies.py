@@ -54,7 +54,7 @@ def recipe(**stage: Any) -> dict[str, Any]:
         (TokenizerConfig, {"kind": "wordpiece", "whitespace_runs": 4}, "choose another kind", {"whitespace_runs": 4}),
         (TokenizerConfig, {"padding": "x"}, "set tokenizer.file as well", {"padding": "x", "file": "a"}),
         (TokenizerConfig, {"padding": "x"}, "or leave it out", {}),
-        (TokenizerConfig, {"file": "a", "seed": 3}, "leave out seed, or", {"file": "a"}),
+        (TokenizerConfig, {"file": "a", "seed": 3}, "is taken as it is; leave out seed, or", {"file": "a"}),
         (TokenizerConfig, {"file": "a", "seed": 3}, "or tokenizer.file", {"seed": 3}),
         (TokenizerTrainConfig, {"out": "a", "text": {}}, "set text.files", {"out": "a", "text": {"files": ["b"]}}),
         (TokenizerTrainConfig, {"out": "a", "text": {}}, "or text.run to", {"out": "a", "text": {"run": "b"}}),
@@ -106,13 +106,18 @@ def recipe(**stage: Any) -> dict[str, Any]:
         (
             PPOConfig,
             PPO | {"ppo": {"text_rows": 2, "text_plan": "a", "temperature": 0.5}},
-            "temperature = 1, .*, not 0.5; set it to 1",
+            "needs ppo.temperature = 1, which is that of text, not 0.5; set it to 1",
             PPO | {"ppo": {"text_rows": 2, "text_plan": "a", "temperature": 1.0}},
         ),
         (RewardConfig, {"pattern": "a"}, "says nothing of kind 'exact'; leave it out", {}),
         (RewardConfig, {"kind": "regex"}, "set pattern as well", {"kind": "regex", "pattern": "a"}),
         (RewardConfig, {"kind": "reward_model"}, "set model as well", {"kind": "reward_model", "model": "a"}),
-        (RewardConfig, {"kind": "regex", "pattern": "("}, "correct it", {"kind": "regex", "pattern": "()"}),
+        (
+            RewardConfig,
+            {"kind": "regex", "pattern": "("},
+            "is no regular expression of Python: .*; correct it",
+            {"kind": "regex", "pattern": "()"},
+        ),
         (
             RewardConfig,
             {"kind": "function", "function": "f"},
@@ -185,7 +190,12 @@ def recipe(**stage: Any) -> dict[str, Any]:
             "not two or more different names; correct them",
             FILES | {"reward_model": {"kind": "process", "labels": ["a", "b"]}},
         ),
-        (AdapterConfig, {"targets": ["q_proj", "q_proj"]}, "name each once", {"targets": ["q_proj"]}),
+        (
+            AdapterConfig,
+            {"targets": ["q_proj", "q_proj"]},
+            "names a layer twice; name each once",
+            {"targets": ["q_proj"]},
+        ),
         (AdapterConfig, {"kind": "dora", "dropout": 0.1}, "set adapter.dropout=0", {"kind": "dora", "dropout": 0.0}),
         (
             AdapterConfig,

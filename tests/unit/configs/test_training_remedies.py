@@ -20,7 +20,12 @@ UNSCORED = ["task.kind=file", "task.files=['a']", "task.answer_key="]
 @pytest.mark.parametrize(
     ("kind", "wrong", "words", "right"),
     [
-        ("pretrain", ["spikes.pass_over=[[9,9]]"], r"e\.g\. \[640, 648\]", [["spikes.pass_over=[[640,648]]"]]),
+        (
+            "pretrain",
+            ["spikes.pass_over=[[9,9]]"],
+            r"give the first one and the one after the last, e\.g\. \[640, 648\]",
+            [["spikes.pass_over=[[640,648]]"]],
+        ),
         (
             "pretrain",
             ["schedule.steps=9"],
@@ -33,7 +38,12 @@ UNSCORED = ["task.kind=file", "task.files=['a']", "task.answer_key="]
             "set schedule.steps=30 or more$",
             [["schedule.steps=30", "schedule.warmup_steps=30"]],
         ),
-        ("pretrain", ["train.freeze=['a']", ZERO], "set parallel.zero=1, where", [["train.freeze=['a']"]]),
+        (
+            "pretrain",
+            ["train.freeze=['a']", ZERO],
+            "set parallel.zero=1, where weights that are not trained need no gradients",
+            [["train.freeze=['a']"]],
+        ),
         (
             "pretrain",
             ["train.freeze=['a']", OFFLOAD],
@@ -49,10 +59,18 @@ UNSCORED = ["task.kind=file", "task.files=['a']", "task.answer_key="]
         ("pretrain", ["checkpoint.local_dir=a", "checkpoint.local_every=1"], "such as /scratch/checkpoints", [
             ["checkpoint.local_dir=/scratch/checkpoints", "checkpoint.local_every=1"],
         ]),
-        ("pretrain", ["checkpoint.local_dir=/a"], "checkpoint.local_every is missing: .*; set it", [
+        (
+            "pretrain",
+            ["checkpoint.local_dir=/a"],
+            "checkpoint.local_every is missing: local checkpoints need both .*; set it",
+            [
             ["checkpoint.local_dir=/a", "checkpoint.local_every=1"],
         ]),
-        ("pretrain", ["checkpoint.local_every=1"], "checkpoint.local_dir is missing: .*; set it", [
+        (
+            "pretrain",
+            ["checkpoint.local_every=1"],
+            "checkpoint.local_dir is missing: local checkpoints need both .*; set it",
+            [
             ["checkpoint.local_every=1", "checkpoint.local_dir=/a"],
         ]),
         *(
@@ -114,13 +132,13 @@ UNSCORED = ["task.kind=file", "task.files=['a']", "task.answer_key="]
         ("sft", [*ADALORA, "adapter.warmup_steps=1", "adapter.budget_steps=9", "spikes.action=skip"], "action=log", [
             [*ADALORA, "adapter.warmup_steps=1", "adapter.budget_steps=9", "spikes.action=log"],
         ]),
-        ("sft", [*PREFIX, "parallel.cp=2"], "set parallel.cp=1", [PREFIX]),
+        ("sft", [*PREFIX, "parallel.cp=2"], "splits sequences, .* do not support; set parallel.cp=1", [PREFIX]),
         ("sft", [*PROMPT, "parallel.tp=2", "parallel.sp=true"], "set parallel.sp=false", [[*PROMPT, "parallel.tp=2"]]),
         ("sft", ["data.text_plan=a"], "set both, or leave", [["data.text_plan=a", "data.text_weight=0.5"], []]),
         ("sft", [PLAN], "set data.dialogues, or task.demonstrations above 0", [[], [PLAN, "task.demonstrations=9"]]),
         ("dpo", ["online.completions=2"], "set one of the two", [[], [*ONLINE, "task.digits=3"]]),
         ("dpo", ONLINE, "set both, or leave out both", [[*ONLINE, "task.digits=3"], []]),
-        ("dpo", [*ONLINE, "task.digits=3", "preference.loss=kto"], "choose another loss", [
+        ("dpo", [*ONLINE, "task.digits=3", "preference.loss=kto"], "makes pairs; choose another loss", [
             [*ONLINE, "task.digits=3", "preference.loss=ipo"],
         ]),
         ("distill", ["data.plan=a"], "leave out data.plan, or leave out data.dialogues and set task.demon", [
@@ -138,7 +156,7 @@ UNSCORED = ["task.kind=file", "task.files=['a']", "task.answer_key="]
         (
             "grpo",
             ["task.kind=file", "task.files=['a']", "task.rewards.r.kind=exact", "task.rewards.r.weight=0"],
-            "give one a weight",
+            "have weight = 0, so every score is 0; give one a weight",
             [["task.kind=file", "task.files=['a']", "task.rewards.r.kind=exact", "task.rewards.r.weight=1"]],
         ),
         ("sample", ["sample.temperature=0"], "set sample.completions=1, or a temperature such as 1.0", [
@@ -151,11 +169,47 @@ UNSCORED = ["task.kind=file", "task.files=['a']", "task.answer_key="]
         ("sample", ["parallel.pp=2"], "leave the key out", [[]]),
         ("export", ["base=a"], "set adapter=peft, or leave base out", [["base=a", "adapter=peft"], []]),
         ("export", ["step=newest"], 'set "latest", or the number of a step', [["step=latest"], ["step=3"]]),
+        (
+            "sft",
+            [*ADALORA, "adapter.warmup_steps=1", "adapter.budget_steps=9", "spikes.action=rewind"],
+            "from the gradients of all steps; set spikes.action=log",
+            [
+            [*ADALORA, "adapter.warmup_steps=1", "adapter.budget_steps=9", "spikes.action=log"],
+        ]),
+        ("grpo", ["grpo.dialect=gdpo", "rl.kl=reward"], "divergence in none of them; set rl.kl=loss", [
+            ["grpo.dialect=gdpo", "rl.kl=loss"],
+        ]),
+        ("sft", ["adapter.targets=['q_proj', 'q_proj']"], "names a layer twice; name each once", [
+            ["adapter.targets=['q_proj']"],
+        ]),
+        ("pretrain", ["model=llama-3-8bb"], "did you mean 'llama-3-8b'. `trivium config --models` lists them", [
+            ["model=llama-3-8b"],
+        ]),
+        ("pretrain", ["model.kinds.a.pattern=causal"], "is not in model.layer_pattern; name it there or remove it", [
+            ["model.kinds.a.pattern=causal", "model.layer_pattern=['a']"], [],
+        ]),
+        ("pretrain", ["model.layer_pattern=['a']"], r"model.kinds has nothing; add a section \[model.kinds.a\]", [
+            ["model.layer_pattern=['a']", "model.kinds.a.pattern=causal"],
+        ]),
+        ("pretrain", ["model.attention.pattern=sliding"], "needs a length; set model.attention.window, for .* 4096", [
+            ["model.attention.pattern=sliding", "model.attention.window=4096"],
+        ]),
+        ("pretrain", ["model.position.kind=learned"], "needs a table; set model.position.max_positions, e.g. to 1024", [
+            ["model.position.kind=learned", "model.position.max_positions=1024"],
+        ]),
+        ("pretrain", ["model.head.kind=scalar", "model.head.softcap=30"], "leave model.head.softcap and", [
+            ["model.head.kind=scalar"],
+        ]),
         ("launch", ["ssh=[]"], r"""such as \["ssh", "-p", "2222"\]""", [["ssh=['ssh', '-p', '2222']"]]),
         ("launch", ["hosts=['a b']"], r"such as gpu0 or 10\.0\.0\.1", [["hosts=['gpu0', '10.0.0.1']"]]),
         ("launch", ['ssh=["a\\nb"]'], "has a line break or another control character; take it out", [["ssh=['ab']"]]),
         ("launch", ["hosts=['a']", "nnodes=2"], "leave nnodes out", [["hosts=['a']"]]),
-        ("launch", ["nnodes=2", "min_nodes=3"], "set min_nodes=2 or less", [["nnodes=2", "min_nodes=2"]]),
+        (
+            "launch",
+            ["nnodes=2", "min_nodes=3"],
+            "machines that there are; set min_nodes=2 or less",
+            [["nnodes=2", "min_nodes=2"]],
+        ),
     ],
 )  # fmt: skip
 def test_overrides_are_legal_once_they_are_as_the_message_says(

@@ -34,7 +34,12 @@ CPU = str(ROOT / "configs/launch/cpu.toml")
         ("slurm", [*RECIPE, "--until", "sft"], "leave it out, each stage is a job", RECIPE),
         ("slurm", ["--after", "x7", *TRAIN], "is no number of a job", ["--after", "7", *TRAIN]),
         ("slurm", ["--node-rank", "1", *TRAIN], "leave it out of --on slurm", TRAIN),
-        ("slurm", ["--cluster", "h200", *TRAIN], "none of a100, cpu, h100", ["--cluster", "cpu", *TRAIN]),
+        (
+            "slurm",
+            ["--cluster", "h200", *TRAIN],
+            "none of a100, cpu, h100, and no file; name a .toml file",
+            ["--cluster", "cpu", *TRAIN],
+        ),
         (
             "slurm",
             ["--set", "setup=gone", *TRAIN],

@@ -35,6 +35,8 @@ TEACHER = ["teacher.run={}/narrow"]
 PROMPTS = ["task.digits=none", "task.kind=file", "task.prompt_key=prompt"]
 UNSOLVED = [*PROMPTS, "task.files=['{}/pairs.jsonl']", "task.answer_key="]
 SOLVED = [*PROMPTS, "task.files=['{}/pairs.jsonl']", "task.answer_key=chosen"]
+STALE = ["rl.staleness=1", "rl.correction=truncate", "checkpoint.every=1"]
+BEGUN, OTHER = "run.dir={}/begun", "init.checkpoint={}"
 SAMPLE = ["task.digits=3", "sample.problems=4"]
 
 
@@ -96,14 +98,19 @@ def test_a_command_starts_with_what_its_message_sets(
 @pytest.mark.parametrize(
     ("command", "wrong", "words", "right"),
     [
-        ("sft", ["init.run={}/latent", *PREFIX], "set adapter.kind=prompt or lora", [["init.run={}/latent", *PROMPT]]),
+        (
+            "sft",
+            ["init.run={}/latent", *PREFIX],
+            "makes both from latent vectors .*; set adapter.kind=prompt or lora",
+            [["init.run={}/latent", *PROMPT]],
+        ),
         (
             "sft",
             ["init.run={}/latent", *PREFIX],
             "set adapter.kind=prompt or lora",
             [["init.run={}/latent", "adapter.kind=lora"]],
         ),
-        ("sft", ["init.run={}/contexts", *PREFIX], "attention pattern 'prefix'.*set adapter.kind=lora", []),
+        ("sft", ["init.run={}/contexts", *PREFIX], "which do not go with them; set adapter.kind=lora", []),
         ("rm", ["init.run={}/contexts"], "start from a model with another pattern", [["init.run={}/dense"]]),
         ("distill", ["teacher.run={}/short"], "leave the longer ones out, or choose another teacher", [[]]),
         (
@@ -115,38 +122,174 @@ def test_a_command_starts_with_what_its_message_sets(
         ("distill", ["teacher.run={}/values"], "is a reward model.*start from a language model", [[]]),
         ("distill", ["teacher.run={}/bare"], "is missing; restore it", [["teacher.run={}/dense"]]),
         ("sft", ["data.chat_template={}/gone"], "name a Jinja template's file, or leave it out", [[]]),
-        ("sft", ["--profile", "x"], r"--profile 8-10, or one step, such as --profile 10$", [
-            ["--profile", "8-10"], ["--profile", "10"],
-        ]),
+        (
+            "sft",
+            ["--profile", "x"],
+            r"--profile 8-10, or one step, such as --profile 10$",
+            [
+                ["--profile", "8-10"],
+                ["--profile", "10"],
+            ],
+        ),
         ("sft", ["--profile", "9-20"], "give others, such as --profile 8-10$", [["--profile", "8-10"]]),
         ("sft", ["--show", "0"], "such as --show 3", [["--show", "3"]]),
         ("sft", ["data.dialogues=['{}/empty_too.jsonl']"], "has no dialogues; name files with one on each line", [[]]),
         ("dpo", ["data.pairs=['{}/empty_too.jsonl']"], "has no pairs; name files with one on each line", [[]]),
-        ("dpo", [*ONLINE, "preference.loss=kto"], "choose another loss", [[*ONLINE, "preference.loss=dpo"]]),
-        ("dpo", ["data=none", "online.completions=2", *UNSOLVED], "set task.answer_key, or name rewards", [
-            ["data=none", "online.completions=2", *SOLVED, "train.seq_length=128"],
-        ]),
+        (
+            "dpo",
+            [*ONLINE, "preference.loss=kto"],
+            "and [[]online] makes pairs; choose another loss",
+            [[*ONLINE, "preference.loss=dpo"]],
+        ),
+        (
+            "dpo",
+            ["data=none", "online.completions=2", *UNSOLVED],
+            "set task.answer_key, or name rewards",
+            [
+                ["data=none", "online.completions=2", *SOLVED, "train.seq_length=128"],
+            ],
+        ),
         ("sft", [*PROMPTS, "task.files=['{}/empty_too.jsonl']"], "name files with a problem on each line", [SOLVED]),
         ("sft", UNSOLVED, "set task.answer_key to the key that holds the answer, or name rewards", [SOLVED]),
-        ("grpo", [*SOLVED, "task.answer_format=no {{answer}}"], "set task.answer_format to what .*, or task.sol", [
-            [*SOLVED, "task.answer_format={{answer}}"],
-            [*SOLVED, "task.answer_format=no {{answer}}", "task.solution_key=chosen"],
-        ]),
-        ("grpo", [*SOLVED, "task.rewards.r.kind=regex", "task.rewards.r.pattern=(z)"], "correct task.rewards.r or", [
-            [*SOLVED, "task.rewards.r.kind=regex", "task.rewards.r.pattern=(.+)"],
-        ]),
+        (
+            "grpo",
+            [*SOLVED, "task.answer_format=no {{answer}}"],
+            "set task.answer_format to what .*, or task.sol",
+            [
+                [*SOLVED, "task.answer_format={{answer}}"],
+                [*SOLVED, "task.answer_format=no {{answer}}", "task.solution_key=chosen"],
+            ],
+        ),
+        (
+            "grpo",
+            [*SOLVED, "task.rewards.r.kind=regex", "task.rewards.r.pattern=(z)"],
+            "correct task.rewards.r or",
+            [
+                [*SOLVED, "task.rewards.r.kind=regex", "task.rewards.r.pattern=(.+)"],
+            ],
+        ),
         ("sft", [*SOLVED, "task.heldout_share=0.999"], "add problems, or lower task.heldout_share", [SOLVED]),
-        ("sft", [*SOLVED, "task.heldout_share=0.0001"], "raise task.heldout_share .*, or name task.heldout_files", [
-            [*SOLVED, "task.heldout_share=0.3"],
-            [*SOLVED, "task.heldout_files=['{}/judged_too.jsonl']"],
-        ]),
-        ("grpo", [*SOLVED, "task.max_new_tokens=60"], "give prompt and completion more room than 48 tokens", [
-            [*SOLVED, "task.max_new_tokens=20"],
-        ]),
+        (
+            "sft",
+            [*SOLVED, "task.heldout_share=0.0001"],
+            "raise task.heldout_share .*, or name task.heldout_files",
+            [
+                [*SOLVED, "task.heldout_share=0.3"],
+                [*SOLVED, "task.heldout_files=['{}/judged_too.jsonl']"],
+            ],
+        ),
+        (
+            "grpo",
+            [*SOLVED, "task.max_new_tokens=60"],
+            "give prompt and completion more room than 48 tokens",
+            [
+                [*SOLVED, "task.max_new_tokens=20"],
+            ],
+        ),
+        (
+            "grpo",
+            ["--rollouts-only", "0", "rl.record={}/r"],
+            "is no number of rollouts; give 1 or more",
+            [
+                ["--rollouts-only", "1", "rl.record={}/r"],
+            ],
+        ),
+        (
+            "grpo",
+            ["--rollouts-only", "2"],
+            "writes them into rl.record, and .*; set rl.record=FOLDER",
+            [
+                ["--rollouts-only", "2", "rl.record={}/r"],
+            ],
+        ),
+        (
+            "grpo",
+            ["--rollouts-only", "2", "rl.record={}/r", "rl.replay={}/rollouts"],
+            "rl.replay = .*; leave rl.replay out",
+            [
+                ["--rollouts-only", "2", "rl.record={}/r"],
+            ],
+        ),
+        (
+            "grpo",
+            [*STALE, "rl.record={}/r"],
+            "add --rollouts-only and the number of rollouts, or name rl.rep",
+            [
+                [*STALE, "rl.record={}/r", "--rollouts-only", "2"],
+            ],
+        ),
+        (
+            "grpo",
+            ["spikes.action=rewind"],
+            "samples while it trains cannot; set spikes.action=skip",
+            [
+                ["spikes.action=skip"],
+            ],
+        ),
+        (
+            "sft",
+            ["train.freeze=['*']"],
+            "matches every weight, and nothing is left to train",
+            [["train.freeze=['embed*']"]],
+        ),
+        (
+            "distill",
+            ["data.dialogues=[]", "data.plan={}/gone"],
+            "make it with `trivium data run`, or correct the path",
+            [],
+        ),
+        (
+            "grpo",
+            [BEGUN, "--resume", "no"],
+            "choose another run.dir, remove .*, or leave --resume out to go on",
+            [
+                ["run.dir={}/new", "--resume", "no"],
+                [BEGUN],
+            ],
+        ),
+        (
+            "grpo",
+            [BEGUN, "init.run={}/moe"],
+            "does not hold; name the run that does, or choose another run.dir",
+            [
+                [BEGUN, "init.run={}/dense"],
+                ["run.dir={}/new", "init.run={}/moe"],
+            ],
+        ),
+        (
+            "grpo",
+            [BEGUN, "init.run=", f"{OTHER}/moe/checkpoints/step_1"],
+            "is another; name the first, or choose another",
+            [
+                [BEGUN, "init.run=", f"{OTHER}/dense/checkpoints/step_1"],
+            ],
+        ),
+        (
+            "grpo",
+            ["--resume", "{}/begun"],
+            "is a run, not a checkpoint; name one of its checkpoints, e.g. .*step_2$",
+            [
+                ["--resume", "{}/begun/checkpoints/step_2"],
+            ],
+        ),
+        (
+            "grpo",
+            ["--resume", "{}/gone"],
+            "there is no such checkpoint; give auto, no, or a path like RUN/checkpoints",
+            [
+                ["--resume", "auto"],
+                ["--resume", "no"],
+            ],
+        ),
         ("sample", ["run.dir={}/dense", *SAMPLE], "choose another folder for the samples", [SAMPLE]),
-        ("sample", ["keep.min_rewards.x=1", *SAMPLE], "has no rewards by name; set keep.min_score", [
-            ["keep.min_score=1", *SAMPLE],
-        ]),
+        (
+            "sample",
+            ["keep.min_rewards.x=1", *SAMPLE],
+            "has no rewards by name; set keep.min_score",
+            [
+                ["keep.min_score=1", *SAMPLE],
+            ],
+        ),
         ("sample", ["keep.min_rewards.x=1", *SOLVED], "has the rewards exact", [["keep.min_rewards.exact=1", *SOLVED]]),
         (
             "grpo",
@@ -155,7 +298,7 @@ def test_a_command_starts_with_what_its_message_sets(
             [],
         ),
     ],
-)  # fmt: skip
+)
 def test_a_command_starts_once_its_message_was_followed(
     command: str, wrong: list[str], words: str, right: list[list[str]], base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
