@@ -5,6 +5,7 @@ a slower moment of the machine meets them all alike; what counts is the median s
 agree, or the contest is refused. "of products" relates the floating-point operations of the model, causal attention
 counted once, to the rate of the products of its weights alone, which is measured in the same turns. "time in" divides
 one step more, under torch's profiler. The second table has what is to be reached, and where it was not, the bounds.
+A third table has the peak memory of steps on rows of 8,192 tokens.
 
 litgpt is installed into an environment of its own, beside the results; without a network the contests leave it out.
 
@@ -28,7 +29,7 @@ from rich.table import Table
 
 from configs.files import write_atomic
 from tests.bench.environment import NoPeer
-from tests.bench.training import contests, targets
+from tests.bench.training import contests, memory, targets
 from tests.bench.training.contests import LITGPT
 from tests.bench.training.litgpt_peer import python_with_litgpt
 
@@ -100,8 +101,11 @@ def main() -> None:
     clock, cores = ("cpu_second", 1) if args.quick else ("second", os.cpu_count() or 1)
     every = contests.contests(args.quick, precisions())
     chosen = [contest for contest in every if args.only in contest.name]
-    if not chosen:
-        parser.error(f"--only {args.only}: the contests are {', '.join(contest.name for contest in every)}")
+    # Memory is measured in the lower precision alone, and not in a quick run: attention over such rows takes long.
+    weighed = [] if args.quick else [name for name in precisions()[-1:] if args.only in f"memory {name}"]
+    if not chosen and not weighed:
+        names = [*(contest.name for contest in every), *([] if args.quick else [f"memory {precisions()[-1]}"])]
+        parser.error(f"--only {args.only}: the contests are {', '.join(names)}")
     pythons, left_out = {}, {}
     if any(contest.has(LITGPT) for contest in chosen):
         try:
@@ -112,16 +116,23 @@ def main() -> None:
             chosen = [contest.without(LITGPT) for contest in chosen]
     facts: dict[str, Any] = {**machine(), "quick": args.quick, "ratios_by": clock, "left_out": left_out}
     records: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"machine": facts}
     for contest in chosen:
         print(f"{contest.name}: {len(contest.contenders)} contenders", file=sys.stderr, flush=True)
         records += contests.run(contest, args.rounds, cores, pythons)
         contests.compare(records, clock)
-        found = list(targets.reached(records, clock))
-        result = {"machine": facts, "records": records, "targets": found}
+        result |= {"records": records, "targets": list(targets.reached(records, clock))}
+        write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())
+    for precision in weighed:
+        print(f"memory {precision}", file=sys.stderr, flush=True)
+        result["memory"] = list(memory.measure(precision, cores))
         write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())
     console = Console(width=200)
-    console.print(table_of(records, facts))
-    console.print(targets.table_of(found))
+    if records:
+        console.print(table_of(records, facts))
+        console.print(targets.table_of(result["targets"]))
+    if weighed:
+        console.print(memory.table_of(result["memory"]))
 
 
 if __name__ == "__main__":

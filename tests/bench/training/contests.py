@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[3]
 DOCUMENTS = (1, 4)  # in a row
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative: roundings of the same operations in another order
 OURS, LITGPT, PRODUCTS = "trivium", "litgpt", "products"
+Record = dict[str, Any]  # what JSON has of a measurement
 
 
 @dataclass(frozen=True)

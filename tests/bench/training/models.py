@@ -60,6 +60,7 @@ SIZES = {
     # As many tokens a step to a parameter as in the others, since what a step costs whatever its batch would show.
     "5M": Size(_5M, 2, 512),
     "small MoE": Size(_mixture(_5M, 2), 2, 512),
+    "34M, 8k": Size(_34M, 1, 8192),
 }
 
 

@@ -2,13 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from rich.table import Table
 
-from tests.bench.training.contests import OURS, PRODUCTS
+from tests.bench.training.contests import OURS, PRODUCTS, Record
 
-Record = dict[str, Any]
 BOUNDED = ("ratio", "share_of_products")  # what all but products and attention can lower
 
 

@@ -7,6 +7,7 @@ It waits for the next line without using a core, so contenders can take turns.
 
 import json
 import os
+import resource
 import sys
 import time
 from typing import Any
@@ -34,7 +35,9 @@ def _answer(asked: str, documents: str, step: Step) -> dict[str, Any]:
         return shares(step, int(documents))
     started, used = time.perf_counter(), time.process_time()
     loss = step(int(documents))
-    return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used, "loss": loss}
+    spent = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {**spent, "loss": loss, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 if __name__ == "__main__":
