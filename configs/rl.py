@@ -28,6 +28,18 @@ class EnvironmentConfig(Section):
     """The number of calls of an episode; one more ends it with a score of 0."""
 
 
+class VLLMConfig(Section):
+    """The process in which vLLM samples, with rl.sampler = "vllm"; each rank starts one."""
+
+    python: str | None = None
+    """The Python of an environment that has the package vllm; left out, the one that runs Trivium."""
+    cache_gb: float = Field(default=2.0, gt=0)
+    """The size of the key-value cache of each process, in GB."""
+    seconds: float = Field(default=1800.0, gt=0)
+    """The most seconds that the process may take to start, to take weights or to sample a rollout; then the run
+    ends."""
+
+
 class RLSection(Section):
     """Rollouts and what is done with them, in every method: updates, corrections, the reference policy, records."""
 
@@ -56,8 +68,11 @@ class RLSection(Section):
     """The number of tokens before task.max_new_tokens over which overlong_penalty rises from 0; 0: no penalty."""
     overlong_penalty: float = Field(default=1.0, gt=0)
     """What a completion of the maximum length loses of its reward."""
-    sampler: Literal["whole", "split"] = "whole"
-    """How weights come to sampling: each rank gathers a whole copy, or ranks of tp and ep sample with their slices."""
+    sampler: Literal["whole", "split", "vllm"] = "whole"
+    """How weights come to sampling: each rank gathers a whole copy (whole), or gives it to a process of vLLM (vllm), or
+    ranks of tp and ep sample together with their slices (split)."""
+    vllm: VLLMConfig | None = None
+    """The process in which vLLM samples, with rl.sampler = "vllm"."""
     record: str | None = None
     """The folder in which every rollout is kept; left out, those that a resume may need are, in run.dir/rollouts."""
     replay: str | None = None
@@ -74,6 +89,11 @@ class RLSection(Section):
             raise ValueError(
                 f"rl.correction_low = {self.correction_low} is above rl.correction_high = {self.correction_high}; "
                 "swap them"
+            )
+        if self.vllm and self.sampler != "vllm":
+            raise ValueError(
+                f"rl.vllm is about rl.sampler = 'vllm', and rl.sampler = {self.sampler!r}; set rl.sampler=vllm, or "
+                "leave rl.vllm out"
             )
         if self.environment and self.sampler == "split":
             raise ValueError(

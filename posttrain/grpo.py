@@ -37,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch takes seconds to import, so it is imported after the config has been checked.
     from posttrain.rl.group_credit import GroupCredit
     from posttrain.rl.logprob_check import LogprobCheck
-    from posttrain.rl.policy_copy import PolicyCopy
     from posttrain.rl.policy_loss import PolicyLoss
     from posttrain.rl.record_rollouts import record_ahead, record_rollouts
     from posttrain.rl.rl_start import opened
@@ -50,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = ClusterEnvironment.read()
     run = opened(config, config.grpo, "grpo", args.resume, env)
     initial, task, dialect = run.initial, run.sampling.task, run.dialect
-    policy = PolicyCopy(config.rl.sampler)
     source = RolloutSource(
         run.sampling,
         config.rl,
@@ -58,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.run.dir,
         GroupCredit(dialect, config.rl, task.max_new_tokens, task.reward_weights),
         dialect.aggregation,
-        policy,
-        LogprobCheck(config.grpo.max_logprob_difference),
+        run.policy,
+        LogprobCheck(config.grpo.max_logprob_difference, every_rollout=config.rl.sampler == "vllm"),
         initial.pin,
         staleness=config.rl.staleness,
     )
@@ -78,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             mesh,
             [
                 TaskAccuracy(
-                    *(task, initial.chat, config.run.seed, config.task.eval_prompts, policy),
+                    *(task, initial.chat, config.run.seed, config.task.eval_prompts, run.policy),
                     make=run.sampling.make,
                     room=config.train.seq_length + 1,
                 )

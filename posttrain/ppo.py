@@ -38,7 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.pretraining_text import PretrainingText
     from posttrain.rl.critic import Critic, critic_start
     from posttrain.rl.logprob_check import LogprobCheck
-    from posttrain.rl.policy_copy import PolicyCopy
     from posttrain.rl.policy_loss import PolicyLoss
     from posttrain.rl.rl_start import opened
     from posttrain.rl.rollout_source import RolloutSource
@@ -57,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = PretrainingText.open(ppo.text_plan, "ppo.text_plan", initial, config.train.seq_length)
         text = TextRows(rows, ppo.text_rows, ppo.text_coef)
         check_text_rows(text.count, run.layout, config.train.micro_batch_size)
-    policy = PolicyCopy(config.rl.sampler)
     critic = Critic(initial.model.with_values(), begins, ppo, config.rl, task.max_new_tokens)
     source = RolloutSource(
         run.sampling,
@@ -66,8 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.run.dir,
         critic,
         run.dialect.aggregation,
-        policy,
-        LogprobCheck(ppo.max_logprob_difference, "ppo.max_logprob_difference"),
+        run.policy,
+        LogprobCheck(
+            ppo.max_logprob_difference, "ppo.max_logprob_difference", every_rollout=config.rl.sampler == "vllm"
+        ),
         initial.pin,
         text,
     )
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             mesh,
             [
                 TaskAccuracy(
-                    *(task, initial.chat, config.run.seed, config.task.eval_prompts, policy),
+                    *(task, initial.chat, config.run.seed, config.task.eval_prompts, run.policy),
                     make=run.sampling.make,
                     room=config.train.seq_length + 1,
                 )

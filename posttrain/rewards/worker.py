@@ -7,29 +7,23 @@ trainer: its attempt is unscorable, with the reason, and a new process takes the
 
 import atexit
 import importlib.util
-import json
 import os
 import queue
-import select
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from configs.files import file_sha256
 from configs.loader import ConfigError
+from posttrain.piped_process import PipedProcess, ProcessEnded
 from posttrain.rewards.attempt import Attempt, TaskScore
 
 CHILD = Path(__file__).with_name("worker_child.py")
 START_SECONDS = 120.0  # for the interpreter and the function's module to load on a busy machine
 WORKERS = 4  # processes of one reward
-TICK = 0.2  # seconds after which an ended process is noticed, if one that it started keeps its pipe open
 
 
 @dataclass(frozen=True)
@@ -42,38 +36,21 @@ class Call:
     memory_bytes: int = 2**32
 
 
-class _Ended(Exception):
-    """Error for a worker process that has ended by itself, or that a time limit ended."""
-
-
 class Worker:
     """One process, started when it is first needed and again after it has ended."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self._process: subprocess.Popen[bytes] | None = None
-        self._requests = self._replies = -1
-        self._read = b""
+        self._process: PipedProcess | None = None
 
     def start(self) -> str:
         """Starts the process, if there is none; returns "", or why the function cannot be called."""
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None and self._process.runs:
             return ""
         self.close()
-        theirs_in, self._requests = os.pipe()
-        self._replies, theirs_out = os.pipe()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-B", str(CHILD), str(theirs_in), str(theirs_out)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=(theirs_in, theirs_out),
-            start_new_session=True,  # a process group of its own, which is ended as a whole
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        self._process = PipedProcess(
+            [sys.executable, "-P", "-B", str(CHILD)], environment={**os.environ, "OMP_NUM_THREADS": "1"}
         )
-        os.close(theirs_in)
-        os.close(theirs_out)
-        os.set_blocking(self._requests, False)
         # A function of the user is found in the working directory too, whichever way the command was started.
         path = [os.getcwd(), *(os.path.abspath(part) for part in sys.path)]
         setup = {
@@ -84,8 +61,8 @@ class Worker:
             "memory_bytes": self.call.memory_bytes,
         }
         try:
-            reply = self._exchange(setup, START_SECONDS)
-        except _Ended as ended:
+            reply = self._process.exchange(setup, START_SECONDS)
+        except ProcessEnded as ended:
             self.close()
             return f"its module, when imported, {ended}"
         if "error" in reply:
@@ -96,9 +73,10 @@ class Worker:
         """Returns the function's value for the four arguments, or why there is none."""
         if fault := self.start():
             return TaskScore.unscorable("cannot be called", fault)
+        assert self._process is not None
         try:
-            reply = self._exchange(arguments, self.call.seconds)
-        except _Ended as ended:
+            reply = self._process.exchange(arguments, self.call.seconds)
+        except ProcessEnded as ended:
             self.close()
             return TaskScore.unscorable(str(ended))
         if "value" in reply:
@@ -107,48 +85,9 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process and all that it started in its group."""
-        if self._process is None:
-            return
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        os.close(self._requests)
-        os.close(self._replies)
-        self._process, self._read = None, b""
-
-    def _exchange(self, content: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """Sends one object and returns the reply. Raises _Ended if there is none in time."""
-        assert self._process is not None
-        deadline, unsent = time.monotonic() + seconds, json.dumps(content).encode() + b"\n"
-        poll = select.poll()
-        poll.register(self._replies, select.POLLIN)
-        poll.register(self._requests, select.POLLOUT)
-        while b"\n" not in self._read:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise _Ended(f"took more than {seconds:g} s")
-            over = self._process.poll() is not None  # asked before reading, so that nothing it wrote is missed
-            ready = dict(poll.poll(1 if over else min(left, TICK) * 1000 + 1))
-            if self._replies in ready:
-                part = os.read(self._replies, 65536)
-                self._read += part
-                over = over or not part
-            elif unsent and self._requests in ready:
-                try:
-                    unsent = unsent[os.write(self._requests, unsent) :]
-                except BrokenPipeError:
-                    over = True
-                if not unsent:
-                    poll.unregister(self._requests)
-                continue
-            if over and b"\n" not in self._read:
-                raise _Ended("ended its process")
-        line, _, self._read = self._read.partition(b"\n")
-        try:
-            reply: dict[str, Any] = json.loads(line)
-        except ValueError:
-            raise _Ended("wrote to the pipe of its replies") from None
-        return reply
+        if self._process is not None:
+            self._process.close()
+            self._process = None
 
 
 class WorkerReward:

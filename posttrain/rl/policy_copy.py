@@ -7,6 +7,8 @@ whole:  every rank gathers a whole copy, one tensor at a time, and samples its o
         must fit on one device beside its training state.
 split:  ranks of tensor and expert parallel keep their slices, whose memory the decoder uses, adapters too, and sample
         the same completions together; nothing is gathered. There is no pipeline or context parallel in it.
+
+With vLLM every rank has a whole copy, too, from which it gives the weights to the process in which vLLM samples.
 """
 
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ import torch
 from configs.adapters import AdapterConfig
 from configs.layout import Layout
 from configs.loader import ConfigError
+from posttrain.rl.text_sampler import DecoderSampler, TextSampler
+from posttrain.rl.vllm_sampler import VLLMSampler
 from pretrain.checkpoint.state import gathered_weights
 from pretrain.generation.sampling import SampledModel
 from pretrain.model import Decoder, LayerContext
@@ -54,8 +58,9 @@ class PolicyCopy:
     group number `sampler`, and speaks for it if `leads` is True.
     """
 
-    def __init__(self, way: Way = "whole") -> None:
-        self.way = way
+    def __init__(self, way: Way = "whole", vllm: VLLMSampler | None = None) -> None:
+        """With `vllm`, whole copies, that sampler takes the weights at each refresh and samples with them."""
+        self.way, self._vllm = way, vllm
         self._decoder: SampledModel | None = None
         self._mesh: Mesh | None = None
 
@@ -89,9 +94,20 @@ class PolicyCopy:
         assert self._decoder is not None, "call refresh first"
         return self._decoder
 
-    @torch.no_grad()
+    @property
+    def text_sampler(self) -> TextSampler:
+        """What continues prompts with the weights of the last `refresh`."""
+        return self._vllm or DecoderSampler(self.decoder)
+
     def refresh(self, engine: Engine) -> None:
         """Takes the engine's current weights. Collective: all ranks call it."""
+        self._refresh_decoder(engine)
+        if self._vllm is not None:
+            assert isinstance(self._decoder, Decoder), "vLLM takes whole copies"
+            self._vllm.take(self._decoder, self.mesh)
+
+    @torch.no_grad()
+    def _refresh_decoder(self, engine: Engine) -> None:
         self._mesh, layout = engine.mesh, engine.mesh.layout
         zero.wait_for_weights(engine.zero)
         if self.way == "split":

@@ -7,15 +7,16 @@ from typing import Any
 
 from configs.layout import GROUP_SIZE, Layout
 from configs.loader import ConfigError
-from configs.rl import GRPOConfig, GRPOSection, PPOConfig, PPOSection
+from configs.rl import GRPOConfig, GRPOSection, PPOConfig, PPOSection, VLLMConfig
 from launch.environment import ClusterEnvironment
 from posttrain.algorithms.dialects import Dialect
 from posttrain.initial_chat_model import InitialChatModel
 from posttrain.rl import rollout_file
 from posttrain.rl.method import chosen_dialect
-from posttrain.rl.policy_copy import check_way
+from posttrain.rl.policy_copy import PolicyCopy, check_way
 from posttrain.rl.reference_policy import check_reference
 from posttrain.rl.rollout_source import SamplingPlan
+from posttrain.rl.vllm_sampler import VLLMSampler, check_vllm
 from posttrain.tasks.lengths import check_answers, check_rows, longest_answer
 from posttrain.tasks.preflight import check_task
 from posttrain.tasks.verifiable_tasks import made_from, make_task
@@ -30,6 +31,7 @@ class OpenedRun:
     sampling: SamplingPlan
     dialect: Dialect
     layout: Layout
+    policy: PolicyCopy
     said: str
 
 
@@ -78,7 +80,19 @@ def opened(
     most = None if environment else longest + task.max_new_tokens - 1  # the last token is a label
     drawing = group, section.temperature, config.run.seed, environment, most
     sampling = SamplingPlan(task, initial.chat, *drawing, method=name)
-    return OpenedRun(initial, sampling, dialect, layout, said)
+    return OpenedRun(initial, sampling, dialect, layout, _policy(config, initial), said)
+
+
+def _policy(config: GRPOConfig | PPOConfig, initial: InitialChatModel) -> PolicyCopy:
+    """Returns the weights to sample with. Raises ConfigError if vLLM is chosen and cannot sample in this run."""
+    if config.rl.sampler != "vllm":
+        return PolicyCopy(config.rl.sampler)
+    check_vllm(config.rl, initial.model, config.adapter)
+    architecture = (initial.lineage.imported or {}).get("architecture")
+    room = config.train.seq_length + 1  # the last token is a label
+    return PolicyCopy(
+        vllm=VLLMSampler(config.rl.vllm or VLLMConfig(), initial.model, architecture, room, config.run.dir)
+    )
 
 
 def check_layout(config: GRPOConfig | PPOConfig, section: GRPOSection | PPOSection, name: str, layout: Layout) -> None:
@@ -88,7 +102,8 @@ def check_layout(config: GRPOConfig | PPOConfig, section: GRPOSection | PPOSecti
             f"parallel.zero = {config.parallel.zero}: policy and critic are two models in one process, which train at "
             "ZeRO stage 1; set parallel.zero=1"
         )
-    check_way(config.rl.sampler, layout, config.adapter)
+    if config.rl.sampler != "vllm":
+        check_way(config.rl.sampler, layout, config.adapter)
     if section.dialect == "gspo" and config.parallel.cp > 1:
         raise ConfigError(
             f"parallel.cp = {config.parallel.cp} divides sequences, whose whole probability ratio {name}.dialect = "

@@ -17,10 +17,10 @@ from configs.sampling import SamplingConfig
 from posttrain.algorithms.advantages import equal_groups
 from posttrain.chat.format_interface import Chat
 from posttrain.rewards.attempt import Attempt, Problem, TaskScore
+from posttrain.rl.text_sampler import TextSampler
 from posttrain.tasks.episode_environment import Environment, Transcript, play
 from posttrain.tasks.task import Task, truncated
-from pretrain.generation.expert_choices import choices_shape
-from pretrain.generation.sampling import Completion, SampledModel, generate
+from pretrain.generation.sampling import Completion
 
 METRICS = ("reward", "equal_reward_groups", "completion_tokens", "truncated", "unscorable")
 EXPERTS = "experts"  # array of the choices of routers
@@ -105,7 +105,7 @@ class Rollout:
 
 
 def sample(
-    decoder: SampledModel,
+    sampler: TextSampler,
     task: Task,
     chat: Chat,
     temperature: float,
@@ -128,12 +128,12 @@ def sample(
     if make is not None:
         arrays |= {"turns": np.zeros(len(samples), np.int32)}
     if keep_experts:
-        arrays[EXPERTS] = np.full((len(samples), seq_length, *choices_shape(decoder)), -1, np.int16)
+        arrays[EXPERTS] = np.full((len(samples), seq_length, *sampler.choices), -1, np.int16)
     if not len(samples):
         return Rollout(arrays, group_size)
     problems = [task.problem(seed, "train", i // group_size) for i in samples]
     settings, keys = SamplingConfig(temperature=temperature), [f"rollout/{i}" for i in samples]
-    episodes = written(decoder, task, chat, problems, settings, seed, keys, seq_length + 1, scores, make, keep_experts)
+    episodes = written(sampler, task, chat, problems, settings, seed, keys, seq_length + 1, scores, make, keep_experts)
     for i, episode in enumerate(episodes):
         _fill(arrays, i, episode, seq_length)
         if keep_experts:
@@ -148,7 +148,7 @@ def sample(
 
 
 def written(
-    decoder: SampledModel,
+    sampler: TextSampler,
     task: Task,
     chat: Chat,
     problems: Sequence[Problem],
@@ -166,16 +166,8 @@ def written(
     """
 
     def continued(prompts: Sequence[list[int]], keys: Sequence[str]) -> list[Completion]:
-        return generate(
-            decoder,
-            prompts,
-            task.max_new_tokens,
-            settings,
-            seed,
-            stop_ids=chat.stop_ids,
-            keys=keys,
-            keep_experts=keep_experts,
-        )
+        limit = task.max_new_tokens
+        return sampler.continued(prompts, limit, settings, seed, chat.stop_ids, keys, keep_experts)
 
     if make is not None:
         return play(task, problems, keys, make, chat, continued, room)

@@ -305,7 +305,7 @@ class RolloutSource(BatchSource):
             sampling.group_size,
             self.seq_length,
             make=sampling.make,
-            keep_experts=self.settings.replay_experts and bool(self.policy.decoder.routers),
+            keep_experts=self.settings.replay_experts and self.policy.text_sampler.choices != (0, 0),
         )
         if np.isnan(whole.scores).all():
             raise Failure(

@@ -43,7 +43,7 @@ def sample_together(
     """
     own = policy.share(len(numbers))
     found = sample(
-        policy.decoder,
+        policy.text_sampler,
         sampling.task,
         sampling.chat,
         sampling.temperature,

@@ -8,9 +8,9 @@ from configs.sampling import SamplingConfig
 from posttrain.chat.format_interface import Chat
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.rollout import written
+from posttrain.rl.text_sampler import TextSampler
 from posttrain.tasks.episode_environment import Environment
 from posttrain.tasks.task import Task, available
-from pretrain.generation.sampling import SampledModel
 from pretrain.parallel.engine import Engine
 
 BATCH = 256  # prompts decoded at once, which limits the key-value cache
@@ -47,7 +47,7 @@ class TaskAccuracy:
         policy.refresh(engine)
         share = range(policy.sampler, self.prompts, policy.samplers)
         # By way of decoding, and then of the score itself and of each reward: its sum and its number.
-        sums = torch.tensor([self._sums(policy.decoder, share, t) for t in DECODING.values()])
+        sums = torch.tensor([self._sums(policy.text_sampler, share, t) for t in DECODING.values()])
         totals = engine.mesh.sum_over_world(sums if policy.leads else torch.zeros_like(sums)).tolist()
         found = {name: s / n for name, ((s, n), *_) in zip(DECODING, totals, strict=True) if n}
         if engine.mesh.is_main and (lacking := [name for name in DECODING if name not in found]):
@@ -69,14 +69,14 @@ class TaskAccuracy:
         names = self.task.reward_names
         return names if len(names) > 1 else ()
 
-    def _sums(self, decoder: SampledModel, indices: range, temperature: float) -> list[tuple[float, float]]:
+    def _sums(self, sampler: TextSampler, indices: range, temperature: float) -> list[tuple[float, float]]:
         """Returns (sum, number of answers) on the prompts `indices`: of the scores, then of each reward's values."""
         known: list[list[float]] = [[] for _ in range(1 + len(self._parts))]
         for start in range(0, len(indices), BATCH):
             batch = indices[start : start + BATCH]
             problems = [self.task.problem(self.seed, "heldout", i) for i in batch]
             episodes = written(
-                decoder,
+                sampler,
                 self.task,
                 self.chat,
                 problems,

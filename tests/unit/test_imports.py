@@ -112,6 +112,12 @@ RULES = (
     ImportRule("pretrain.checkpoint.whole_model", ours=("configs", "pretrain", "export.hf_folder"), never=LIBRARIES),
     ImportRule("pretrain.checkpoint.adapter_base", ours=("configs", "pretrain", "export.hf_folder"), never=LIBRARIES),
     ImportRule("posttrain", ours=("configs", "pretrain", "posttrain", *LAUNCH, *TOKEN_STORE), never=LIBRARIES),
+    ImportRule(  # vLLM reads weights as a Hugging Face folder
+        "posttrain.rl.vllm_weights",
+        ours=("configs", "export.conversion", "export.hf_config", "export.tensors"),
+        never=LIBRARIES,
+    ),
+    ImportRule("posttrain.rl.vllm_child", ours=(), only=("vllm",)),  # runs with another Python
     ImportRule(  # near-duplicates among completions are found as among documents
         "posttrain.rejection.text_measures", ours=("posttrain", "data_pipeline.scan.minhash"), never=LIBRARIES
     ),

@@ -11,6 +11,7 @@ from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.rl.rollout import Rollout, sample
 from posttrain.rl.rollout_rows import check_experts, rollout_rows
+from posttrain.rl.text_sampler import DecoderSampler
 from posttrain.tasks.verifiable_tasks import SortTask
 from pretrain.data.batch_source import collate
 from pretrain.model import Decoder
@@ -29,7 +30,7 @@ def decoder(tokenizer: Tokenizer) -> Decoder:
 
 @pytest.fixture(scope="module")
 def rollout(decoder: Decoder, chat: ChatFormat) -> Rollout:
-    return sample(decoder, TASK, chat, 0.7, 9, range(8), 4, 32, keep_experts=True)
+    return sample(DecoderSampler(decoder), TASK, chat, 0.7, 9, range(8), 4, 32, keep_experts=True)
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ from posttrain.rl.policy_loss import PolicyLoss
 from posttrain.rl.rollout import Rollout, judge, sample
 from posttrain.rl.rollout_rows import rollout_rows
 from posttrain.rl.rollout_source import RolloutSource, SamplingPlan
+from posttrain.rl.text_sampler import DecoderSampler
 from posttrain.tasks.sorting import SortTask
 from pretrain.data.batch_source import collate
 from pretrain.generation.sampling import Completion
@@ -47,7 +48,7 @@ def decoder(tokenizer: Tokenizer) -> Decoder:
 
 
 def sampled(decoder: Decoder, chat: ChatFormat, samples: range, seed: int = 9, length: int = LENGTH) -> Rollout:
-    return sample(decoder, TASK, chat, TEMPERATURE, seed, samples, 4, length)
+    return sample(DecoderSampler(decoder), TASK, chat, TEMPERATURE, seed, samples, 4, length)
 
 
 @pytest.fixture(scope="module")
