@@ -71,7 +71,7 @@ class RLSection(Section):
     sampler: Literal["whole", "split", "vllm"] = "whole"
     """How weights come to sampling: each rank gathers a whole copy (whole), or gives it to a process of vLLM (vllm), or
     ranks of tp and ep sample together with their slices (split)."""
-    vllm: VLLMConfig | None = None
+    vllm: VLLMConfig = VLLMConfig()
     """The process in which vLLM samples, with rl.sampler = "vllm"."""
     record: str | None = None
     """The folder in which every rollout is kept; left out, those that a resume may need are, in run.dir/rollouts."""
@@ -89,11 +89,6 @@ class RLSection(Section):
             raise ValueError(
                 f"rl.correction_low = {self.correction_low} is above rl.correction_high = {self.correction_high}; "
                 "swap them"
-            )
-        if self.vllm and self.sampler != "vllm":
-            raise ValueError(
-                f"rl.vllm is about rl.sampler = 'vllm', and rl.sampler = {self.sampler!r}; set rl.sampler=vllm, or "
-                "leave rl.vllm out"
             )
         if self.environment and self.sampler == "split":
             raise ValueError(

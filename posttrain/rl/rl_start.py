@@ -7,7 +7,7 @@ from typing import Any
 
 from configs.layout import GROUP_SIZE, Layout
 from configs.loader import ConfigError
-from configs.rl import GRPOConfig, GRPOSection, PPOConfig, PPOSection, VLLMConfig
+from configs.rl import GRPOConfig, GRPOSection, PPOConfig, PPOSection
 from launch.environment import ClusterEnvironment
 from posttrain.algorithms.dialects import Dialect
 from posttrain.initial_chat_model import InitialChatModel
@@ -90,9 +90,7 @@ def _policy(config: GRPOConfig | PPOConfig, initial: InitialChatModel) -> Policy
     check_vllm(config.rl, initial.model, config.adapter)
     architecture = (initial.lineage.imported or {}).get("architecture")
     room = config.train.seq_length + 1  # the last token is a label
-    return PolicyCopy(
-        vllm=VLLMSampler(config.rl.vllm or VLLMConfig(), initial.model, architecture, room, config.run.dir)
-    )
+    return PolicyCopy(vllm=VLLMSampler(config.rl.vllm, initial.model, architecture, room, config.run.dir))
 
 
 def check_layout(config: GRPOConfig | PPOConfig, section: GRPOSection | PPOSection, name: str, layout: Layout) -> None:

@@ -2,9 +2,9 @@
 
 vLLM needs other versions of torch and transformers than the trainer, so `rl.vllm.python` names the Python of another
 environment. Each rank has such a process, which ends with it. Weights go there as a Hugging Face folder in memory
-(/dev/shm) where there is room, else in the run's folder; prompts and completions as token ids in JSON. Texts are vLLM's
-own draws: the same seed gives the same text only with the same vLLM on the same machine. The choices of routers, GPUs
-and vLLM's own tensor parallel are left out.
+(/dev/shm) where there is room, else among temporary files; prompts and completions as token ids in JSON. Texts are
+vLLM's own draws: the same seed gives the same text only with the same vLLM on the same machine. The choices of routers,
+GPUs and vLLM's own tensor parallel are left out.
 """
 
 import atexit
@@ -63,9 +63,9 @@ def check_vllm(settings: RLSection, model: ModelConfig, adapter: AdapterConfig |
         raise ConfigError(
             "rl.sampler = 'vllm' has been tested on processors alone, and this machine has a GPU; set rl.sampler=whole"
         )
-    chosen = settings.vllm or VLLMConfig()
-    python = chosen.python or sys.executable
-    said = f"rl.vllm.python = {python!r}" if chosen.python else f"rl.vllm.python is left out, and {python}"
+    chosen = settings.vllm.python
+    python = chosen or sys.executable
+    said = f"rl.vllm.python = {python!r}" if chosen else f"rl.vllm.python is left out, and {python}"
     remedy = f"name the Python of an environment that has it, or set rl.sampler=whole ({HOW})"
     try:
         done = subprocess.run(
@@ -80,8 +80,8 @@ def check_vllm(settings: RLSection, model: ModelConfig, adapter: AdapterConfig |
 class VLLMSampler:
     """The text sampler whose completions vLLM writes. The process starts when the first weights come.
 
-    `room` is the most tokens that a prompt and its completion have; the log is written into `run_dir`. Whatever goes
-    wrong in the process ends the run: Failure, which names the log.
+    `room` is the most tokens that a prompt and its completion have. Whatever goes wrong in the process ends the run:
+    Failure, which names the log, a temporary file that stays in that case alone.
     """
 
     choices = (0, 0)
@@ -98,26 +98,32 @@ class VLLMSampler:
                 f"rl.sampler = 'vllm' samples with an exported model, and {error}; or set rl.sampler=whole"
             ) from None
         self._process: PipedProcess | None = None
-        self._log = Path()
+        self._log = Path()  # none yet
         atexit.register(self.close)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the process has started."""
+        return self._process is not None
 
     def take(self, decoder: Decoder, mesh: Mesh) -> None:
         """Gives vLLM the weights of a decoder, before it samples anything else."""
         weights = {**dict(decoder.named_global_parameters()), **decoder.named_balance()}
         with self._folder(sum(tensor.nbytes for tensor in weights.values()), mesh.rank) as folder:
             self._writer.write(lambda name: weights[name].detach().cpu(), Path(folder))
-            if self._process is not None:
+            if self.runs:
                 self._ask({"folder": folder}, "take new weights")
                 return
-            self._log = self._run_dir / f"vllm_{mesh.rank}.log"
             dtype = str(weights["embedding.weight"].dtype).removeprefix("torch.")
-            self._start(folder, dtype, mesh.is_main)
+            self._start(folder, dtype, mesh)
 
-    def _start(self, folder: str, dtype: str, says: bool) -> None:
+    def _start(self, folder: str, dtype: str, mesh: Mesh) -> None:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
         environment = kept | OWN | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         python = self.settings.python or sys.executable
-        with self._log.open("wb") as log:
+        number, name = tempfile.mkstemp(prefix=self.prefix(mesh.rank), suffix=".log")
+        self._log = Path(name)
+        with open(number, "wb") as log:
             self._process = PipedProcess([python, "-I", "-B", str(CHILD)], environment, log)
         setup = {
             "folder": folder,
@@ -127,21 +133,24 @@ class VLLMSampler:
             "cache_bytes": int(self.settings.cache_gb * 1e9),
         }
         version = self._ask(setup, "start")["version"]
-        if says:
+        if mesh.is_main:
             print(f"vLLM {version} of {python} samples; its log is {self._log}", flush=True)
 
     @contextmanager
     def _folder(self, size: int, rank: int) -> Iterator[str]:
-        """Makes a folder with room for `size` bytes, and removes it in the end; one left by a killed run goes first."""
-        prefix = self.prefix(rank)
-        for left in (*MEMORY.glob(f"{prefix}*"), *self._run_dir.glob(f"{prefix}*")):
-            shutil.rmtree(left, ignore_errors=True)
+        """Makes a folder with room for `size` bytes, and removes it in the end; those of a killed run go first."""
+        prefix, others = self.prefix(rank), Path(tempfile.gettempdir())
+        for left in (*MEMORY.glob(f"{prefix}*"), *others.glob(f"{prefix}*")):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            elif left != self._log:
+                left.unlink(missing_ok=True)
         has_room = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 1.1 * size
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=MEMORY if has_room else self._run_dir) as folder:
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=MEMORY if has_room else others) as folder:
             yield folder
 
     def prefix(self, rank: int) -> str:
-        """Returns how the names of a rank's folders of weights begin, which no other run's do."""
+        """Returns how the names of a rank's temporary files begin, which no other run's do."""
         run = hashlib.sha256(str(self._run_dir.resolve()).encode()).hexdigest()[:16]
         return f"trivium_vllm_{run}_{rank}_"
 
@@ -169,23 +178,29 @@ class VLLMSampler:
     def _ask(self, request: Mapping[str, Any], aim: str) -> dict[str, Any]:
         """Sends a request and returns the reply. Raises Failure if there is none, or if it is an error."""
         assert self._process is not None, "vLLM is given weights before prompts"
-        remedy = f"see the end of {self._log}, and set rl.sampler=whole to go on without vLLM"
+        late = ""
         try:
             reply = self._process.exchange(request, self.settings.seconds)
+            fault = f"said: {reply['error']}" if "error" in reply else ""
         except ProcessEnded as ended:
+            fault = str(ended)
+            late = "raise rl.vllm.seconds, or " if "took more than" in fault else ""
+        if fault:
+            log, self._log = self._log, Path()  # it stays
             self.close()
-            late = "raise rl.vllm.seconds, or " if "took more than" in str(ended) else ""
-            raise Failure(f"vLLM was to {aim}, and {ended}; {late}{remedy}") from None
-        if "error" in reply:
-            self.close()
-            raise Failure(f"vLLM was to {aim}, and said: {reply['error']}; {remedy}")
+            raise Failure(
+                f"vLLM was to {aim}, and {fault}; {late}see the end of {log}, or set rl.sampler=whole to go on without "
+                "vLLM"
+            )
         return reply
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process, and removes its log."""
         if self._process is not None:
             self._process.close()
             self._process = None
+        if self._log.is_file():
+            self._log.unlink()
 
 
 def seed_of(seed: int, key: str) -> int:

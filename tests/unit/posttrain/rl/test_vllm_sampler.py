@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from configs.moe import MoEConfig
 from configs.rl import RLSection, VLLMConfig
 from export.hf_folder import open_hf_folder
 from posttrain.rl.logprob_check import LogprobCheck
-from posttrain.rl.vllm_sampler import CHILD, VLLMSampler, check_vllm, seed_of
+from posttrain.rl.vllm_sampler import CHILD, MEMORY, VLLMSampler, check_vllm, seed_of
 from posttrain.rl.vllm_weights import FolderWriter
 from pretrain.model import Decoder
 from tests.tiny_models import wide_decoder
@@ -94,13 +95,18 @@ def sampler(decoder: Decoder, tmp_path: Path, request: pytest.FixtureRequest) ->
     sampler.close()
 
 
+def left(sampler: VLLMSampler) -> list[Path]:
+    """Returns the temporary files and folders of a sampler."""
+    return [file for folder in (MEMORY, Path(tempfile.gettempdir())) for file in folder.glob(f"{sampler.prefix(0)}*")]
+
+
 HANGS = "exec sleep 600"
 
 
 @pytest.mark.parametrize(
     ("sampler", "words"),
     [
-        ("echo said by it; exit 1", "vLLM was to start, and ended its process; see the end of .*vllm_0.log, and set"),
+        ("echo said by it; exit 1", "vLLM was to start, and ended its process; see the end of .*log, or set"),
         (
             f'exec {sys.executable} "$@"',
             "vLLM was to start, and said: ModuleNotFoundError: No module named 'vllm'; see",
@@ -108,20 +114,22 @@ HANGS = "exec sleep 600"
     ],
     indirect=["sampler"],
 )
-def test_a_process_that_fails_ends_the_run_in_a_sentence(
-    sampler: VLLMSampler, words: str, decoder: Decoder, tmp_path: Path
-) -> None:
+def test_a_process_that_fails_ends_the_run_in_a_sentence(sampler: VLLMSampler, words: str, decoder: Decoder) -> None:
     with pytest.raises(Failure, match=words):
         sampler.take(decoder, MAIN)
-    assert (tmp_path / "vllm_0.log").read_text()
-    assert not list(tmp_path.glob("trivium_vllm_*")) and not list(Path("/dev/shm").glob(sampler.prefix(0) + "*"))
+    (log,) = left(sampler)
+    assert log.read_text()
+    log.unlink()
 
 
 @pytest.mark.parametrize("sampler", [HANGS], indirect=True)
 def test_a_process_that_hangs_is_ended(sampler: VLLMSampler, decoder: Decoder) -> None:
+    (Path(tempfile.gettempdir()) / f"{sampler.prefix(0)}of_a_killed_run").mkdir()
     sampler.settings = VLLMConfig(python=sampler.settings.python, seconds=0.5)
     with pytest.raises(Failure, match=r"vLLM was to start, and took more than 0.5 s; raise rl.vllm.seconds, or see"):
         sampler.take(decoder, MAIN)
+    (log,) = left(sampler)
+    log.unlink()
 
 
 def test_the_process_ends_with_its_parent_though_its_pipes_are_open() -> None:
