@@ -59,7 +59,7 @@ class PolicyCopy:
     """
 
     def __init__(self, way: Way = "whole", vllm: VLLMSampler | None = None) -> None:
-        """With `vllm`, whole copies, that sampler takes the weights at each refresh and samples with them."""
+        """Lets `vllm`, if it is given, take the weights at each refresh and sample with them; copies are then whole."""
         self.way, self._vllm = way, vllm
         self._decoder: SampledModel | None = None
         self._mesh: Mesh | None = None
@@ -96,7 +96,7 @@ class PolicyCopy:
 
     @property
     def text_sampler(self) -> TextSampler:
-        """What continues prompts with the weights of the last `refresh`."""
+        """The sampler that continues prompts with the weights of the last `refresh`."""
         return self._vllm or DecoderSampler(self.decoder)
 
     def refresh(self, engine: Engine) -> None:

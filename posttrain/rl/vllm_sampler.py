@@ -81,7 +81,7 @@ class VLLMSampler:
     """The text sampler whose completions vLLM writes. The process starts when the first weights come.
 
     `room` is the most tokens that a prompt and its completion have. Whatever goes wrong in the process ends the run:
-    Failure, which names the log, a temporary file that stays in that case alone.
+    Failure, which names a file with what vLLM printed.
     """
 
     choices = (0, 0)
@@ -98,7 +98,7 @@ class VLLMSampler:
                 f"rl.sampler = 'vllm' samples with an exported model, and {error}; or set rl.sampler=whole"
             ) from None
         self._process: PipedProcess | None = None
-        self._log = Path()  # none yet
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (has no name, so nothing of it is left whatever happens)
         atexit.register(self.close)
 
     @property
@@ -121,10 +121,7 @@ class VLLMSampler:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(OTHERS)}
         environment = kept | OWN | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         python = self.settings.python or sys.executable
-        number, name = tempfile.mkstemp(prefix=self.prefix(mesh.rank), suffix=".log")
-        self._log = Path(name)
-        with open(number, "wb") as log:
-            self._process = PipedProcess([python, "-I", "-B", str(CHILD)], environment, log)
+        self._process = PipedProcess([python, "-I", "-B", str(CHILD)], environment, self._log)
         setup = {
             "folder": folder,
             "architecture": self._writer.architecture,
@@ -134,23 +131,20 @@ class VLLMSampler:
         }
         version = self._ask(setup, "start")["version"]
         if mesh.is_main:
-            print(f"vLLM {version} of {python} samples; its log is {self._log}", flush=True)
+            print(f"vLLM {version} of {python} samples the completions", flush=True)
 
     @contextmanager
     def _folder(self, size: int, rank: int) -> Iterator[str]:
         """Makes a folder with room for `size` bytes, and removes it in the end; those of a killed run go first."""
         prefix, others = self.prefix(rank), Path(tempfile.gettempdir())
         for left in (*MEMORY.glob(f"{prefix}*"), *others.glob(f"{prefix}*")):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            elif left != self._log:
-                left.unlink(missing_ok=True)
+            shutil.rmtree(left, ignore_errors=True)
         has_room = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 1.1 * size
         with tempfile.TemporaryDirectory(prefix=prefix, dir=MEMORY if has_room else others) as folder:
             yield folder
 
     def prefix(self, rank: int) -> str:
-        """Returns how the names of a rank's temporary files begin, which no other run's do."""
+        """Returns how the names of a rank's folders of weights begin, which no other run's do."""
         run = hashlib.sha256(str(self._run_dir.resolve()).encode()).hexdigest()[:16]
         return f"trivium_vllm_{run}_{rank}_"
 
@@ -186,21 +180,25 @@ class VLLMSampler:
             fault = str(ended)
             late = "raise rl.vllm.seconds, or " if "took more than" in fault else ""
         if fault:
-            log, self._log = self._log, Path()  # it stays
             self.close()
             raise Failure(
-                f"vLLM was to {aim}, and {fault}; {late}see the end of {log}, or set rl.sampler=whole to go on without "
-                "vLLM"
+                f"vLLM was to {aim}, and {fault}; {late}see the end of {self._kept_log()}, or set rl.sampler=whole to "
+                "go on without vLLM"
             )
         return reply
 
+    def _kept_log(self) -> str:
+        """Copies what vLLM printed into a file, and returns its path."""
+        self._log.seek(0)
+        with tempfile.NamedTemporaryFile(prefix="trivium_vllm_", suffix=".log", delete=False) as kept:
+            shutil.copyfileobj(self._log, kept)
+        return kept.name
+
     def close(self) -> None:
-        """Ends the process, and removes its log."""
+        """Ends the process."""
         if self._process is not None:
             self._process.close()
             self._process = None
-        if self._log.is_file():
-            self._log.unlink()
 
 
 def seed_of(seed: int, key: str) -> int:

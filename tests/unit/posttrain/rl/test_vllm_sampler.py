@@ -4,6 +4,7 @@ What vLLM itself answers is in tests/e2e/test_vllm.py.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,8 +97,18 @@ def sampler(decoder: Decoder, tmp_path: Path, request: pytest.FixtureRequest) ->
 
 
 def left(sampler: VLLMSampler) -> list[Path]:
-    """Returns the temporary files and folders of a sampler."""
+    """Returns the folders of weights of a sampler."""
     return [file for folder in (MEMORY, Path(tempfile.gettempdir())) for file in folder.glob(f"{sampler.prefix(0)}*")]
+
+
+def log_of(error: Failure) -> str:
+    """Returns the text of the log that a message names, and removes the file."""
+    found = re.search(r"see the end of (\S+\.log),", str(error))
+    assert found, error
+    log = Path(found[1])
+    text = log.read_text()
+    log.unlink()
+    return text
 
 
 HANGS = "exec sleep 600"
@@ -115,21 +126,20 @@ HANGS = "exec sleep 600"
     indirect=["sampler"],
 )
 def test_a_process_that_fails_ends_the_run_in_a_sentence(sampler: VLLMSampler, words: str, decoder: Decoder) -> None:
-    with pytest.raises(Failure, match=words):
+    with pytest.raises(Failure, match=words) as failed:
         sampler.take(decoder, MAIN)
-    (log,) = left(sampler)
-    assert log.read_text()
-    log.unlink()
+    assert log_of(failed.value) and not left(sampler)
 
 
 @pytest.mark.parametrize("sampler", [HANGS], indirect=True)
 def test_a_process_that_hangs_is_ended(sampler: VLLMSampler, decoder: Decoder) -> None:
     (Path(tempfile.gettempdir()) / f"{sampler.prefix(0)}of_a_killed_run").mkdir()
     sampler.settings = VLLMConfig(python=sampler.settings.python, seconds=0.5)
-    with pytest.raises(Failure, match=r"vLLM was to start, and took more than 0.5 s; raise rl.vllm.seconds, or see"):
+    with pytest.raises(
+        Failure, match=r"vLLM was to start, and took more than 0.5 s; raise rl.vllm.seconds, or see"
+    ) as failed:
         sampler.take(decoder, MAIN)
-    (log,) = left(sampler)
-    log.unlink()
+    assert not log_of(failed.value) and not left(sampler)
 
 
 def test_the_process_ends_with_its_parent_though_its_pipes_are_open() -> None:
