@@ -105,6 +105,11 @@ class RLSection(Section):
         return self
 
     @property
+    def checks_every_rollout(self) -> bool:
+        """Whether the sampler is given a copy of the weights for each rollout, which it may not have taken."""
+        return self.sampler == "vllm" and self.replay is None
+
+    @property
     def estimator(self) -> str:
         """The estimator of the KL divergence from the reference policy, where the loss or the reward has one."""
         return self.kl_estimator or ("k3" if self.kl == "loss" else "k1")
@@ -198,6 +203,11 @@ class GRPORollouts(RLSection):
             raise ValueError(
                 f"rl.staleness = {self.staleness} is for two commands at the same time; set rl.record=FOLDER in the "
                 "one that samples, with --rollouts-only, and rl.replay=FOLDER in the one that trains"
+            )
+        if self.staleness and self.sampler == "vllm":
+            raise ValueError(
+                f"rl.staleness = {self.staleness} trains on rollouts of weights that the trainer no longer has, so "
+                "that nothing would tell whether vLLM took them; set rl.sampler=whole"
             )
         if self.staleness and self.correction == "report":
             raise ValueError(

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         GroupCredit(dialect, config.rl, task.max_new_tokens, task.reward_weights),
         dialect.aggregation,
         run.policy,
-        LogprobCheck(config.grpo.max_logprob_difference, every_rollout=config.rl.sampler == "vllm"),
+        LogprobCheck(config.grpo.max_logprob_difference, every_rollout=config.rl.checks_every_rollout),
         initial.pin,
         staleness=config.rl.staleness,
     )

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.dialect.aggregation,
         run.policy,
         LogprobCheck(
-            ppo.max_logprob_difference, "ppo.max_logprob_difference", every_rollout=config.rl.sampler == "vllm"
+            ppo.max_logprob_difference, "ppo.max_logprob_difference", every_rollout=config.rl.checks_every_rollout
         ),
         initial.pin,
         text,

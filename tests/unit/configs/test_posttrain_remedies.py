@@ -76,6 +76,7 @@ def recipe(**stage: Any) -> dict[str, Any]:
             "does not exist; stages before it: a",
             recipe(set=["init.run={a}"]),
         ),
+        (GRPOConfig, ahead(record="a", sampler="vllm"), "set rl.sampler=whole", ahead(record="a", sampler="whole")),
         (RLSection, {"correction_low": 3.0}, "swap them", {"correction_low": 2.0, "correction_high": 3.0}),
         (RLSection, {"record": "a", "replay": "a"}, "leave out rl.record to replay it", {"replay": "a"}),
         *(
