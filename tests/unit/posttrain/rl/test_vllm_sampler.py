@@ -80,13 +80,15 @@ def test_a_model_without_a_class_of_transformers_is_refused(decoder: Decoder, tm
         VLLMSampler(VLLMConfig(), decoder.model_config.model_copy(update={"head": odd}), None, 32, tmp_path)
 
 
-def test_its_folder_holds_the_weights(decoder: Decoder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_its_folder_holds_the_weights(decoder: Decoder, is_tied: bool, tmp_path: Path) -> None:
+    model = decoder.model_config.model_copy(update={"tie_embeddings": is_tied})
     weights = dict(decoder.named_global_parameters())
-    FolderWriter(decoder.model_config, None, 32).write(lambda name: weights[name].detach(), tmp_path)
+    head = weights.pop("lm_head.weight") if is_tied else weights["lm_head.weight"]
+    FolderWriter(model, None, 32).write(lambda name: weights[name].detach(), tmp_path)
     found = dict(open_hf_folder(tmp_path).converted())
-    if decoder.model_config.tie_embeddings:  # written as a head of its own
-        weights["lm_head.weight"] = weights["embedding.weight"]
-    assert set(found) == set(weights) and all(torch.equal(found[name], weights[name]) for name in weights)
+    expected = weights | {"lm_head.weight": weights["embedding.weight"] if is_tied else head}  # always one of its own
+    assert set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.fixture
