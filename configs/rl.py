@@ -95,6 +95,11 @@ class RLSection(Section):
                 "rl.sampler = 'split' lets ranks sample together, and episodes with rl.environment end at different "
                 "turns; set rl.sampler=whole"
             )
+        if self.environment and self.sampler == "vllm":
+            raise ValueError(
+                "rl.sampler = 'vllm' is tested with one answer to a prompt, and episodes with rl.environment have "
+                "several turns; set rl.sampler=whole"
+            )
         if self.environment and self.overlong_buffer:
             raise ValueError(
                 f"rl.overlong_buffer = {self.overlong_buffer} is about the length of one answer, and episodes with "

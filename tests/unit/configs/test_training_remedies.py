@@ -150,9 +150,12 @@ UNSCORED = ["task.kind=file", "task.files=['a']", "task.answer_key="]
         ("distill", ["distill.on_policy=0.5"], "such as one of kind 'file' with task.answer_key", [
             ["distill.on_policy=0.5", *UNSCORED], ["distill.on_policy=0"],
         ]),
-        ("grpo", ["rl.sampler=split", "rl.environment.tools=['calculator']"], "set rl.sampler=whole", [
-            ["rl.sampler=whole", "rl.environment.tools=['calculator']"],
-        ]),
+        *(
+            ("grpo", [f"rl.sampler={way}", "rl.environment.tools=['calculator']"], "set rl.sampler=whole", [
+                ["rl.sampler=whole", "rl.environment.tools=['calculator']"],
+            ])
+            for way in ("split", "vllm")
+        ),
         (
             "grpo",
             ["task.kind=file", "task.files=['a']", "task.rewards.r.kind=exact", "task.rewards.r.weight=0"],

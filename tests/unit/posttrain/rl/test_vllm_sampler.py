@@ -62,7 +62,7 @@ def test_a_python_that_cannot_sample_is_refused(decoder: Decoder, tmp_path: Path
     ("model", "adapter", "words"),
     [
         ({"moe": MOE}, None, "set rl.replay_experts=false, or rl.sampler=whole"),
-        ({}, AdapterConfig(kind="bottleneck"), "'bottleneck' cannot be; set rl.sampler=whole, or adapter.kind=lora"),
+        ({}, AdapterConfig(), "and the config has .adapter.; set rl.sampler=whole"),
     ],
 )
 def test_models_that_it_cannot_take_are_refused(
