@@ -120,8 +120,18 @@ class RLSection(Section):
         return self.kl_estimator or ("k3" if self.kl == "loss" else "k1")
 
 
-def check_overlong(settings: RLSection, task: TaskConfig) -> None:
-    """Raises ValueError if the penalty of long completions would begin before their first token."""
+def check_task(settings: RLSection, task: TaskConfig) -> None:
+    """Raises ValueError if the settings of rollouts do not go with the task.
+
+    The penalty of long completions must begin after their first token, and a task with episodes of its own has several
+    turns, at any of which one may end.
+    """
+    if task.kind == "verifiers":
+        for key, set_to in (("environment", None), ("sampler", "whole"), ("overlong_buffer", 0)):
+            if (value := getattr(settings, key)) not in (set_to, None):
+                said = "has tools" if key == "environment" else f"is {value!r}"
+                remedy = f"leave out rl.{key}" if set_to is None else f"set rl.{key}={set_to}"
+                raise ValueError(f"rl.{key} {said}, and task.kind = 'verifiers' has episodes of its own; {remedy}")
     if settings.overlong_buffer > task.max_new_tokens:
         raise ValueError(
             f"rl.overlong_buffer = {settings.overlong_buffer} is more than task.max_new_tokens = {task.max_new_tokens},"
@@ -257,7 +267,7 @@ class GRPOConfig(TrainerConfig):
                 "grpo.dialect = 'gdpo' normalises each reward by itself, and rl.kl = 'reward' would charge the "
                 "divergence in none of them; set rl.kl=loss"
             )
-        check_overlong(self.rl, self.task)
+        check_task(self.rl, self.task)
         return self
 
 
@@ -324,5 +334,5 @@ class PPOConfig(TrainerConfig):
 
     @model_validator(mode="after")
     def _penalty_begins_within_completions(self) -> "PPOConfig":
-        check_overlong(self.rl, self.task)
+        check_task(self.rl, self.task)
         return self

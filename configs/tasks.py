@@ -94,6 +94,23 @@ class TaskPartConfig(Section):
                 raise ValueError(f"{said} says nothing of kind {self.kind!r}; leave it out")
 
 
+class VerifiersConfig(Section):
+    """An environment of the package verifiers: a taskset, which has problems and rewards, and how it is played."""
+
+    taskset: str
+    """The id of the taskset, a module or package that exports one, such as "my-game" for my_game.py."""
+    config: str | None = None
+    """A TOML file whose table [env] is a config of verifiers, for settings of the taskset and its environment."""
+    max_problems: int = Field(default=10_000, ge=2)
+    """The number of problems that are taken of a taskset that has more."""
+    heldout_share: float = Field(default=0.1, gt=0, lt=1)
+    """The share of problems, by hash of their key, that is never trained on."""
+    seconds: float = Field(default=30.0, gt=0)
+    """The time for the reply to one answer, in seconds, its score included; beyond it the episode is unscorable."""
+    memory_mb: int = Field(default=4096, ge=64)
+    """The address space of an episode's process, in MiB."""
+
+
 class WeightedTaskConfig(TaskPartConfig):
     """A task of a mixture, and its weight."""
 
@@ -104,24 +121,31 @@ class WeightedTaskConfig(TaskPartConfig):
 class TaskConfig(TaskPartConfig):
     """A task. Problems are divided by hash into training and held-out ones, which never overlap."""
 
-    kind: Literal["sort", "countdown", "file", "mixture"] = "sort"  # type: ignore[assignment]
+    kind: Literal["sort", "countdown", "file", "mixture", "verifiers"] = "sort"  # type: ignore[assignment]
     """Where problems come from: sort asks for the digits of a number in ascending order, countdown for an expression
-    of digits that makes a number, file reads prompts and answers, and mixture draws from several tasks."""
+    of digits that makes a number, file reads prompts and answers, mixture draws from several tasks, and verifiers has
+    those of an environment of the package verifiers, which replies to the model's turns and scores the episode."""
+    verifiers: VerifiersConfig | None = None
+    """An environment of the package verifiers (verifiers)."""
     tasks: dict[str, WeightedTaskConfig] = Field(default={})
     """The tasks of a mixture, by a name for logs (mixture)."""
     name: str = ""
-    """The name of the task in logs; left out, it is that of its kind (file, mixture)."""
+    """The name of the task in logs; left out, it is that of its kind (file, mixture, verifiers)."""
     max_new_tokens: int = Field(default=16, ge=1)
     """The maximum length of a completion, in tokens; one that is longer is cut and counts as wrong."""
     eval_prompts: int = Field(default=256, ge=1)
     """The number of held-out prompts on which the model is scored at the end, once greedily and once sampled."""
 
     @model_validator(mode="after")
-    def _a_mixture_has_tasks(self) -> "TaskConfig":
+    def _parts_fit_the_kind(self) -> "TaskConfig":
         if self.kind != "mixture":
             self._refuse(("tasks",))
         elif not self.tasks:
             raise ValueError("kind = 'mixture' needs tasks; set [task.tasks.NAME] with kind and weight for each")
+        if self.kind == "verifiers" and self.verifiers is None:
+            raise ValueError("kind = 'verifiers' needs verifiers.taskset; set the id of a taskset")
+        if self.kind != "verifiers" and self.verifiers is not None:
+            raise ValueError(f"section verifiers says nothing of kind {self.kind!r}; leave it out")
         for name in self.tasks:
             check_name("task", name, "a part of the names of metrics")
         return self

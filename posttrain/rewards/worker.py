@@ -98,7 +98,7 @@ class WorkerReward:
     def __init__(self, call: Call, compares: bool, package: str = "", workers: int = WORKERS) -> None:
         """`compares` says whether a problem's solution must get 1; `package` is the one that the function imports."""
         self.call, self.compares, self.package = call, compares, package
-        file = None if compares else _file_of(call.target)  # only functions of the user may change
+        file = None if compares else file_of(call.target)  # only functions of the user may change
         self.made_from: Mapping[str, str] = {"function": call.target, "sha256": file_sha256(file)} if file else {}
         self._count = max(1, min(workers, os.cpu_count() or 1))
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
@@ -157,7 +157,7 @@ class WorkerReward:
             worker.close()
 
 
-def _file_of(target: str) -> Path | None:
+def file_of(target: str) -> Path | None:
     """Returns the file of a function's module, as a worker finds it; None if there is no such file."""
     name = target.partition(":")[0].replace(".", "/")
     candidates = (

@@ -45,7 +45,7 @@ def opened(
         print(f"note: {initial.note}")
     rollout_file.check_owner(config.rl.record, config.run.dir, initial.continues)
     group, begun = section.group_size, source_state(initial).get("rewards", {})
-    task, prompts = make_task(config.task, begun), config.train.global_batch_size // group
+    task, prompts = make_task(config.task, begun, plays=True), config.train.global_batch_size // group
     if env.is_main:
         for key, facts in made_from(task).items():
             then = begun.get(key, {})
@@ -77,7 +77,8 @@ def opened(
             "or leave it out"
         )
     environment = config.rl.environment
-    most = None if environment else longest + task.max_new_tokens - 1  # the last token is a label
+    plays = environment is not None or config.task.kind == "verifiers"
+    most = None if plays else longest + task.max_new_tokens - 1  # the last token is a label
     drawing = group, section.temperature, config.run.seed, environment, most
     sampling = SamplingPlan(task, initial.chat, *drawing, method=name)
     return OpenedRun(initial, sampling, dialect, layout, _policy(config, initial), said)

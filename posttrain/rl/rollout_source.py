@@ -41,6 +41,7 @@ from posttrain.rl.token_values import token_values
 from posttrain.tasks.episode_environment import Environment, environments
 from posttrain.tasks.task import Task
 from posttrain.tasks.verifiable_tasks import made_from
+from posttrain.tasks.verifiers_task import VerifiersTask
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Pin
 from pretrain.data.batch_source import BatchSource
@@ -85,6 +86,8 @@ class SamplingPlan:
     @property
     def make(self) -> Callable[[], Environment] | None:
         """Maker of the environment of an episode, None if the model's first turn is its answer."""
+        if isinstance(self.task, VerifiersTask):
+            return self.task.environment
         return environments(self.environment) if self.environment else None
 
 

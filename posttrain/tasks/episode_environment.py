@@ -47,6 +47,10 @@ class Environment(Protocol):
         """Returns the reply to the model's answer, the text of its turn."""
         ...
 
+    def close(self) -> None:
+        """Frees what the episode holds, whether it has ended or was cut."""
+        ...
+
 
 class ToolEnvironment:
     """An episode in which the model may call tools: the last call of a turn is run, and its result is the reply.
@@ -75,6 +79,9 @@ class ToolEnvironment:
         self._calls += 1
         name, argument = call
         return Reply([{"role": "user", "content": f"<result>{self.tools[name](argument)}</result>"}])
+
+    def close(self) -> None:
+        pass
 
 
 def environments(settings: EnvironmentConfig) -> Callable[[], Environment]:
@@ -137,7 +144,24 @@ def play(
     if not problems:
         return []
     environments = [make() for _ in problems]
-    dialogues = [environment.reset(problem) for environment, problem in zip(environments, problems, strict=True)]
+    try:
+        return _played(task, problems, keys, environments, chat, sample, room)
+    finally:
+        for environment in environments:
+            environment.close()
+
+
+def _played(
+    task: Task,
+    problems: Sequence[Problem],
+    keys: Sequence[str],
+    environments: Sequence[Environment],
+    chat: Chat,
+    sample: Sample,
+    room: int,
+) -> list[Transcript]:
+    with ThreadPoolExecutor(WORKERS) as pool:
+        dialogues = list(pool.map(lambda pair: pair[0].reset(pair[1]), zip(environments, problems, strict=True)))
     episodes = [Transcript(p, chat.render_prompt(d)) for p, d in zip(problems, dialogues, strict=True)]
     active = list(range(len(problems)))
     while active:

@@ -6,38 +6,32 @@ task.max_bad_share of them the run does not start. Of equal prompts the first is
 
 import hashlib
 import json
-import random
 import re
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from configs.loader import ConfigError
 from configs.tasks import TaskPartConfig
 from posttrain.chat.messages import BrokenDialogue, Message, check_order
-from posttrain.records import Unusable, UnusedRecords, find_files, read_records, value_at
+from posttrain.records import Unusable, find_files, read_records, value_at
 from posttrain.rewards.attempt import Attempt, Problem, TaskScore
 from posttrain.rewards.reward import WeightedRewards
-from posttrain.tasks.task import Split, Task, fraction
+from posttrain.tasks.held_problems import HeldProblems
+from posttrain.tasks.task import Split, fraction
 
 
-class FileTask:
+class FileTask(HeldProblems):
     """A task of the problems in files, scored by `rewards`."""
 
     def __init__(
         self, name: str, settings: TaskPartConfig, rewards: WeightedRewards, max_new_tokens: int, key: str = "task"
     ) -> None:
         """Reads the files. Raises ConfigError, naming keys below `key`, if too many records cannot be used."""
-        self.name, self.max_new_tokens = name, max_new_tokens
-        self.settings, self.rewards, self.key = settings, rewards, key
-        self.set_aside, self.duplicates = UnusedRecords(), 0
-        self.unscorable = Counter[str]()  # attempts of this process that could not be judged, by reason
-        self.problems: dict[Split, list[Problem]] = {"train": [], "heldout": []}
+        super().__init__(name)
+        self.max_new_tokens, self.settings, self.rewards, self.key = max_new_tokens, settings, rewards, key
+        self.duplicates = 0
         self._read()
         self.check_share()
-        self._order = lru_cache(maxsize=4)(self._shuffled)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -57,44 +51,12 @@ class FileTask:
     def reward_weights(self) -> dict[str, float]:
         return self.rewards.weights
 
-    def size(self, split: Split) -> int:
-        return len(self.problems[split])
-
-    def problem(self, seed: int, split: Split, index: int) -> Problem:
-        """Returns a problem: training ones in a new random order each epoch, held-out ones always in the same order."""
-        problems = self.problems[split]
-        epoch, position = divmod(index, len(problems))
-        return problems[position if split == "heldout" else self._order(seed, epoch)[position]]
-
     def score(self, attempts: Sequence[Attempt]) -> list[TaskScore]:
         """Returns the weighted sum of the rewards of each attempt, and says on stderr why some cannot be judged."""
         scores = self.rewards(attempts)
         for score in scores:
-            if score.value is None:
-                self.unscorable[score.reason] += 1
-                count = self.unscorable[score.reason]
-                if str(count).strip("0") == "1":  # 1, 10, 100 and so on
-                    said = f"{score.reason}{score.detail and ', ' + score.detail}"
-                    print(f"note: {count} completions for {self.name} were unscorable so far: {said}", file=sys.stderr)
+            self.note(score, "completions for")
         return scores
-
-    def smaller(self) -> Iterator[tuple[int, Task]]:
-        return iter(())
-
-    def keep(self, usable: Callable[[Problem], tuple[str, str] | None]) -> None:
-        """Sets aside the problems for which `usable` returns (reason, details). Raises ConfigError as the reading does.
-
-        Which problems are left must be the same on all ranks.
-        """
-        for split, problems in self.problems.items():
-            kept = []
-            for problem in problems:
-                if fault := usable(problem):
-                    self.set_aside.add(fault[0], problem.id, fault[1])
-                else:
-                    kept.append(problem)
-            self.problems[split] = kept
-        self._order.cache_clear()
 
     def check_bad_share(self, remedy: str = "") -> None:
         """Raises ConfigError if there are no records, or too many of them are set aside."""
@@ -133,11 +95,6 @@ class FileTask:
         train, heldout = self.size("train"), self.size("heldout")
         duplicates = f", {self.duplicates} repeated prompts left out" if self.duplicates else ""
         return f"{train} problems to train on, {heldout} held out, set aside: {self.reasons or 'none'}{duplicates}"
-
-    @property
-    def reasons(self) -> str:
-        """The counts of problems set aside by reason, as text."""
-        return str(self.set_aside)
 
     def _read(self) -> None:
         settings, seen = self.settings, set[str]()
@@ -189,11 +146,6 @@ class FileTask:
         metadata = {key: value for key, value in record.items() if key not in used}
         system = settings.system_prompt
         return Problem(where, prompt, answer, solution, solution, metadata, self.name, system)
-
-    def _shuffled(self, seed: int, epoch: int) -> list[int]:
-        order = list(range(len(self.problems["train"])))
-        random.Random(f"{self.name}/{seed}/{epoch}").shuffle(order)  # a string seed is hashed the same everywhere
-        return order
 
 
 def _check_prompt(prompt: Any, has_system: bool, key: str) -> None:

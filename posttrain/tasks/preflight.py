@@ -10,6 +10,7 @@ from posttrain.rewards.reward import Reward
 from posttrain.tasks.file_task import FileTask
 from posttrain.tasks.task import Task
 from posttrain.tasks.task_mixture import MixtureTask
+from posttrain.tasks.verifiers_task import VerifiersTask
 
 TRIED = 32  # problems on whose solutions a slow reward is tried
 FEW = 4  # problems on which a function of the user is tried
@@ -24,6 +25,10 @@ def check_task(task: Task, chat: Chat, row: int) -> list[str]:
     """
     if isinstance(task, MixtureTask):
         return [line for part in task.parts.values() for line in check_task(part, chat, row)]
+    if isinstance(task, VerifiersTask):
+        _leave_out_long_ones(task, chat, row)
+        task.try_out()
+        return [f"{task.name}: {task}"]
     if not isinstance(task, FileTask):
         return []
     task.rewards.check(f"{task.key}.rewards")
@@ -32,7 +37,7 @@ def check_task(task: Task, chat: Chat, row: int) -> list[str]:
     return [f"{task.name}: {task}"]
 
 
-def _leave_out_long_ones(task: FileTask, chat: Chat, row: int) -> None:
+def _leave_out_long_ones(task: FileTask | VerifiersTask, chat: Chat, row: int) -> None:
     longest = 0
 
     def usable(problem: Problem) -> tuple[str, str] | None:

@@ -10,16 +10,24 @@ from posttrain.tasks.file_task import FileTask
 from posttrain.tasks.sorting import SortTask
 from posttrain.tasks.task import Task
 from posttrain.tasks.task_mixture import MixtureTask
+from posttrain.tasks.verifiers_task import VerifiersTask
 
 MadeFrom = Mapping[str, Mapping[str, str]]
 
 
-def make_task(settings: TaskConfig, begun: MadeFrom | None = None) -> Task:
+def make_task(settings: TaskConfig, begun: MadeFrom | None = None, plays: bool = False) -> Task:
     """Returns the task that a config names. Raises ConfigError if its files or rewards cannot be used.
 
-    `begun` is what `made_from` returned when a run that goes on began.
+    `begun` is what `made_from` returned when a run that goes on began. `plays` says that episodes can be played.
     """
     most = settings.max_new_tokens
+    if settings.verifiers is not None:
+        if not plays:
+            raise ConfigError(
+                "task.kind = 'verifiers' has episodes of several turns, which trivium grpo and trivium ppo alone play; "
+                "name a task of another kind"
+            )
+        return VerifiersTask(settings.name or settings.verifiers.taskset, settings.verifiers, most)
     if settings.kind != "mixture":
         return _make(settings, settings.name, most, "task", begun)
     parts = {
@@ -33,6 +41,8 @@ def made_from(task: Task) -> MadeFrom:
     """Returns, by config key, what a task's rewards depend on outside the config: reward models and functions."""
     if isinstance(task, MixtureTask):
         return {key: facts for part in task.parts.values() for key, facts in made_from(part).items()}
+    if isinstance(task, VerifiersTask):
+        return {task.key: task.made_from} if task.made_from else {}
     if not isinstance(task, FileTask):
         return {}
     return {f"{task.key}.rewards.{name}": facts for name, facts in task.rewards.made_from.items()}

@@ -18,6 +18,7 @@ from posttrain.rl.rollout import Rollout
 from posttrain.tasks.tools import calculator, call_in
 from pretrain.checkpoint import storage
 from tests.e2e.posttrain_configs import rl_config, write_base
+from tests.e2e.recorded_turns import turns_of
 from tests.parallel.harness import RankError, RanksOf
 from tests.parallel.runs import metrics
 
@@ -79,18 +80,6 @@ def rollout_of(folder: Path, number: int) -> Rollout:
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
     return [line for line in metrics(run) if "loss" in line]
-
-
-def turns_of(rollout: Rollout, i: int, chat: ChatFormat) -> list[tuple[bool, list[int]]]:
-    """Returns the parts of sample i, each with whether the model wrote it, by the tokens that open and close turns."""
-    length = int(rollout.lengths[i])
-    whole = [*rollout.tokens[i][:length].tolist(), int(rollout.labels[i][length - 1])]
-    parts: list[tuple[bool, list[int]]] = [(False, [])]
-    for token in whole:
-        parts[-1][1].append(token)
-        if token == (chat.end_id if parts[-1][0] else chat.assistant_id):
-            parts.append((not parts[-1][0], []))
-    return [part for part in parts if part[1]]
 
 
 def test_calls_are_answered_and_results_are_never_learnt(base: Path, one: Path) -> None:

@@ -10,26 +10,9 @@ from posttrain.tasks.episode_environment import ToolEnvironment, Transcript, pla
 from posttrain.tasks.sorting import SortTask
 from posttrain.tasks.tools import calculator, python
 from pretrain.generation.sampling import Completion
+from tests.scripted_answers import Script
 
 TASK = SortTask(3, max_new_tokens=120)
-
-
-class Script:
-    """Says the lines of each episode's script in turn; one that begins with "cut" has no end."""
-
-    def __init__(self, chat: ChatFormat, scripts: Mapping[str, Sequence[str]]) -> None:
-        self.chat, self.scripts = chat, scripts
-        self.asked: list[tuple[str, list[int]]] = []
-
-    def __call__(self, prompts: Sequence[list[int]], keys: Sequence[str]) -> list[Completion]:
-        said = []
-        for prompt, key in zip(prompts, keys, strict=True):
-            self.asked.append((key, prompt))
-            name, _, turn = key.partition("/turn")
-            line = self.scripts[name][int(turn or 0)]
-            tokens = self.chat.encode_text(line) + [self.chat.end_id] * (not line.startswith("cut"))
-            said.append(Completion(tokens, [-0.5] * len(tokens), not line.startswith("cut")))
-        return said
 
 
 def played(
