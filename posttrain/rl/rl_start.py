@@ -88,6 +88,11 @@ def _policy(config: GRPOConfig | PPOConfig, initial: InitialChatModel) -> Policy
     """Returns the weights to sample with. Raises ConfigError if vLLM is chosen and cannot sample in this run."""
     if config.rl.sampler != "vllm":
         return PolicyCopy(config.rl.sampler)
+    if config.task.kind == "verifiers":
+        raise ConfigError(
+            "task.kind = 'verifiers' has episodes of several turns, and rl.sampler = 'vllm' is tested with one answer "
+            "to a prompt; set rl.sampler=whole"
+        )
     check_vllm(config.rl, initial.model, config.adapter)
     architecture = (initial.lineage.imported or {}).get("architecture")
     room = config.train.seq_length + 1  # the last token is a label

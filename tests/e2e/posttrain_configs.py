@@ -61,11 +61,8 @@ def grpo_config(base: Path) -> dict[str, Any]:
     return rl_config(base, "grpo", 60, (64, 32), 24, **own)
 
 
-def write_base(ranks: RanksOf, base: Path, **model: Any) -> Path:
-    """Writes a tokenizer, dialogues, an untrained model, and a config for each command; returns the folder.
-
-    `model` has keys of the model that replace those of `MODEL`.
-    """
+def write_base(ranks: RanksOf, base: Path) -> Path:
+    """Writes a tokenizer, dialogues, an untrained model, and a config for each command; returns the folder."""
     text = {
         "text": "Sort 1234567890, how are you? I am fine, thank you. 你好，谢谢。\n" * 40,
         "id": "0",
@@ -91,7 +88,7 @@ def write_base(ranks: RanksOf, base: Path, **model: Any) -> Path:
         "tests.parallel.workers.posttraining:save_untrained",
         process_group=False,
         run_dir=str(base / "init"),
-        model=MODEL | model,
+        model=MODEL,
         tokenizer=str(base / "tokenizer/tokenizer.model"),
     )
     return base

@@ -7,20 +7,15 @@ import io
 import shutil
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 from configs.loader import ConfigError
 from data_pipeline.tokens.tokenizer import file_name
-from posttrain import grpo
 from posttrain.preference import reference_logprobs
 from posttrain.preference.group_packing import PackedRow
 from posttrain.rl.policy_copy import PolicyCopy, Way
-from posttrain.rl.vllm_sampler import VLLMSampler
 from pretrain.checkpoint.lineage import Lineage
-from pretrain.model import Decoder
-from pretrain.parallel.groups import Mesh
 from tests.parallel.workers.layouts import make_engine, rows
 from tests.parallel.workers.training import save_now
 
@@ -49,18 +44,6 @@ def command(module: str, argv: list[str]) -> dict[str, Any]:
         except ConfigError as error:
             return {"status": 2, "said": said.getvalue(), "error": str(error)}
     return {"status": status, "said": said.getvalue(), "error": ""}
-
-
-def grpo_with_old_weights(argv: list[str]) -> int:
-    """Trains while vLLM is given no weights but the first."""
-    take = VLLMSampler.take
-
-    def take_once(self: VLLMSampler, decoder: Decoder, mesh: Mesh) -> None:
-        if not self.runs:
-            take(self, decoder, mesh)
-
-    with mock.patch.object(VLLMSampler, "take", take_once):
-        return grpo.main(argv)
 
 
 def copy_has_adapters(model: dict[str, Any], parallel: dict[str, Any], adapter: dict[str, Any], way: Way) -> float:
