@@ -12,6 +12,7 @@ from configs.loader import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, DATA = str(ROOT / "configs/pretrain/demo.toml"), str(ROOT / "configs/data/demo.toml")
+SFT, EXPORT = str(ROOT / "configs/posttrain/demo_sft.toml"), str(ROOT / "configs/export/demo.toml")
 DRILL, PROVE = "pretrain.drill.drill", "pretrain.proof.prove"
 SAMPLE, EVAL = "data_pipeline.provenance.document_samples", "export.evaluate"
 COMPARE, CONFIG = "posttrain.algorithms.compare_dialects", "configs.config_command"
@@ -27,7 +28,13 @@ WEB_LINES = [DATA, "--stage", "web_lines", *RUN]
 @pytest.mark.parametrize(
     ("command", "wrong", "words", "right", "next_refusal"),
     [
-        (COMPARE, ["b", "--drift", "-1"], "such as 0.2", ["b", "--drift", "0.2"], NO_BATCH),
+        (
+            COMPARE,
+            ["b", "--drift", "-1"],
+            "is no distance; give 0 or a small number of nats, such as 0.2",
+            ["b", "--drift", "0.2"],
+            NO_BATCH,
+        ),
         (COMPARE, ["b", "--drift", "inf"], "give 0 or", ["b", "--drift", "0"], NO_BATCH),
         (COMPARE, ["b", "--max-length", "0"], "give at least 1", ["b", "--max-length", "1"], NO_BATCH),
         (COMPARE, ["b", "--max-length", "0"], "or leave it out", ["b"], NO_BATCH),
@@ -83,13 +90,42 @@ WEB_LINES = [DATA, "--stage", "web_lines", *RUN]
             ["train", TRAIN],
             None,
         ),
-        (SAMPLE, [DATA, "-n", "0", *RUN], "give one, e.g. 20", [DATA, "-n", "20", *RUN], NO_RUN),
+        (
+            "pretrain.doctor.doctor",
+            [EXPORT],
+            "are those of a export config, which trains nothing; name another config",
+            [TRAIN],
+            None,
+        ),
+        ("pretrain.doctor.doctor", ["--ranks", "0", "train", TRAIN], "is no number of ranks; give 1 or more", [], None),
+        (
+            "posttrain.rehearse",
+            [TRAIN, "--world=0"],
+            "is no number; give 1 or more, such as --world 1",
+            [TRAIN, "--world=1", "--processes=0"],
+            "--processes",
+        ),
+        (
+            "posttrain.rehearse",
+            [TRAIN, "--world=1", "--micro-batches=999"],
+            "of a step; set --micro-batches 2, or leave it out",
+            [],
+            None,
+        ),
+        (DRILL, [SFT, *DRY], "train by the same engine: write a pretraining config with the", [TRAIN, *DRY], ""),
+        (
+            SAMPLE,
+            [DATA, "-n", "0", *RUN],
+            "is not a whole number of at least 1; give one, e.g. 20",
+            [DATA, "-n", "20", *RUN],
+            NO_RUN,
+        ),
         (SAMPLE, [DATA, "--chars", "x", *RUN], "give one, e.g. 20", [DATA, "--chars", "20", *RUN], NO_RUN),
         (SAMPLE, [DATA, "--kept", "--reason", "a", *RUN], "leave one of them out", [DATA, "--kept", *RUN], NO_RUN),
         (
             SAMPLE,
             [DATA, "--stage", "tokens", *RUN],
-            "those that do: extract, ",
+            "drops and cuts nothing; those that do: extract, ",
             [DATA, "--stage", "extract", *RUN],
             NO_RUN,
         ),
@@ -97,7 +133,7 @@ WEB_LINES = [DATA, "--stage", "web_lines", *RUN]
             (
                 SAMPLE,
                 WEB_LINES,
-                'give a rule set drop_lines = ["c4"] or ["refinedweb"]',
+                'the config has this stage switched off; give a rule set drop_lines = ["c4"] or ["refinedweb"]',
                 [
                     *WEB_LINES,
                     f'rules.code.drop_lines=["{name}"]',
@@ -127,7 +163,7 @@ WEB_LINES = [DATA, "--stage", "web_lines", *RUN]
         (
             "data_pipeline.provenance.explain",
             [DATA, *RUN],
-            "needs --id",
+            "trivium data explain needs --id, the document to explain",
             [DATA, "--id", "a", *RUN],
             "run: trivium data run",
         ),
@@ -141,8 +177,8 @@ WEB_LINES = [DATA, "--stage", "web_lines", *RUN]
         (EVAL, ["x", "--rows", "0"], "there are no --tasks; give one of the two", ["x", "--rows", "1"], NO_MODEL),
         (EVAL, ["x", "--rows", "-1"], "give 0 or more", ["x", "--rows", "0", "--tasks", "y"], NO_MODEL),
         (EVAL, ["x", "--limit", "0"], "give 1 or more", ["x", "--limit", "1"], NO_MODEL),
-        (CONFIG, ["--new", "sft", "data"], "so leave out 'data'", ["--new", "sft"], ""),
-        (CONFIG, ["--models", "sft"], "so leave out 'sft'", ["--models"], ""),
+        (CONFIG, ["--new", "sft", "data"], "--new prints a whole config, so leave out 'data'", ["--new", "sft"], ""),
+        (CONFIG, ["--models", "sft"], "--models lists all published models, so leave out 'sft'", ["--models"], ""),
         (
             CONFIG,
             ["--explain", "sft", "data.dialgues"],

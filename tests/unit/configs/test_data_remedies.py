@@ -235,6 +235,16 @@ MISTAKES: list[tuple[Edits, str, Ways]] = [
             {"mixture.unimax": GONE, "mixture.weights": GONE, "mixture.temperature": 1.0},
         ),
     ),
+    (
+        {"mixture.weights": {}},
+        r"names no source; give each source a weight, such as \{ web = 1\.0 \}",
+        ways({"mixture.weights": {"prose": 1.0, "pages": 1.0}}),
+    ),
+    (
+        {"decontaminate": {"files": ["a"], "min_words": 20}},
+        r"in between would not be looked for; set it to ngram or lower",
+        ways({"decontaminate.min_words": 13}),
+    ),
     ({"mixture.epochs": {"pages": 0}}, r"is not above 0; give a cap above 0", ways({"mixture.epochs.pages": 0.5})),
     (
         {"mixture.fim": {"pages": 0}},

@@ -53,7 +53,7 @@ def test_other_formats_and_versions() -> None:
     for version in (1, 4, "3", None):
         with pytest.raises(SealError, match="this code reads 2 to 3"):
             FORMAT.read(json.dumps(old | {"version": version}).encode(), Path("f"))
-    with pytest.raises(SealError, match="has format 'some-format': it is not a trivium-checkpoint"):
+    with pytest.raises(SealError, match="'some-format': it is not a trivium-checkpoint file, or it is damaged"):
         CHECKPOINT.read(FORMAT.write(VALUES), Path("f"))
     with pytest.raises(SealError, match="has format None"):
         FORMAT.read(b"[]", Path("f"))

@@ -288,7 +288,7 @@ def test_arguments_are_right_once_they_are_as_the_message_says(finished: Path, t
         assert not outcome(document_samples.main, [*show, option, found(r"give one, e\.g\. (\d+)$", said)[1]], capsys)
     shutil.copytree(finished.parent / "run", folder)
     said = outcome(verify.main, [str(folder), "run.workers=1"], capsys)
-    assert "overrides such as run.workers=1 belong to a config" in said and said.endswith("leave them out")
+    assert "overrides such as run.workers=1 belong to a config" in said and said.endswith("is a folder; leave them out")
     assert not outcome(verify.main, [str(folder)], capsys)
     (folder / "tokens/notes.txt").write_text("mine")
     stray = found(r"damaged: (\S+) is not a file of the stage tokens; move it elsewhere", outcome(

@@ -70,6 +70,14 @@ def test_stages_run_in_order_and_end_in_a_table(stages: list[RecipeStage], tmp_p
     assert page.count("<tr>") == 4 and "http" not in page
 
 
+def test_a_stage_alone_needs_those_before_it(stages: list[RecipeStage], tmp_path: Path) -> None:
+    console = Console(file=io.StringIO())
+    with pytest.raises(ConfigError, match="--only two: stage one before it is not finished; run that one first"):
+        run_stages(stages[:2], [], tmp_path, console, only="two")
+    assert run_stages(stages[:2], [], tmp_path, console, only="one") == 0
+    assert run_stages(stages[:2], [], tmp_path, console, only="two") == 0
+
+
 def test_a_specimen_is_what_its_command_prints(tmp_path: Path) -> None:
     assert write_specimen(Specimen(("config", "--new", "sft"))).startswith("#")
     refused = ("chat", str(tmp_path / "none"), "--temperature", "warm")  # before torch is imported
@@ -252,7 +260,7 @@ def test_a_missed_gate_stops_the_recipe_and_says_what_to_do(stages: list[RecipeS
     assert run([loss], tmp_path)[0] == 0
     wrong = dataclasses.replace(stages[0], gates=(GateConfig(metric="sort.sampled", at_least=0.5),))
     with pytest.raises(
-        ConfigError, match=r"'sort.sampled', which .*one did not measure; .* loss, sort answers.sampled"
+        ConfigError, match=r"'sort.sampled', which .*one did not measure; it measured loss, sort answers.sampled"
     ):
         run([wrong], tmp_path)
 

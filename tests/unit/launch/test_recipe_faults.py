@@ -14,7 +14,10 @@ from launch.recipe_results import describe_export, describe_training
 def test_gates_are_on_what_training_measures(tmp_path: Path) -> None:
     gate = {"metric": "loss", "at_most": 1.0}
     stage = {"command": "data run", "config": "configs/data/demo.toml", "gates": [gate]}
-    with pytest.raises(ConfigError, match=r"stages.a.gates: `trivium data run` measures nothing .*; leave them out"):
+    with pytest.raises(
+        ConfigError,
+        match=r"stages.a.gates: `trivium data run` measures nothing that a gate could be on; leave them out",
+    ):
         recipe.run_recipe(validate(RecipeConfig, {"dir": str(tmp_path), "stages": {"a": stage}}))
 
 
@@ -49,7 +52,10 @@ def test_damaged_results_are_left_out_or_told(tmp_path: Path) -> None:
         "itself": ({"set": ["init.run={b}"]}, r"'b', which comes later in the file; stages before it: a"),
         "no override": ({"set": ["steps"]}, r"'steps' is no override; write it as"),
         "no bound": ({"gates": [{"metric": "loss"}]}, r"'loss' has no bound; set at_least, at_most, or both"),
-        "a folder twice": ({"folder": "a"}, r"stages.b writes into .*/a, as stages.a does; set stages.b.folder to"),
+        "a folder twice": (
+            {"folder": "a"},
+            r"stages.b writes into .*/a, as stages.a does; set stages.b.folder to another name",
+        ),
         "a folder of its own": (
             {"set": ["run.dir=x"]},
             r"stages.b.set has run.dir=x, .* set stages.b.folder to choose",

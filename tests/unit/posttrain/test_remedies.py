@@ -202,7 +202,12 @@ def test_a_run_that_continues_is_told_no_other_length_of_rows_than_its_own(
         ("ppo", ["ppo.critic=none"], "does not exist; name the folder of a run", ["ppo.critic={dense}"]),
         ("ppo", ["ppo.critic={moe}"], r"name a reward model .*, or leave ppo\.critic out$", []),
         ("ppo", ["ppo.dialect=ppo@verl", "rl.correction_low=3"], "is above rl.correction_high = 2.0; swap them", None),
-        ("grpo", ["grpo.dialect=gspo", "parallel.cp=2"], r"set parallel\.cp=1", ["grpo.dialect=gspo"]),
+        (
+            "grpo",
+            ["grpo.dialect=gspo", "parallel.cp=2"],
+            r"takes; set parallel\.cp=1, or another dialect",
+            ["grpo.dialect=gspo"],
+        ),
         ("grpo", ["grpo.dialect=gspo", "parallel.cp=2"], "or another dialect", ["grpo.dialect=dapo", "parallel.cp=2"]),
         (
             "grpo",

@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 
+from configs.layout import Layout
+from configs.loader import ConfigError, validate
+from configs.model import ModelConfig
 from configs.sealed import CHECKPOINT
+from configs.train import ParallelConfig, TrainSection
+from posttrain.rl.text_rows import check_text_rows
 from tests.remedies import GONE, refused, ways
-from tests.untrained_models import dry_runs, write_untrained
+from tests.untrained_models import MODEL, dry_runs, write_untrained
 
 HEADS = {"nope_head_dim": 4, "rope_head_dim": 4, "v_head_dim": 4}
 LATENT: dict[str, Any] = {"attention": {"latent": {"kv_rank": 8, **HEADS}}, "num_kv_heads": 8}
@@ -37,6 +42,16 @@ UNSOLVED = [*PROMPTS, "task.files=['{}/pairs.jsonl']", "task.answer_key="]
 SOLVED = [*PROMPTS, "task.files=['{}/pairs.jsonl']", "task.answer_key=chosen"]
 STALE = ["rl.staleness=1", "rl.correction=truncate", "checkpoint.every=1"]
 BEGUN, OTHER = "run.dir={}/begun", "init.checkpoint={}"
+TRAIN = {"steps": 1, "global_batch_size": 4, "micro_batch_size": 2, "seq_length": 8}
+JUDGES = """
+def silent(prompt, completion, answer, metadata):
+    return None
+
+
+def fair(prompt, completion, answer, metadata):
+    return 1.0
+"""
+JUDGED = ["task.rewards.r.kind=function", "task.rewards.r.function"]
 SAMPLE = ["task.digits=3", "sample.problems=4"]
 
 
@@ -47,6 +62,7 @@ def base(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     manifest.write_bytes(CHECKPOINT.write(json.loads(manifest.read_text()) | {"context": NARROW}))
     for name, line in (("judged", '{"prompt": "a", "chosen": "b"}'), ("empty", "")):
         (folder / f"{name}_too.jsonl").write_text(f"{line}\n")
+    (folder / "judges.py").write_text(JUDGES)
     shutil.copytree(folder / "dense", folder / "bare")
     (folder / "bare/tokenizer.model").unlink()
     return folder
@@ -83,6 +99,7 @@ def base(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_command_starts_with_what_its_message_sets(
     command: str, ranks: int, wrong: list[str], number: int, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Applies each way that a message offers; `number` of them are offered."""
     run = dry_runs(base, monkeypatch)[command]
     wrong = [one.format(base) for one in wrong]
     offered = ways(message := refused(run, ranks, wrong))
@@ -172,7 +189,7 @@ def test_a_command_starts_with_what_its_message_sets(
         (
             "sft",
             [*SOLVED, "task.heldout_share=0.0001"],
-            "raise task.heldout_share .*, or name task.heldout_files",
+            "so nothing could be measured; raise task.heldout_share .*, or name task.heldout_files",
             [
                 [*SOLVED, "task.heldout_share=0.3"],
                 [*SOLVED, "task.heldout_files=['{}/judged_too.jsonl']"],
@@ -281,6 +298,18 @@ def test_a_command_starts_with_what_its_message_sets(
                 ["--resume", "no"],
             ],
         ),
+        (
+            "grpo",
+            [*SOLVED, JUDGED[0], f"{JUDGED[1]}=judges:silent"],
+            "gives no number for any of the first 4 problems .*; correct it, so that it returns a number within",
+            [[*SOLVED, JUDGED[0], f"{JUDGED[1]}=judges:fair"]],
+        ),
+        (
+            "grpo",
+            ["--resume", "{}/dense/checkpoints/step_1"],
+            "this run begins from a model; leave --resume out, and to begin from that one set init.checkpoint=",
+            [["init.run=", "init.checkpoint={}/dense/checkpoints/step_1"]],
+        ),
         ("sample", ["run.dir={}/dense", *SAMPLE], "choose another folder for the samples", [SAMPLE]),
         (
             "sample",
@@ -303,7 +332,22 @@ def test_a_command_starts_once_its_message_was_followed(
     command: str, wrong: list[str], words: str, right: list[list[str]], base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = dry_runs(base, monkeypatch)[command]
+    monkeypatch.chdir(base)
     message = refused(run, 1, [one.format(base) for one in wrong])
     assert re.search(words, message), message
     for overrides in right:
         assert not refused(run, 1, [one.format(base) for one in overrides])
+
+
+def test_a_layout_is_refused_and_started_as_the_message_says(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refused(dry_runs(base, monkeypatch)["distill"], 2, [f"teacher.run={base}/padded", "parallel.tp=2"])
+    assert message.endswith("would split at different tokens; set parallel.tp=1")
+    split = ["distill.sampler=split", "parallel.pp=2"]
+    message = refused(dry_runs(base, monkeypatch)["distill"], 2, [*STUDENT, *split])
+    assert "samples with the slices of tensor and expert parallel alone" in message
+    layout = Layout.of(2, ParallelConfig(), validate(ModelConfig, MODEL), validate(TrainSection, TRAIN))
+    with pytest.raises(
+        ConfigError, match=r"data-parallel rank; set a multiple of 4, such as ppo.text_rows=4"
+    ) as raised:
+        check_text_rows(3, layout, 2)
+    check_text_rows(int(str(raised.value).rpartition("=")[2]), layout, 2)

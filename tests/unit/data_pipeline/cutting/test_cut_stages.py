@@ -176,7 +176,7 @@ def test_a_changed_stage_repeats_only_what_hangs_on_it(config: Path, tmp_path: P
     [
         ('decontaminate.files=["in/none.jsonl"]', "decontaminate.files: 'in/none.jsonl' matches no file"),
         ("decontaminate.min_words=20", "min_words = 20 is above ngram = 13"),
-        ('pii.replacements={card="x"}', "replacements.card has no effect"),
+        ('pii.replacements={card="x"}', "replacements.card has no effect; set actions = "),
         ('pii.actions={names="replace"}', "pii.actions"),
         ('lines.sources=["poems"]', "lines.sources.poems: there is no such source"),
         ("substrings.min_bytes=5", "substrings.min_bytes = 5"),

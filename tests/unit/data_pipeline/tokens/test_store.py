@@ -112,7 +112,7 @@ def test_damage_is_noticed(copied: Path) -> None:
     with pytest.raises(ValueError, match=r"00000\.idx does not match its checksum.*delete the folder"):
         store.SourceStores.in_folder(copied.parent)
     opened.file(".idx").write_bytes(b"PK" + index)
-    with pytest.raises(ValueError, match="no token index"):
+    with pytest.raises(ValueError, match=r"is no token index \(it does not start with "):
         store.Store(copied)
     opened.file(".bin").unlink()
     with pytest.raises(ValueError, match=r"no \.bin"):

@@ -211,7 +211,7 @@ def test_files_and_parts_that_are_missing_are_named(tmp_path: Path, chat: ChatFo
     for files, words in (
         ([tmp_path / "no.jsonl"], "task.files names .*no.jsonl, which is no file"),
         ([tmp_path / "*.txt"], r"task.files names .*\*.txt, which is no file"),
-        ([empty], "empty.jsonl has no problem"),
+        ([empty], "empty.jsonl has no problem; name files with a problem on each line"),
     ):
         with pytest.raises(ConfigError, match=words):
             task_of(*files)

@@ -29,5 +29,5 @@ def test_a_prompt_and_its_continuation_fit_as_the_message_says(tmp_path: Path) -
     make(texts, int(fewer))
     with pytest.raises(ConfigError):
         make(texts, int(fewer) + 1)
-    with pytest.raises(ConfigError, match=r"shorten it$"):
+    with pytest.raises(ConfigError, match=r" that the model reads; shorten it$"):
         make([texts[1] * 9], 1)

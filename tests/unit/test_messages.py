@@ -1,0 +1,141 @@
+"""Messages of errors: each says something that a test knows, so that its remedy has been read and tried once.
+
+Reads the code of the packages and of all tests, and imports none of it.
+"""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WINDOW = 20  # characters in a row that a message and a test share
+ERRORS = {"ConfigError", "Failure", "CheckpointError", "DamagedData", "PeftError", "ConversionError", "SealError"}
+ERRORS |= {"DamagedTrainingData", "TooManySetAside", "MirrorError"}
+
+
+def messages(file: str, source: str) -> Iterator[tuple[str, list[str]]]:
+    """Yields the line of each error that users see, and the parts of its message without its values."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call):
+            continue
+        name = ast.unparse(node.exc.func).rpartition(".")[2]
+        if name in ERRORS or (name == "ValueError" and file.startswith("configs/")):
+            constants = [one for argument in node.exc.args for one in ast.walk(argument)]
+            texts = [one.value for one in constants if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+            yield f"{file}:{node.lineno}", [text for text in texts if len(text) >= WINDOW]
+
+
+def windows(text: str) -> set[str]:
+    return {text[start : start + WINDOW] for start in range(len(text) - WINDOW + 1)}
+
+
+def strings(source: str) -> Iterator[str]:
+    """Yields the strings of a test, those that are patterns without backslashes before characters as well."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) >= WINDOW:
+            yield node.value
+            if "\\" in node.value:
+                yield re.sub(r"\\(.)", r"\1", node.value)
+
+
+def unknown_to_tests() -> dict[str, str]:
+    """Returns the messages that share no words with a test, by their lines."""
+    files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tests = {file for file in files.split() if file.startswith("tests/")}
+    said = [
+        message
+        for file in sorted(set(files.split()) - tests)
+        if "raise" in (source := (ROOT / file).read_text(encoding="utf-8"))
+        for message in messages(file, source)
+    ]
+    wanted = set().union(*(windows(text) for _, texts in said for text in texts))
+    known = set[str]()
+    for file in tests - {"tests/unit/test_messages.py"}:
+        for text in strings((ROOT / file).read_text(encoding="utf-8")):
+            known |= wanted & windows(text)
+    return {
+        line: " … ".join(texts) for line, texts in said if texts and not any(windows(text) & known for text in texts)
+    }
+
+
+# Messages whose words no test has, by the reason; the list may only become shorter.
+UNKNOWN = {
+    "needs another machine, package or system": (
+        "no TCP port is free for ranks to meet at",
+        "here; run the demo from the root of the repository",
+        "in /proc, which this system has not",
+        "cannot run a program here",
+        "cannot use the package",
+        "a process has died, most likely for lack of memory",
+        "its manifest is damaged on every node",
+    ),
+    "needs files that change or break while a run has them open": (
+        "was replaced while the run started; start it again",
+        "elements; not saved",
+        "is not a whole checkpoint",
+        "it is a checkpoint of another model",
+        "and its model has",
+        "or name another checkpoint.mirror",
+        "restore that one there: the SHA-256 of its plan.json",
+        "remove it: the run's own command writes it again",
+        "is damaged: it is not JSON",
+        "it was cut or belongs to another index",
+        "what can be read is version",
+        "it was cut, or its documents have several sequences",
+        "export the model again",
+        "is missing; export the model again",
+    ),
+    "told while a run samples or trains, or by ranks": (
+        "raise online.completions, online.temperature or online.max_draws",
+        "has all rollouts, 0 to",
+        "mend its reward before training",
+        "raise checkpoint.keep, and begin both commands anew",
+        "no rows could be made to train on, and this is why",
+        "leave --micro-batches out, and all are run",
+        "ranks, and here are",
+        "[model] is not the model of",
+        "does not fit the layout",
+        "name a plan that begins at the first sample",
+        "nothing says which tokenizer the teacher was trained with",
+        r"\binit\.(run|checkpoint|hf|tokenizer)\b",
+    ),
+    "needs a data run that is done": (
+        "which is no language code of lid.176",
+        "whose documents have their locations added to it",
+        "in all, the used ones among them; raise",
+        "each; give one of these steps",
+        "but none of the first",
+        "restore them, or name another tokenizer",
+        "text.files: none of",
+    ),
+    "needs a model, an adapter, a task or a batch of another program": (
+        "its mask is all False; record another batch",
+        "in its test_split or validation_split; correct its file",
+        "holds no JSON object; fetch it again",
+        "is not valid JSON",
+        "leaves out every layer with experts",
+        "or tune the model with adapter.kind=lora",
+        "there is no base to load them onto; set adapter=merge",
+        "is for models that write text, not reward models",
+        "which are never loaded; save the adapter as safetensors",
+        "and PEFT's format does not say so",
+        "has no matrix for the adapter of",
+        "PEFT has no DoRA for",
+        "train with adapter.kind=prefix or lora, which can be written",
+        "has no embedding of a known name",
+    ),
+}
+
+
+def test_a_test_knows_what_each_error_says() -> None:
+    found = unknown_to_tests()
+    listed = [words for group in UNKNOWN.values() for words in group]
+    new = [f"{line}: {said}" for line, said in found.items() if not any(words in said for words in listed)]
+    assert not new, (
+        f"no test has {WINDOW} characters in a row of these messages; add a row to a table of remedies (tests/**/"
+        "test_*remedies.py) that is refused with these words, and goes on once it is as they say:\n" + "\n".join(new)
+    )
+    gone = [words for words in listed if not any(words in said for said in found.values())]
+    assert not gone, f"a test knows these messages now, or they are gone; take them off the list UNKNOWN: {gone}"
