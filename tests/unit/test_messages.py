@@ -71,6 +71,13 @@ UNKNOWN = {
         "a process has died, most likely for lack of memory",
         "its manifest is damaged on every node",
     ),
+    "needs the package verifiers": (
+        "and task.kind = 'verifiers' has episodes of its own",
+        "needs verifiers.taskset; set the id of a taskset",
+        "scores none of its first problems, answered with",
+        "only the table [env] is read, leave it out",
+        "tasksets are looked for in the working directory",
+    ),
     "needs files that change or break while a run has them open": (
         "was replaced while the run started; start it again",
         "elements; not saved",
