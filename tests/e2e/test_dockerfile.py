@@ -23,7 +23,6 @@ SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 # What a base image with Python has; ensurepip is in python3-venv.
 PACKAGES = "ca-certificates,python3,python3-dev,python3-venv"
 SUITES = {"bookworm": "3.11", "trixie": "3.13"}
-MIRROR = "http://deb.debian.org/debian"
 BARE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 RUN_HERE = ("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child")
 # Mounts what the words after the first name, each at its own path below the first, and then runs the rest.
@@ -124,7 +123,7 @@ def test_the_image_works_for_an_unprivileged_user(tmp_path: Path, suite: str) ->
         pytest.skip("a clean Debian root needs root and debootstrap (apt-get install debootstrap)")
     root = tmp_path / "root"
     made = subprocess.run(
-        [debootstrap, "--variant=minbase", f"--include={PACKAGES}", suite, str(root), MIRROR],
+        [debootstrap, "--variant=minbase", f"--include={PACKAGES}", suite, str(root)],
         env={**os.environ, "PATH": SBIN},
         capture_output=True,
         text=True,
