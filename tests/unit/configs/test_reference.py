@@ -125,6 +125,8 @@ def test_the_defaults_shown_are_the_real_ones(kind: str) -> None:
             base = merged(whole, {"model": {"attention": {"delta": DELTA}}})
         if kind == "dpo" and parents[:1] in (["online"], ["task"]):  # in place of [data]
             base = {**{name: value for name, value in whole.items() if name != "data"}, "online": {}, "task": {}}
+        if "verifiers" in parents:
+            base = {**base, "task": {"kind": "verifiers", "verifiers": {"taskset": "game"}}}
         tree = merged({}, base)
         for parent in parents:
             tree = tree.get(parent, {})
