@@ -3,7 +3,7 @@
 vLLM needs other versions of torch and transformers than the trainer, so `rl.vllm.python` names the Python of another
 environment. Each rank has such a process, which ends with it. Weights go there as a Hugging Face folder in memory
 (/dev/shm) where there is room, else among temporary files; prompts and completions as token ids in JSON. Texts are
-vLLM's own draws: the same seed gives the same text only with the same vLLM on the same machine. The choices of routers,
+vLLM's own draws: the same seed gives the same text only with the same vLLM on the same machine. Mixtures of experts,
 GPUs and vLLM's own tensor parallel are left out.
 """
 
@@ -49,10 +49,10 @@ OWN = {
 
 def check_vllm(settings: RLSection, model: ModelConfig, adapter: AdapterConfig | None) -> None:
     """Raises ConfigError if vLLM cannot sample in a run with these settings, as far as can be told before it starts."""
-    if model.moe and settings.replay_experts:
+    if model.moe:
         raise ConfigError(
-            "rl.replay_experts = true keeps the choices of the sampler's routers, which are not taken over from vLLM; "
-            "set rl.replay_experts=false, or rl.sampler=whole"
+            "rl.sampler = 'vllm' is tested with dense models, and this one is a mixture of experts, whose routers' "
+            "choices are not taken over from vLLM; set rl.sampler=whole"
         )
     if adapter is not None:
         raise ConfigError(

@@ -61,8 +61,11 @@ def grpo_config(base: Path) -> dict[str, Any]:
     return rl_config(base, "grpo", 60, (64, 32), 24, **own)
 
 
-def write_base(ranks: RanksOf, base: Path) -> Path:
-    """Writes a tokenizer, dialogues, an untrained model, and a config for each command; returns the folder."""
+def write_base(ranks: RanksOf, base: Path, **model: Any) -> Path:
+    """Writes a tokenizer, dialogues, an untrained model, and a config for each command; returns the folder.
+
+    `model` has keys of the model that differ from `MODEL`.
+    """
     text = {
         "text": "Sort 1234567890, how are you? I am fine, thank you. 你好，谢谢。\n" * 40,
         "id": "0",
@@ -88,7 +91,7 @@ def write_base(ranks: RanksOf, base: Path) -> Path:
         "tests.parallel.workers.posttraining:save_untrained",
         process_group=False,
         run_dir=str(base / "init"),
-        model=MODEL,
+        model=MODEL | model,
         tokenizer=str(base / "tokenizer/tokenizer.model"),
     )
     return base

@@ -173,11 +173,14 @@ def test_sound_data_is_trained_on_while_it_is_read(ranks: RanksOf, sound: Path, 
 
 def test_an_id_beyond_the_vocabulary_names_source_shard_and_document(data: Path) -> None:
     store = Store(data / "tokens/train/code/00000")
+    rows = 3 * int(store.lengths.sum()) // SEQ_LENGTH  # so many that every document is in one of them
+    whole = PlanConfig(seq_length=SEQ_LENGTH, samples=rows, seed=1, temperature=1.0)
+    build_plan(data / "tokens", data / "tokenizer", data / "whole", whole)
     index = int(store.lengths[:7].sum()) + 3
     with store.file(".bin").open("r+b") as file:
         file.seek(2 * index)
         file.write(np.array([VOCAB], "<u2").tobytes())
-    plan = Plan.open(data / "plan")
+    plan = Plan.open(data / "whole")
     message = r"source code, shard .*train/code/00000, document 7: token 3 is the id 511, and the vocabulary has 511"
     with pytest.raises(ValueError, match=message):
         for i in range(plan.num_samples):

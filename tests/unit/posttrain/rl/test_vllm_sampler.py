@@ -61,7 +61,7 @@ def test_a_python_that_cannot_sample_is_refused(decoder: Decoder, tmp_path: Path
 @pytest.mark.parametrize(
     ("model", "adapter", "words"),
     [
-        ({"moe": MOE}, None, "set rl.replay_experts=false, or rl.sampler=whole"),
+        ({"moe": MOE}, None, "is tested with dense models, and this one is a mixture of experts"),
         ({}, AdapterConfig(), "and the config has .adapter.; set rl.sampler=whole"),
     ],
 )
