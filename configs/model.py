@@ -157,8 +157,8 @@ class ModelConfig(Section):
         turned, size = self.dim_per_head * self.position.fraction, self.dim_per_head
         if self.position.kind == "rotary" and (turned < 1 or turned % 2 > ROUNDING):
             return (
-                f"model.position.fraction = {self.position.fraction} rotates {turned:g} of {size} elements of a head, and"
-                f" rotary embedding turns pairs; set model.position.fraction="
+                f"model.position.fraction = {self.position.fraction} rotates {turned:g} of {size} elements of a head, "
+                f"and rotary embedding turns pairs; set model.position.fraction="
                 f"{share_of(max(1, round(turned / 2)) * 2, size)}"
             )
         return ""
