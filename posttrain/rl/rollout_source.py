@@ -343,8 +343,8 @@ class RolloutSource(BatchSource):
             if folder != self.folder:
                 rollout_file.note_owner(folder, self.folder.parent)
             recorded.write(folder)
-        saved = storage.steps(self.folder.parent)
-        rollout_file.remove_before(self.folder, self.phases.rollout_of(saved[0]) if saved else number)
+        if saved := storage.steps(self.folder.parent):  # the first checkpoint may still be being written
+            rollout_file.remove_before(self.folder, self.phases.rollout_of(saved[0]))
 
     def _recorded(self, number: int) -> Recorded:
         assert self._rollout is not None

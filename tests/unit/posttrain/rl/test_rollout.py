@@ -307,6 +307,18 @@ def test_a_run_may_change_how_it_learns_but_not_what(chat: ChatFormat, tmp_path:
     assert more.fingerprint != first.fingerprint and more.difference(first.facts) == f"{words}max_calls unset -> 2"
 
 
+def test_rollouts_stay_while_a_checkpoint_may_need_them(chat: ChatFormat, rollout: Rollout, tmp_path: Path) -> None:
+    """Records four rollouts of two steps; the checkpoint of step 3 is written in the background until the last."""
+    own = source(chat, tmp_path, epochs=2)
+    own._rollout = rollout
+    for number in range(3):
+        own._record(number, writes=True)
+    assert rollout_file.numbers(tmp_path / "rollouts") == [0, 1, 2]
+    (tmp_path / "checkpoints" / "step_3").mkdir(parents=True)
+    own._record(3, writes=True)
+    assert rollout_file.numbers(tmp_path / "rollouts") == [1, 2, 3]
+
+
 def test_a_checkpoint_in_a_rollout_needs_that_very_rollout(chat: ChatFormat, rollout: Rollout, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step_3"
     own = source(chat, tmp_path, epochs=2)
