@@ -351,7 +351,7 @@ class ModelConfig(Section):
 
     @property
     def has_contexts(self) -> bool:
-        """Whether some layers see a context both ways, the tokens in front of those to predict."""
+        """True if some layers see a context both ways, the tokens in front of those to predict."""
         return any(layer.attention.pattern == "prefix" for layer in self.layers)
 
     @property

@@ -59,7 +59,7 @@ class PreferenceSection(Section):
 
     @property
     def has_reference(self) -> bool:
-        """Whether the loss compares the model with the one that the run began from."""
+        """True if the loss compares the model with the one that the run began from."""
         return self.loss not in WITHOUT_REFERENCE
 
     @model_validator(mode="after")

@@ -13,11 +13,10 @@ from pathlib import Path
 from configs.loader import ConfigError
 from posttrain.rl import rollout_file
 from posttrain.rl.rollout import Rollout
-from posttrain.rl.rollout_source import POLL_SECONDS, RolloutSource
+from posttrain.rl.rollout_source import RolloutSource
+from pretrain.run.agreement import POLL_SECONDS, SAYS_SECONDS
 from pretrain.run.taking_up import load_weights, load_weights_after
 from pretrain.trainer import Trainer
-
-SAYS_SECONDS = 60.0  # from one message that a checkpoint is awaited to the next
 
 
 def record_rollouts(trainer: Trainer, source: RolloutSource, count: int) -> int:

@@ -47,10 +47,10 @@ from pretrain.checkpoint.lineage import Pin
 from pretrain.data.batch_source import BatchSource
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
+from pretrain.run.agreement import POLL_SECONDS
 
 DRAWN = (*METRICS, "drawn_groups")  # metrics of all that was drawn, also of what was replaced
 ROLLOUTS = "rollouts"  # folder in run.dir of the rollouts that a resume may need
-POLL_SECONDS = 0.2  # from one look for a file, which another command writes, to the next
 
 
 class Credit(Protocol):

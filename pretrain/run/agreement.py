@@ -16,8 +16,8 @@ from pretrain.data.batch_source import BatchSource
 from pretrain.data.data_check import DataCheck
 
 SECONDS = 1.0  # from one exchange to the next, about, if steps are shorter than that
-POLL_SECONDS = 0.2  # from one look for rows that another process makes to the next
-SAYS_SECONDS = 60.0  # from one message that such rows are awaited to the next
+POLL_SECONDS = 0.2  # from one look for what another process makes to the next
+SAYS_SECONDS = 60.0  # from one message that it is awaited to the next
 MAX_STEPS = 10  # from one exchange to the next, so that steps that become slow are noticed soon
 
 
