@@ -78,12 +78,16 @@ def test_a_target_that_is_missed_comes_with_its_bounds() -> None:
     assert share["longer"] == pytest.approx(0.8)  # 40% of a step that is twice as long as the products alone
 
 
-def test_every_dense_contest_has_both_forms_of_every_peer() -> None:
-    for contest in contests.contests(False, ["fp32", "bf16"]):
-        if contest.name.startswith("dense"):
-            forms = {(one.who, one.compiled) for one in contest.contenders}
-            assert {(who, compiled) for who in ("transformers", "plain", LITGPT) for compiled in (False, True)} <= forms
-            assert not contest.without(LITGPT).has(LITGPT)
+def test_dense_models_meet_both_forms_of_every_peer() -> None:
+    for name in ("dense 34M fp32", "dense 120M fp32", "dense 34M bf16", "dense 120M bf16"):
+        found = [one for one in contests.contests(False, ["fp32", "bf16"]) if one.name.startswith(name)]
+        forms = {(one.who, one.compiled) for contest in found for one in contest.contenders}
+        assert {(who, compiled) for who in ("transformers", "plain", LITGPT) for compiled in (False, True)} <= forms
+        for contest in found:
+            assert contest.has(OURS)
+            assert contest.has(PRODUCTS)
+            assert len(contest.contenders) <= 9  # which 24 GiB of memory hold
+        assert sum(contest.has(LITGPT) for contest in found) == 1
 
 
 def test_a_peer_that_cannot_be_installed_is_left_out_with_the_reason(tmp_path: Path) -> None:
