@@ -161,7 +161,8 @@ def entrypoint(
     except Failure as error:
         if not prints_errors:
             time.sleep(TURN_SECONDS)
-        print(f"error: {error}", file=sys.stderr)
+        if prints_errors or not error.of_all_ranks:
+            print(f"error: {error}", file=sys.stderr)
         if on_error is not None:
             on_error(f"error: {error}")
         status = 1

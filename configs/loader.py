@@ -29,7 +29,12 @@ class ConfigError(ValueError):
 
 
 class Failure(ValueError):
-    """A fault of files that a command needs, as one sentence that names the file and says what to do."""
+    """A fault of files that a command needs, as one sentence that names the file and says what to do.
+
+    `of_all_ranks` says that all ranks raise it together, so that the main one alone need print it.
+    """
+
+    of_all_ranks = False
 
 
 def load(

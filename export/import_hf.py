@@ -106,7 +106,7 @@ def import_directory(
         from export.training_checkpoint import open_checkpoint
 
         described = described or directory
-        check_export(described, weights=False)
+        check_export(described, largest=None)
         opened = open_checkpoint(directory, "megatron" if kind == "megatron" else "dcp", described)
     tokenizer = tokenizer_of_folder(described)
     kept = _said_of_kept(opened.fit.kept)

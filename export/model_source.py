@@ -23,6 +23,7 @@ from launch.environment import is_main
 if TYPE_CHECKING:
     from pretrain.generation.text_codec import TextCodec
 
+COMPARED_BYTES = 1e9  # an export with no more weights than this is compared with its checksums before it is used
 # Files of a tokenizer as transformers writes it, which an import copies if Trivium can use none of them.
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -239,7 +240,7 @@ def _hugging_face(path: Path) -> ModelSource:
     from export.hf_folder import FolderTensors, content_sha256, facts_of, open_hf_folder, tokenizer_of_folder
     from export.publishing import check_export
 
-    check_export(path, weights=False)
+    check_export(path, COMPARED_BYTES)
     opened, tokenizer = open_hf_folder(path), tokenizer_of_folder(path)
     facts, tensors = facts_of(path, opened), FolderTensors(opened)
     return ModelSource(

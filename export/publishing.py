@@ -6,6 +6,7 @@ it records what it was made from and the checksum of every file, so that a rerun
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,11 +83,11 @@ def is_current(out: Path, made_from: dict[str, Any]) -> bool:
         return False
 
 
-def check_export(folder: Path, weights: bool = True) -> None:
+def check_export(folder: Path, largest: float | None = math.inf) -> None:
     """Raises ConfigError if a file of a folder that Trivium exported is missing or another one; the card may be.
 
-    The folder may be that of the adapter in an export. Without `weights` files of tensors are not read. Nothing is
-    known of folders that Trivium did not write.
+    The folder may be that of the adapter in an export. Files of tensors are left out if they have more than `largest`
+    bytes together, or if that is None. Nothing is known of folders that Trivium did not write.
     """
     record, prefix = folder / RECORD, ""
     if not record.is_file():
@@ -100,10 +101,12 @@ def check_export(folder: Path, weights: bool = True) -> None:
         fault = error if isinstance(error, ValueError) else "it names no files"
         raise ConfigError(f"{record} is damaged ({fault}); export the model again; {meant}") from None
     own = {name.removeprefix(prefix): sha256 for name, sha256 in files.items() if name.startswith(prefix)}
-    for name, sha256 in own.items():
-        file = folder / name
-        if name == CARD or "/" in name or (file.suffix == ".safetensors" and not weights):
-            continue
+    compared = {folder / name: sha256 for name, sha256 in own.items() if name != CARD and "/" not in name}
+    tensors = [file for file in compared if file.suffix == ".safetensors"]
+    size = sum(file.stat().st_size for file in tensors if file.is_file())
+    if largest is None or size > largest:
+        compared = {file: sha256 for file, sha256 in compared.items() if file not in tensors}
+    for file, sha256 in compared.items():
         if not file.is_file():
             raise ConfigError(f"{file} is missing; export the model again; {meant}")
         if file_sha256(file) != sha256:

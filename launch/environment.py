@@ -70,8 +70,13 @@ class ClusterEnvironment:
         }
 
     def as_dict(self) -> dict[str, str | int]:
-        """The fields as a dict for env.json, which gets no other part of the environment."""
-        return asdict(self)
+        """The fields as a dict for env.json, which gets no other part of the environment.
+
+        A process without a launcher meets no other, and so has no address and no port.
+        """
+        return {
+            name: value for name, value in asdict(self).items() if self.launcher != "single" or "master" not in name
+        }
 
     @classmethod
     def read(cls, env: Mapping[str, str] | None = None) -> "ClusterEnvironment":

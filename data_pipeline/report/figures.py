@@ -191,7 +191,7 @@ def _decades(top: float) -> list[str]:
 
 
 def _x_labels(edges: np.ndarray, logarithmic: bool, x_of: _axis) -> list[str]:
-    """Returns the labels of an x axis."""
+    """Returns the labels of an x axis: round numbers, or its two ends where fewer than two are on the axis."""
     low, high = float(edges[0]), float(edges[-1])
     if logarithmic:
         factors = (1, 2, 5) if high < 100 * low else (1,)
@@ -199,10 +199,10 @@ def _x_labels(edges: np.ndarray, logarithmic: bool, x_of: _axis) -> list[str]:
         values = [factor * 10.0**power for power in powers for factor in factors]
     else:
         values = ticks(low, high, 4)
+    values = [value for value in values if low <= value <= high]
     parts = []
-    for value in values:
-        if low <= value <= high:
-            x = x_of(value)
-            anchor = "end" if x > WIDTH - RIGHT - 14 else "middle"
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{short(value)}</text>')
+    for value in values if len(values) > 1 else (low, high):
+        x = x_of(value)
+        anchor = "end" if x > WIDTH - RIGHT - 14 else "middle"
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 6}" text-anchor="{anchor}">{short(value)}</text>')
     return parts

@@ -1,9 +1,9 @@
 """Check of a run's training data against its checksums, each time that the run is started.
 
-Every rank reads its share of the files, so that each file is read once. Up to FIRST_BYTES are read before the first
-step. More than that is read by a thread of the lowest priority while training goes on, and the run saves its last
-checkpoint only when that thread is done, or when a signal comes: the checkpoint is then marked as unchecked, and the
-next start of the command checks all of the data. If one rank finds damage, all ranks learn of it where they exchange
+Every rank reads its share of the files. Up to FIRST_BYTES are read before anything is written (`check_first`), and once
+more before the first step, by then from memory. More than that is read by a thread of the lowest priority while
+training goes on, and the run saves its last checkpoint only when that thread is done, or when a signal comes: the
+checkpoint is then marked as unchecked, and the next start of the command checks all of the data. If one rank finds damage, all ranks learn of it where they exchange
 signals (`pretrain.run.agreement`), and all stop. Damage that happens after the check is left out, except that every
 row's token ids are checked against the vocabulary (`data_pipeline.mixture.rows`).
 """
@@ -25,6 +25,8 @@ _NAMED = 3  # damaged files named in the message
 
 class DamagedTrainingData(DamagedData):
     """Error for damage of the training data that all ranks know of; raised on all of them together."""
+
+    of_all_ranks = True
 
 
 class DataCheck:
@@ -80,3 +82,15 @@ class DataCheck:
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         for file in self._mine:  # one by one, so that damage is known before all files are read
             self._found += check_files([file], self._stop)
+
+
+def check_first(files: Sequence[Expected], mesh: Mesh, consequence: str) -> None:
+    """Checks the files of training data that is small enough to be read before anything is written. Collective.
+
+    Raises DamagedTrainingData on all ranks if any rank finds damage; its message ends in `consequence`.
+    """
+    if sum(file.size or 0 for file in files) > FIRST_BYTES:
+        return
+    with DataCheck(files, mesh) as check:
+        if any(mesh.gather_json(check.failed)):
+            check.raise_together(consequence)

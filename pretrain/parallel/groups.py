@@ -34,8 +34,9 @@ RECORDED = "2000"  # the last collectives that torch's flight recorder keeps on 
 
 @dataclass(frozen=True)
 class Mesh:
-    """One rank's coordinates and groups in a layout."""
+    """One rank's coordinates and groups in a layout; `environment` is as the launcher set it, or nobody."""
 
+    environment: ClusterEnvironment
     layout: Layout
     rank: int
     tp_rank: int
@@ -195,6 +196,7 @@ def start(env: ClusterEnvironment, layout: Layout, backend: str = "auto", timeou
     )
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     return Mesh(
+        environment=env,
         layout=layout,
         rank=env.rank,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),

@@ -43,6 +43,12 @@ class Agreement:
         """Whether all ranks shall call `signal` when `step` steps are done; the same on all ranks."""
         return step >= self._next
 
+    def consequence(self, step: int) -> str:
+        """Says, as the end of a sentence, what damaged data may have done to a run after `step` steps."""
+        if self.unchecked_from >= step:
+            return ""
+        return f"; checkpoints after step {self.unchecked_from} may have been trained on damaged data"
+
     def signal(self, step: int, check: DataCheck, watch: signals.Watch) -> int:
         """Returns the signal that any rank got, the same on all ranks, or 0 if none got one.
 
@@ -62,8 +68,7 @@ class Agreement:
         if trained:
             watch.work()
         if damaged:
-            consequence = f"; checkpoints after step {self.unchecked_from} may have been trained on damaged data"
-            check.raise_together(consequence if self.unchecked_from < step else "")
+            check.raise_together(self.consequence(step))
         if not running:
             self.unchecked_from = step
         return number

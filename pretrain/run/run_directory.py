@@ -26,7 +26,6 @@ from configs.loader import ConfigError
 from configs.model import ModelConfig
 from configs.run_lock import locked
 from configs.train import TrainerConfig
-from launch.environment import ClusterEnvironment
 from pretrain.checkpoint import pruning
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.checkpoint.local_disk import LocalDisk
@@ -132,7 +131,7 @@ class RunDirectory:
             "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
             "packages": {name: version(name) for name in PACKAGES},
             "layout": str(self._mesh.layout),
-            "launcher": ClusterEnvironment.read().as_dict(),
+            "launcher": self._mesh.environment.as_dict(),
             "parameters": self._model_config.num_parameters(),
         }
         files.write_atomic(self.path / "env.json", json.dumps(facts, indent=1).encode())

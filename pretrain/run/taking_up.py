@@ -9,6 +9,7 @@ from configs.train import TrainSection
 from pretrain.checkpoint import resume, state, storage
 from pretrain.checkpoint.fetching import claim_mirror
 from pretrain.data.batch_source import BatchSource, check_samples
+from pretrain.data.data_check import check_first
 from pretrain.health.rewind_history import Rewinds
 from pretrain.run.initial_model import initial_weights
 
@@ -101,8 +102,9 @@ def check_begins(source: BatchSource, train: TrainSection, rewinds: Rewinds) -> 
 def begin_to_write(trainer: "Trainer", saved: Path | None) -> None:
     """Claims mirror and nodes' disks for a run that goes on from `saved`, once nothing refuses it. Collective.
 
-    Raises ConfigError and CheckpointError as `claim_mirror`.
+    Raises DamagedTrainingData as `check_first`, ConfigError and CheckpointError as `claim_mirror`.
     """
+    check_first(trainer.source.files(), trainer.mesh, trainer.agreement.consequence(trainer.step))
     if trainer.run.local:
         trainer.run.local.find_sharing()
     if mirror := trainer.config.checkpoint.mirror:

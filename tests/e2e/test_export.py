@@ -95,6 +95,8 @@ def export(folder: Path, run_dir: Path, *more: str) -> int:
 
 
 def test_dense_run_to_hugging_face_and_back(tmp_path, dense, plan, capsys):
+    launcher = json.loads((dense / "env.json").read_text())["launcher"]
+    assert launcher["launcher"] == "single" and "master_port" not in launcher
     assert export(tmp_path, dense) == 0
     printed = capsys.readouterr().out
     assert "of 8 held-out passages" in printed  # four per source

@@ -50,6 +50,10 @@ def train_on_plan(
         choice = choose_plan(seen[mesh.rank] if seen else config.data.plan, Path(config.run.dir), resume)
         source = kind(choice.plan, choice.common_samples)
         return {"status": Trainer(config, config.model, source, NextToken(), mesh, resume=resume).fit()}
+    except data_check.DamagedTrainingData as error:  # as in `trivium train`
+        if mesh.is_main:
+            print(f"error: {error}")
+        return {"status": 1}
     except ValueError as error:
         return {"error": str(error)}
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from configs import cli
 from configs.cli import entrypoint
 from configs.folders import check_run_dir, check_writable
-from configs.loader import ConfigError
+from configs.loader import ConfigError, Failure
 from export import publishing
 from posttrain import dpo, grpo, ppo, rm, sft
 from pretrain import train
@@ -140,3 +141,23 @@ def test_a_file_that_is_found_closed_later_is_one_sentence(
     with pytest.raises(SystemExit) as ended:
         entrypoint(main, [], on_error=told.append)
     assert ended.value.code == 1 and words in told[0] and capsys.readouterr().err == f"{told[0]}\n"
+
+
+@pytest.mark.parametrize("of_all_ranks", [False, True])
+def test_a_fault_that_all_ranks_raise_together_is_printed_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, of_all_ranks: bool
+) -> None:
+    """Runs one rank that is not the main one, which prints what it may have found alone."""
+
+    class Fault(Failure):
+        pass
+
+    def main(_: Sequence[str] | None) -> int:
+        raise Fault("the file is damaged")
+
+    Fault.of_all_ranks = of_all_ranks
+    monkeypatch.setattr(cli, "TURN_SECONDS", 0)
+    with pytest.raises(SystemExit) as ended:
+        entrypoint(main, [], prints_errors=False)
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == ("" if of_all_ranks else "error: the file is damaged\n")

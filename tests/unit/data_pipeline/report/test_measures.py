@@ -5,14 +5,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pytest
 
 from configs.data import DataConfig
 from configs.loader import load
 from configs.sources import RESERVED
 from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.provenance.smallest import Smallest
-from data_pipeline.report import measures
+from data_pipeline.report import figures, measures
 from data_pipeline.report import page_samples as samples
 from data_pipeline.scores.filtering import broken
 from tests.unit.data_pipeline.report.reported_run import MAIL, ROOT
@@ -35,6 +37,14 @@ def test_score_histograms_count_what_the_rules_count(run_dir: Path) -> None:
                 assert one.inside.sum() + one.outside.sum() + one.unknown == mine.num_rows
     assert drawn["english", "word_count"].outside.sum() >= 1
     assert drawn["english", "mean_word_length"].outside.sum() > 1
+
+
+@pytest.mark.parametrize("size", [1, 100, 300, 600, 5e11])
+def test_a_histogram_of_one_bin_has_labels_below_it(size: float) -> None:
+    counts, _ = np.histogram([size], measures.SIZE_EDGES)
+    drawn = figures.sizes("prose", measures.SIZE_EDGES, counts, counts)
+    below = f'y="{figures.HEIGHT - 6}"'
+    assert len(re.findall(f"<text [^>]*{below}", drawn)) >= 2, drawn
 
 
 def test_languages_and_sizes_count_every_document(run_dir: Path, ledger: dict[str, Any]) -> None:
