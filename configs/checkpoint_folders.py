@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"\d+$")
 _SHOWN = 8  # checkpoints of a run that a message names
 
 
-def directory(run_dir: str | Path, step: int) -> Path:
+def directory(run_dir: str | Path, step: int | str) -> Path:
     """Path of a run's checkpoint of `step`."""
     return Path(run_dir) / "checkpoints" / f"step_{step}"
 

@@ -14,6 +14,7 @@ from configs.loader import ConfigError
 from configs.sampling import split_keys
 from configs.sampling_options import command_line, sampling_of
 from export.generate import note_if_cut
+from export.model_source import check_source
 from launch.environment import is_main, report_to_torchrun
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     sampling_of(args)  # a mistake is told before torch is imported
     parallel = split_keys(args.overrides)
+    check_source(args.source, args.step)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # what is typed in another encoding becomes U+FFFD
 

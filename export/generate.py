@@ -18,10 +18,12 @@ from configs.folders import check_writable
 from configs.loader import ConfigError
 from configs.sampling import split_keys
 from configs.sampling_options import command_line, sampling_of
-from export.prompt_file import read_prompts
+from export.model_source import check_source
+from export.prompt_file import encode_prompts, read_lines
 from launch.environment import is_main, report_to_torchrun
 
 if TYPE_CHECKING:
+    from export.prompt_file import FilePrompt
     from export.text_model import Continuation, TextModel, TextOptions
 
 BLOCKS = 8  # batches of a file that are continued between two writes
@@ -54,13 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.output.is_dir():
             raise ConfigError(f"--output {args.output} is a folder; name a file in it")
         check_writable(args.output.parent, "--output's folder")
+    check_source(args.source, args.step)
+    lines = read_lines(args.prompts) if args.prompts is not None else []
 
     from export.text_model import TextOptions, loaded
 
     options = TextOptions.of(args, args.batch_size)
     with loaded(args.source, args.step, parallel, args.precision) as model:
         if args.prompts is not None:
-            _continue_file(model, args, options)
+            _continue_file(model, args, encode_prompts(args.prompts, lines, model), options)
         else:
             _continue_prompts(model, args.prompt, options)
     return 0
@@ -98,11 +102,13 @@ def _continue_prompts(model: "TextModel", texts: Sequence[str], options: "TextOp
             print("-" * 40)
 
 
-def _continue_file(model: "TextModel", args: argparse.Namespace, options: "TextOptions") -> None:
+def _continue_file(
+    model: "TextModel", args: argparse.Namespace, prompts: Sequence["FilePrompt"], options: "TextOptions"
+) -> None:
     """Writes the record of each line, some batches at a time; with --output all at the end."""
     from export.text_model import keys_of
 
-    prompts, seen = read_prompts(args.prompts, model), Counter[str]()
+    seen: Counter[str] = Counter()
     records: list[str] = []
     for first in range(0, len(prompts), BLOCKS * options.max_rows):
         block = prompts[first : first + BLOCKS * options.max_rows]

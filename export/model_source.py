@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from configs.adapters import AdapterConfig
-from configs.checkpoint_folders import steps
+from configs.checkpoint_folders import directory, steps
 from configs.files import file_sha256
 from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
 from launch.environment import is_main
 
 if TYPE_CHECKING:
+    import torch
+
     from pretrain.generation.text_codec import TextCodec
 
 COMPARED_BYTES = 1e9  # an export with no more weights than this is compared with its checksums before it is used
@@ -47,7 +47,7 @@ class Weights:
     """
 
     shapes: dict[str, tuple[int, ...]]
-    read: Callable[[str], torch.Tensor]
+    read: Callable[[str], "torch.Tensor"]
     kept: tuple[str, ...] = ()
     kept_keys: dict[str, Any] = field(default_factory=dict)
 
@@ -82,7 +82,7 @@ class ModelSource:
     run_config: dict[str, Any] = field(default_factory=dict)
     adapter: AdapterConfig | None = None
 
-    def read(self) -> dict[str, torch.Tensor]:
+    def read(self) -> "dict[str, torch.Tensor]":
         """Reads all weights in fp32, by Trivium's names."""
         with self.weights() as weights:
             return {name: weights.read(name).float() for name in weights.shapes}
@@ -132,19 +132,14 @@ class ModelSource:
         return codec
 
 
-def open_source(path: str | Path, step: int | str = "latest") -> ModelSource:
-    """Opens the model at `path` without reading its weights.
-
-    Raises ConfigError if there is no model at `path`, CheckpointError if a part of it is missing or was replaced.
-    """
+def check_source(path: str | Path, step: int | str = "latest") -> None:
+    """Raises ConfigError if there is no model at `path`, or no such checkpoint. Imports no torch, and reads no file."""
     path = Path(path)
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
         raise ConfigError(f"{path} {found}; name a run directory, a checkpoint or an imported model")
-    if (path / "config.json").is_file():
-        return _hugging_face(path)
-    if (path / "manifest.json").is_file():
-        return _checkpoint(path, verified=False)
+    if (path / "config.json").is_file() or (path / "manifest.json").is_file():
+        return
     if (path / "adapter_config.json").is_file():
         raise ConfigError(
             f"{path} is an adapter in PEFT's format; make a run of it with its base: trivium import {path} OUT --base "
@@ -154,18 +149,30 @@ def open_source(path: str | Path, step: int | str = "latest") -> ModelSource:
         raise ConfigError(f"{path} is the folder of a run's checkpoints; name the run, {path.parent}, or one of them")
     if not (path / "checkpoints").is_dir():
         raise ConfigError(f"{path} has no checkpoints folder and no config.json; train first, or name another run")
-    if step == "latest":
-        from pretrain.checkpoint.storage import latest
-        from pretrain.checkpoint.whole_model import verify
-
-        return _checkpoint(latest(path, verify, _warn))
-    checkpoint = path / "checkpoints" / f"step_{step}"
-    if not checkpoint.is_dir():
+    if step != "latest" and not directory(path, step).is_dir():
         raise ConfigError(
             f"step = {step} has no checkpoint in {path}; saved steps are {steps(path) or 'none'}: give one of them, or "
             "leave it out for the newest"
         )
-    return _checkpoint(checkpoint, verified=False)
+
+
+def open_source(path: str | Path, step: int | str = "latest") -> ModelSource:
+    """Opens the model at `path` without reading its weights.
+
+    Raises ConfigError as `check_source`, CheckpointError if a part of the model is missing or was replaced.
+    """
+    check_source(path, step)
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return _hugging_face(path)
+    if (path / "manifest.json").is_file():
+        return _checkpoint(path, verified=False)
+    if step != "latest":
+        return _checkpoint(directory(path, step), verified=False)
+    from pretrain.checkpoint.storage import latest
+    from pretrain.checkpoint.whole_model import verify
+
+    return _checkpoint(latest(path, verify, _warn))
 
 
 def _warn(said: str) -> None:
@@ -225,7 +232,7 @@ def _checkpoint_weights(checkpoint: Path) -> Iterator[Weights]:
     with ModelReader(checkpoint) as reader:
         kept = tuple(reader.kept)
 
-        def read(name: str) -> torch.Tensor:
+        def read(name: str) -> "torch.Tensor":
             if name in kept:
                 return reader.read_kept(name)
             return reader.balance[name] if name in reader.balance else reader.read(name)

@@ -6,6 +6,7 @@ its `ending`.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,8 +34,8 @@ class FilePrompt:
         return json.dumps({**self.line, **dict(zip(WRITTEN, written, strict=True))}, ensure_ascii=False)
 
 
-def read_prompts(path: Path, model: "TextModel") -> list[FilePrompt]:
-    """Returns the prompts of a file. Raises ConfigError with the line that is wrong, or that fills the context."""
+def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Returns the number and the object of each line of a file. Raises ConfigError with the line that is wrong."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -45,15 +46,29 @@ def read_prompts(path: Path, model: "TextModel") -> list[FilePrompt]:
         if not text.strip():
             continue
         try:
-            line = _parsed(text)
-            ids = _ids(line, model)
-            model.room(ids)
+            found.append((number, _parsed(text)))
         except ValueError as error:
-            raise ConfigError(f"--prompts {path}, line {number}: {error}; correct the line, or drop it") from None
-        found.append(FilePrompt(number, line, ids))
+            raise _wrong_line(path, number, error) from None
     if not found:
         raise ConfigError(f'--prompts {path} has no prompt; write lines such as {{"prompt": "It was"}}')
     return found
+
+
+def encode_prompts(path: Path, lines: Sequence[tuple[int, dict[str, Any]]], model: "TextModel") -> list[FilePrompt]:
+    """Returns the prompts of the lines of a file. Raises ConfigError with the line that fills the model's context."""
+    found = []
+    for number, line in lines:
+        try:
+            ids = _ids(line, model)
+            model.room(ids)
+        except ValueError as error:
+            raise _wrong_line(path, number, error) from None
+        found.append(FilePrompt(number, line, ids))
+    return found
+
+
+def _wrong_line(path: Path, number: int, error: ValueError) -> ConfigError:
+    return ConfigError(f"--prompts {path}, line {number}: {error}; correct the line, or drop it")
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -71,18 +86,18 @@ def _parsed(text: str) -> dict[str, Any]:
         json.dumps(line, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("has half a surrogate pair, which is no valid Unicode") from None
-    return line
-
-
-def _ids(line: dict[str, Any], model: "TextModel") -> list[int]:
     if "prompt" in line:
         if not isinstance(line["prompt"], str):
             raise ValueError(f"prompt is {type(line['prompt']).__name__}, not a text")
-        return model.codec.encode_prompt(line["prompt"])
+        return line
     messages = line["messages"]
     is_dialogue = isinstance(messages, list) and all(
         isinstance(one, dict) and one.get("role") in ROLES and isinstance(one.get("content"), str) for one in messages
     )
     if not is_dialogue or not messages:
         raise ValueError(f"messages is not a list of objects with role ({', '.join(ROLES)}) and content")
-    return model.codec.encode_chat(messages)
+    return line
+
+
+def _ids(line: dict[str, Any], model: "TextModel") -> list[int]:
+    return model.codec.encode_prompt(line["prompt"]) if "prompt" in line else model.codec.encode_chat(line["messages"])

@@ -73,9 +73,15 @@ _FURTHER = frozenset(
     {
         *("cp437", "cp720", "cp737", "cp775", "cp850", "cp852", "cp855", "cp857", "cp858", "cp860", "cp861", "cp862"),
         *("cp863", "cp864", "cp865", "cp869", "cp1125", "johab", "koi8-t", "kz1048", "ptcp154", "utf-32", "utf-32-le"),
-        *("utf-32-be", "mac-greek", "mac-iceland", "mac-latin2", "mac-turkish"),
+        *("utf-32-be", "mac-greek", "mac-iceland", "mac-latin2", "mac-turkish", "mac-croatian", "mac-romanian"),
+        *("mac-arabic", "mac-farsi", "cp856", "cp1006", "hp-roman8", "shift_jis_2004", "shift_jisx0213"),
+        *("euc_jis_2004", "euc_jisx0213", "iso2022_jp_2", "iso2022_jp_3", "iso2022_jp_2004"),
     }
 )
+# Names that Macintosh browsers wrote, for which Python has others.
+_MACINTOSH = {"mac-ce": "mac-latin2", "mac-centraleurroman": "mac-latin2", "mac-icelandic": "mac-iceland"}
+# A code page's number after a vendor's name, as in win-1251, windows1251 and ibm-866.
+_CODE_PAGE = re.compile(r"(?:windows|win|cp|ms|ibm|dos)[-_]?0*(\d{3,5})")
 _LABEL = re.compile(r"[a-z0-9][a-z0-9._:+-]{0,39}")
 _LENIENT, _STRICT, _MARKING = "trivium.lenient", "trivium.strict", "trivium.marking"
 _NULS: dict[tuple[bool, ...], str] = {
@@ -92,7 +98,7 @@ _NO_SHIFT_JIS = re.compile("[\uf8f0-\uf8f3]")
 
 def charset_of(label: str) -> str:
     """Returns Python's name of the codec that a label stands for, or "" for an unknown label."""
-    label = label.strip("\t\n\f\r \"'").lower()
+    label = label.strip("\t\n\f\r \"';,").lower()
     if found := _table().get(label):
         return found
     if not _LABEL.fullmatch(label):
@@ -100,7 +106,11 @@ def charset_of(label: str) -> str:
     try:
         name = codecs.lookup(label).name
     except LookupError:
-        return charset_of(label[2:]) if label.startswith("x-") else ""  # as in Java's x-windows-949
+        if label.startswith("x-"):  # as in Java's x-windows-949
+            return charset_of(label[2:])
+        if page := _CODE_PAGE.fullmatch(label):
+            return charset_of(f"cp{page[1]}") if label != f"cp{page[1]}" else ""
+        return _MACINTOSH.get(label, "")
     if name in _FURTHER or name in _table().values():
         return name
     return _table().get(name) or _table().get(name.replace("_", "-"), "")

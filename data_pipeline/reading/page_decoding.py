@@ -36,7 +36,12 @@ _DECLARED_WITHIN = 1 << 16
 _ESCAPES = (b"\x1b$", b"~{")  # escape sequences of ISO-2022 and HZ, which otherwise look like ASCII
 _ISO2022 = re.compile(rb"\x1b\$[@B()]")
 _WIDE_PROBE = 256
-_MULTIBYTE = frozenset({"cp949", "gb18030", "big5hkscs", "euc_jp", "cp932", "johab"})
+_MULTIBYTE = frozenset(
+    {
+        *("cp949", "gb18030", "big5hkscs", "euc_jp", "cp932", "johab"),
+        *("shift_jis_2004", "shift_jisx0213", "euc_jis_2004", "euc_jisx0213"),
+    }
+)
 _UTF8_SEQUENCE = re.compile(rb"[\xc2-\xf4][\x80-\xbf]+")
 _ENOUGH_SEQUENCES = 4
 _TOLERATED = 3

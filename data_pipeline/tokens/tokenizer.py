@@ -272,8 +272,9 @@ def difference_of_files(first: str | Path, second: str | Path, strict: bool = Fa
         return "" if same else str(error)
     if same or found:
         return found
-    verb = "differs" if len(parts) == 1 else "differ"
-    return f"their tokens are the same, and {' and '.join(parts) or 'the rules for dividing a text into them'} {verb}"
+    if not parts:
+        return f"their tokens and the ids of {_DRAWN_TEXTS + 1} texts are the same, and the rest of their files differs"
+    return f"their tokens are the same, and {' and '.join(parts)} {'differs' if len(parts) == 1 else 'differ'}"
 
 
 def _differing_parts(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:

@@ -112,6 +112,8 @@ class TokenBatch:
     def load(cls, path: str | Path) -> "TokenBatch":
         """Reads a batch. Raises ValueError, which says what to do, if `path` is no file with one."""
         try:
+            if Path(path).is_dir():
+                raise IsADirectoryError("it is a folder")
             arrays, metadata = arrays_of(path)
         except (OSError, SafetensorError) as error:
             raise ValueError(

@@ -3,9 +3,10 @@
 Every rank reads its share of the files. Up to FIRST_BYTES are read before anything is written (`check_first`), and once
 more before the first step, by then from memory. More than that is read by a thread of the lowest priority while
 training goes on, and the run saves its last checkpoint only when that thread is done, or when a signal comes: the
-checkpoint is then marked as unchecked, and the next start of the command checks all of the data. If one rank finds damage, all ranks learn of it where they exchange
-signals (`pretrain.run.agreement`), and all stop. Damage that happens after the check is left out, except that every
-row's token ids are checked against the vocabulary (`data_pipeline.mixture.rows`).
+checkpoint is then marked as unchecked, and the next start of the command checks all of the data. If one rank finds
+damage, all ranks learn of it where they exchange signals (`pretrain.run.agreement`), and all stop. Damage that happens
+after the check is left out, except that every row's token ids are checked against the vocabulary
+(`data_pipeline.mixture.rows`).
 """
 
 import contextlib

@@ -45,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_dirs = parser.parse_args(argv).run_dirs
     for run_dir in run_dirs:
         if not (run_dir / "metrics.jsonl").is_file():
+            if (run_dir / "ledger.json").is_file():
+                raise ConfigError(
+                    f"{run_dir} is a data run, whose report another command draws: trivium data report "
+                    f"{run_dir}/config.toml run.dir={run_dir}"
+                )
             raise ConfigError(f"{run_dir} has no metrics.jsonl; name a training run's directory, e.g. runs/demo/sft")
         if broken := read_metrics(run_dir / "metrics.jsonl").warning:
             print(f"warning: {run_dir}: {broken}", file=sys.stderr)

@@ -68,6 +68,11 @@ def test_a_subcommand_gets_the_rest_and_its_status_is_passed_on(
     with pytest.raises(SystemExit) as failed:
         cli.main(["report", str(tmp_path / "nowhere")])
     assert failed.value.code == 2 and "has no metrics.jsonl" in capsys.readouterr().err
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/ledger.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(tmp_path / "data")])
+    assert f"trivium data report {tmp_path}/data/config.toml run.dir={tmp_path}/data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

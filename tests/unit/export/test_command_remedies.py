@@ -1,6 +1,9 @@
 """Remedies in messages of generate, export and import: each is done word for word, and the command goes on then."""
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -93,3 +96,26 @@ def test_a_command_goes_on_once_its_message_was_followed(
     assert said in str(raised.value)
     if right:
         assert command.main([*right, *more]) == 0
+
+
+def test_a_model_or_prompts_that_are_not_there_are_told_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "run/checkpoints/step_4").mkdir(parents=True)
+    run, none = str(tmp_path / "run"), str(tmp_path / "none")
+    asked = [
+        ("generate", [none, "--prompt", "a"], "does not exist; name a run"),
+        ("generate", [run, "--prompts", none], "No such file or directory; name a JSONL file"),
+        ("generate", [run, "--step", "5", "--prompt", "a"], "saved steps are [4]"),
+        ("chat", [none], "does not exist; name a run"),
+        ("evaluate", [run, "--step", "5"], "saved steps are [4]"),
+        ("huggingface", ["configs/export/demo.toml", f"run={none}"], "does not exist; name a run"),
+    ]
+    script = (
+        "import importlib, json, sys\nfrom configs.loader import ConfigError\n"
+        "for module, argv, words in json.loads(sys.argv[1]):\n"
+        "    try: importlib.import_module(f'export.{module}').main(argv)\n"
+        "    except ConfigError as error: assert words in str(error), error\n"
+        "    else: sys.exit(f'{argv} was not refused')\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script, json.dumps(asked)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ import pytest
 from configs.loader import ConfigError
 from configs.train import ParallelConfig
 from export import chat, generate
-from export.prompt_file import read_prompts
+from export.prompt_file import encode_prompts, read_lines
 from export.text_model import TextModel, loaded
 from posttrain.chat.chat_format import ChatFormat, jinja_template
 from pretrain.generation.text_codec import TextCodec
@@ -120,7 +120,7 @@ def test_a_wrong_line_of_a_file_is_named_and_can_be_corrected_or_dropped(opened,
 
     def read(*lines: str) -> int:
         file.write_text("\n".join(lines) + "\n")
-        return len(read_prompts(file, opened))
+        return len(encode_prompts(file, read_lines(file), opened))
 
     with pytest.raises(ConfigError, match=rf"--prompts .*{said}.*; correct the line, or drop it") as raised:
         read('{"prompt": "It was"}', line)
@@ -138,9 +138,9 @@ def test_a_file_without_prompts_is_told_what_a_line_looks_like(opened, tmp_path)
     file = tmp_path / "prompts.jsonl"
     file.write_text("\n \n")
     with pytest.raises(ConfigError, match=r"has no prompt; write lines such as (.*)$") as raised:
-        read_prompts(file, opened)
+        encode_prompts(file, read_lines(file), opened)
     file.write_text(str(raised.value).split("such as ")[1])
-    assert len(read_prompts(file, opened)) == 1
+    assert len(encode_prompts(file, read_lines(file), opened)) == 1
     for wrong, said in (
         (tmp_path, "Is a directory"),
         (tmp_path / "none", "No such file"),
@@ -148,7 +148,7 @@ def test_a_file_without_prompts_is_told_what_a_line_looks_like(opened, tmp_path)
     ):
         file.write_bytes(b"\xff")
         with pytest.raises(ConfigError, match=f"{said}.*; name a JSONL file with a prompt in each line"):
-            read_prompts(wrong, opened)
+            read_lines(wrong)
 
 
 def test_a_stop_string_ends_a_text_and_is_not_part_of_it(model, capsys):

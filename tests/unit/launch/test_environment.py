@@ -82,7 +82,10 @@ def test_no_launcher_is_a_world_of_one() -> None:
     read = ClusterEnvironment.read({})
     assert read == ClusterEnvironment("single", 0, 1, 0, 1, 0, "127.0.0.1", 29500)
     assert read.is_main
-    assert read.as_dict().keys() == ClusterEnvironment.read(TORCHRUN).as_dict().keys() - {"master_address", "master_port"}
+    assert read.as_dict().keys() == ClusterEnvironment.read(TORCHRUN).as_dict().keys() - {
+        "master_address",
+        "master_port",
+    }
 
 
 def test_variables_read_back_as_the_same_environment() -> None:

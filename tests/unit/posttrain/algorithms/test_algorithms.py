@@ -366,6 +366,7 @@ def test_a_batch_is_compared_under_every_dialect(tmp_path: Path, capsys: pytest.
     assert moved["grpo@trl"].clipped > 0 and moved["cispo@minimax"].live == 1 > moved["grpo@trl"].live
     for argv, message in (
         ([str(tmp_path / "none")], "cannot be read as a recorded batch"),
+        ([str(tmp_path)], r"cannot be read as a recorded batch \(it is a folder\)"),
         ([str(tmp_path / "batch.safetensors"), "--drift", "-1"], "--drift -1.0 is no distance"),
         ([str(tmp_path / "batch.safetensors"), "--max-length", "0"], "--max-length 0 is no number of tokens"),
     ):
