@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from configs.checkpoint_folders import newest_manifest
 from configs.cli import command_parser, entrypoint
 from configs.data import DataConfig
 from configs.loader import ConfigError, load
@@ -31,7 +32,9 @@ def used(checkpoint: Path, plan: Path | None = None) -> tuple[Plan, int]:
     """
     path = checkpoint / "manifest.json"
     if not path.is_file():
-        raise ConfigError(f"--after {checkpoint}: there is no {path}; name a checkpoint, e.g. RUN/checkpoints/step_N")
+        newest = newest_manifest(checkpoint)
+        named = f"such as {newest.parent}" if newest else "e.g. RUN/checkpoints/step_N"
+        raise ConfigError(f"--after {checkpoint}: there is no {path}; name a checkpoint, {named}")
     try:
         manifest = CHECKPOINT.read(path.read_bytes(), path)
     except ValueError as error:

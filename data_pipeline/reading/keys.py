@@ -5,7 +5,8 @@ sources are checked. Anything else that is wrong with a file is reported when th
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -35,8 +36,17 @@ _PURPOSE = {
 }
 
 
-def check_keys(units: Sequence[InputUnit], limits: ExtractConfig) -> None:
-    """Raises ConfigError for a configured key that no record has, or a text key under which no value is text."""
+def _of_source(name: str, key: str) -> str:
+    return f"sources.{name}.{key}"
+
+
+def check_keys(
+    units: Sequence[InputUnit], limits: ExtractConfig, spelled: Callable[[str, str], str] = _of_source
+) -> None:
+    """Raises ConfigError for a configured key that no record has, or a text key under which no value is text.
+
+    `spelled` returns how the user gives a source's key.
+    """
     files: dict[str, list[FoundFile]] = {}
     configs: dict[str, SourceConfig] = {}
     for unit in units:
@@ -44,7 +54,7 @@ def check_keys(units: Sequence[InputUnit], limits: ExtractConfig) -> None:
             configs[unit.source] = unit.config
             files.setdefault(unit.source, []).extend(file for file in unit.files if not file.reason and file.size)
     for name, source in configs.items():
-        _check(name, source, _spread(files[name]), limits)
+        _check(partial(spelled, name), source, _spread(files[name]), limits)
 
 
 def _spread(files: Sequence[FoundFile]) -> list[FoundFile]:
@@ -65,8 +75,10 @@ def _wanted(source: SourceConfig) -> list[tuple[str, str]]:
     return chosen + [("fields", field) for field in source.fields if source.fields != "all"]
 
 
-def _check(name: str, source: SourceConfig, files: Sequence[FoundFile], limits: ExtractConfig) -> None:
-    """Raises ConfigError for the first key of source `name` that no record of `files` has."""
+def _check(
+    spelled: Callable[[str], str], source: SourceConfig, files: Sequence[FoundFile], limits: ExtractConfig
+) -> None:
+    """Raises ConfigError for the first key of a source that no record of `files` has."""
     missing, there, looked_at = _wanted(source), dict[str, None](), 0
     objects = dict[str, None]()  # keys that hold an object
     kinds: set[str] = set()  # kinds of values under the text key that are not text
@@ -87,13 +99,13 @@ def _check(name: str, source: SourceConfig, files: Sequence[FoundFile], limits: 
     shown = ", ".join(hide(one) for one in islice(listed, _SHOWN)) + (", ..." if len(listed) > _SHOWN else "")
     if key == "text_key" and kinds:
         raise ConfigError(
-            f"sources.{name}.text_key = {wanted!r} holds no text but {' and '.join(sorted(kinds))} in {files[0].path}"
+            f"{spelled(key)} = {wanted!r} holds no text but {' and '.join(sorted(kinds))} in {files[0].path}"
             f"{others}; the keys there are {shown}; name the one that holds the text"
         )
     purpose = _PURPOSE.get(key, 'that is meant, or set fields = "all"')
     setting = f"has {wanted!r}" if key == "fields" else f"= {wanted!r}"
     raise ConfigError(
-        f"sources.{name}.{key} {setting}, but none of the first {looked_at:,} records in {files[0].path}{others} has "
+        f"{spelled(key)} {setting}, but none of the first {looked_at:,} records in {files[0].path}{others} has "
         f"this key; the {'objects' if listed is objects else 'keys'} there are {shown}; name the one {purpose}"
     )
 

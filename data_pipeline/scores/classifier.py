@@ -29,6 +29,7 @@ from configs.folders import check_writable
 from configs.loader import ConfigError
 from configs.sources import ANY_LANGUAGE, ExtractConfig, SourceConfig
 from data_pipeline.core.hashing import draw
+from data_pipeline.reading.keys import check_keys
 from data_pipeline.reading.source_reader import find_units, read_file
 from data_pipeline.scan.words import Splitter, mix
 from data_pipeline.scores.fasttext_file import is_whole
@@ -187,7 +188,7 @@ def collect(good: Sequence[str], bad: Sequence[str], text_key: str, max_chars: i
     """Reads the examples: the first `max_chars` characters of each record.
 
     Unusable and repeated texts are left out, and texts that occur in both classes. Raises ConfigError for a pattern
-    that matches no file.
+    that matches no file, or JSON lines without `text_key`.
     """
     seen: dict[str, set[str]] = {GOOD: set(), BAD: set()}
     lines: dict[str, list[str]] = {GOOD: [], BAD: []}
@@ -215,7 +216,9 @@ def _texts(label: str, patterns: Sequence[str], text_key: str, counts: dict[str,
             rules={ANY_LANGUAGE: label},
             text_key=text_key if lines else "text",
         )
-        for unit in find_units(label, source, 1, label.upper()):
+        units = find_units(label, source, 1, label.upper())
+        check_keys(units, ExtractConfig(), lambda *_: "--text-key")
+        for unit in units:
             for file in unit.files:
                 for record in read_file(file, source, ExtractConfig(), lambda size: None):
                     if record.reason or not record.text.strip():

@@ -11,6 +11,7 @@ from configs.tokenizer import TextConfig
 from data_pipeline.core.shards import HELDOUT, TRAIN, read_records, shard_path, shards_under
 from data_pipeline.reading.formats import Format, format_of
 from data_pipeline.reading.input_records import InputUnit
+from data_pipeline.reading.keys import check_keys
 from data_pipeline.reading.source_reader import find_units, read_file
 
 _SECTION = "text"
@@ -21,8 +22,8 @@ _MAX_RECORD = 1 << 36  # bytes; a text file is one record, which is read whole
 class FileTexts:
     """The texts of files; iterating reads them, and counts in `unusable` the records without text, by reason.
 
-    The constructor finds the files. It raises ConfigError for a pattern that matches no file, iterating for files in
-    which no record has text.
+    The constructor finds the files. It raises ConfigError for a pattern that matches no file, or records without the
+    text key; iterating raises it for files in which no record has text.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -76,7 +77,9 @@ def _units(config: TextConfig, pattern: str) -> list[InputUnit]:
         text_key=config.text_key if keyed else "text",
         encoding=config.encoding if kind in ("text", "code") else "utf-8",
     )
-    return find_units("files", source, 1, _SECTION)
+    units = find_units("files", source, 1, _SECTION)
+    check_keys(units, ExtractConfig(), lambda _, key: f"{_SECTION}.{key}")
+    return units
 
 
 def _format_of(pattern: str) -> Format:

@@ -86,7 +86,9 @@ def test_too_few_and_contradictory_examples_are_refused(tmp_path: Path, capsys: 
         ConfigError, match=r"90 good examples are too few; give at least 100 .* 30 in both\)"
     ) as refused:
         main(argv)
-    with pytest.raises(ConfigError, match=r"0 good examples .* 270 unusable, .* under the key that --text-key names"):
+    with pytest.raises(
+        ConfigError, match=r"--text-key = 'body', but none of the first 120 records .*; the keys there are text;"
+    ):
         main([*argv, "--text-key", "body"])
     with pytest.raises(ConfigError, match=r"GOOD\.files: 'none.jsonl' matches no file"):
         main(["none.jsonl", *argv[1:]])

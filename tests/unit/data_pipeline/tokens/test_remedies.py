@@ -98,10 +98,10 @@ def test_our_own_file_is_restored_too(tokenizer_folder: Path, tmp_path: Path) ->
         ({"text": {"files": ["{dir}/a.txt"], "encoding": "klingon"}}, "is not a known encoding", {}),
         (
             {"text": {"files": ["{dir}/a.jsonl"], "text_key": "none"}},
-            "correct text.text_key = 'none', or",
-            {"text": {"files": ["{dir}/a.jsonl"]}},
+            r"text\.text_key = 'none', but none of .*; the keys there are text; name the one that holds the text",
+            {"text": {"files": ["{dir}/a.jsonl"], "text_key": "text"}},
         ),
-        ({"text": {"files": ["{dir}/a.jsonl"], "text_key": "none"}}, "or name other files", {}),
+        ({"text": {"files": ["{dir}/blank.jsonl"]}}, r"correct text\.text_key = 'text', or name other files", {}),
         ({"text": {"files": ["{dir}/empty.txt"]}}, r"has text \(.*\); name other files", {}),
         ({"text": {"run": "{dir}/none"}}, "name the run.dir of a data run", {"text": {"run": "{dir}/run"}}),
         ({"out": "{dir}/there"}, "exists already; name another folder", {"out": "{dir}/other"}),
@@ -118,6 +118,7 @@ def test_a_tokenizer_is_trained_once_its_config_is_as_the_message_says(
     lines = "".join(f"line {i} of a text that has some {i * 7919} words\n" for i in range(400))
     (tmp_path / "a.txt").write_text(lines)
     (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "blank.jsonl").write_text('{"text": " "}\n')
     (tmp_path / "there").mkdir()
     (tmp_path / "a.jsonl").write_text('{"text": "' + lines.replace("\n", "\\n") + '"}\n')
     write_shard(tmp_path / "run/documents/train/a/00000.jsonl.zst", [{"text": lines, "id": "0", "metadata": {}}])

@@ -85,7 +85,9 @@ def test_files_of_several_formats_are_read_together(tmp_path: Path, capsys: pyte
     assert len(Tokenizer.load(tmp_path / "out").encode("zyzzyva")) == 1
     with pytest.raises(ConfigError, match=r"out = '.*' exists already; name another folder, or remove it"):
         main([str(config)])
-    with pytest.raises(ConfigError, match=r"none of 39 records in 1 files has text .*correct text\.text_key = 'none'"):
+    with pytest.raises(
+        ConfigError, match=r"text\.text_key = 'none', but none of the first 39 records .*body\.text, body"
+    ):
         main([str(config), f"out={tmp_path / 'other'}", "text.text_key=none", f"text.files=['{tmp_path}/a.jsonl.gz']"])
     assert not (tmp_path / "other").exists() and not list(tmp_path.glob(".*.tmp"))
 
