@@ -6,10 +6,8 @@ sides.
 """
 
 import glob
-import gzip
 import json
 import math
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +18,15 @@ import pyarrow
 import pyarrow.parquet
 
 from configs.loader import ConfigError
+from configs.sources import ExtractConfig
+from data_pipeline.reading.whole_files import NotWhole, whole_lines
 from posttrain.chat.format_interface import UntrainedEnd
 from posttrain.tasks.task import fraction
 
 T = TypeVar("T")
 
+# Records are trusted to be no bombs, and are read whole.
+_LIMITS = ExtractConfig(max_record_bytes=1 << 40, max_expansion=1e18, max_expanded_bytes=1 << 60)
 SHOWN = 160  # characters of a broken record's details in messages
 NESTED = 8  # keys of a record that messages name
 TOO_LONG = "too_long"
@@ -168,7 +170,7 @@ def read_records(files: Sequence[str], key: str) -> Iterator[tuple[str, Mapping[
     for path in files:
         try:
             yield from _rows(path) if path.endswith(".parquet") else _lines(path)
-        except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        except (OSError, NotWhole, pyarrow.ArrowException) as error:
             text = " ".join(str(error).split())
             raise ConfigError(f"{path} in {key} cannot be read to its end ({text}); restore it") from None
 
@@ -199,19 +201,21 @@ def said_keys(record: Mapping[str, Any]) -> str:
 
 
 def _lines(path: str) -> Iterator[tuple[str, Mapping[str, Any] | Unusable]]:
-    with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}:{number}", _parsed(line)
+    with open(path, "rb") as file:
+        for line in whole_lines(file, path, _LIMITS):
+            if line.content.strip():
+                yield f"{path}:{line.number}", _parsed(line.content)
 
 
 def _parsed(line: bytes) -> Mapping[str, Any] | Unusable:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Unusable("bad_json", str(error))
+        said = "it goes on in the next line; write it on one line" if line.strip() in (b"{", b"[") else str(error)
+        return Unusable("bad_json", said)
     if not isinstance(record, dict):
-        return Unusable("no_object", f"the line is {type(record).__name__}")
+        what = "a list; give each of its items a line" if isinstance(record, list) else type(record).__name__
+        return Unusable("no_object", f"the line is {what}")
     return record
 
 

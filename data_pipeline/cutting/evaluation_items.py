@@ -17,12 +17,13 @@ import pyarrow.parquet as pq
 from configs.cuts import DecontaminateConfig
 from configs.loader import ConfigError
 from configs.sources import ExtractConfig
-from data_pipeline.reading.charsets import decode_whole, marked_charset, wide_charset
-from data_pipeline.reading.decompression import Fault, claimed_compression, members
+from data_pipeline.reading.charsets import decode_whole, marked_charset
 from data_pipeline.reading.fields import lookup
-from data_pipeline.reading.line_splitter import Line, LineSplitter
+from data_pipeline.reading.line_splitter import Line
 from data_pipeline.reading.names import printable
+from data_pipeline.reading.whole_files import NotWhole, whole_content, whole_lines
 
+LIMITS = ExtractConfig()
 _PARQUET = b"PAR1"
 _BATCH_ROWS = 1000
 
@@ -90,13 +91,17 @@ def _items(path: str, settings: DecontaminateConfig) -> Iterator[EvaluationItem]
 
 
 def _content(file: BinaryIO, name: str) -> Iterator[bytes]:
-    for member in members(file, ExtractConfig(), lambda size: None, claimed_compression(name)):
-        if isinstance(member, Fault):
-            raise ValueError(
-                f"evaluation file {name} is damaged at byte {member.offset} ({member.reason}); replace it by a whole "
-                "copy, or leave it out of decontaminate.files"
-            )
-        yield from member.blocks()
+    try:
+        yield from whole_content(file, name, LIMITS)
+    except NotWhole as error:
+        raise _damaged(name, error) from None
+
+
+def _damaged(name: str, error: NotWhole) -> ValueError:
+    return ValueError(
+        f"evaluation file {name} cannot be read to its end ({error}); replace it by a whole copy, or leave it out of "
+        "decontaminate.files"
+    )
 
 
 def _text(file: BinaryIO, name: str) -> str:
@@ -110,10 +115,10 @@ def _text(file: BinaryIO, name: str) -> str:
 
 
 def _lines(file: BinaryIO, name: str) -> Iterator[Line]:
-    splitter = LineSplitter(ExtractConfig().max_record_bytes, recognize=wide_charset)
-    for block in _content(file, name):
-        yield from splitter.feed(block)
-    yield from splitter.close()
+    try:
+        yield from whole_lines(file, name, LIMITS)
+    except NotWhole as error:
+        raise _damaged(name, error) from None
 
 
 def _fields(line: Line, name: str) -> Any:

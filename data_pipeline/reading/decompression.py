@@ -318,11 +318,14 @@ def _end(source: _Source) -> int:
     return source.position
 
 
-def is_foreign(file: BinaryIO) -> bool:
-    """Whether a seekable file begins like one of a compression or archive that is not read; leaves it at its start."""
+def foreign_compression(file: BinaryIO) -> str:
+    """Returns the compression or archive that a seekable file begins like, if it is one that is not read, else "".
+
+    It leaves the file at its start.
+    """
     head = file.read(16)
     file.seek(0)
-    return any(re.match(magic, head) for magic in _FOREIGN.values())
+    return next((name for name, magic in _FOREIGN.items() if re.match(magic, head)), "")
 
 
 def claimed_compression(path: str) -> str:

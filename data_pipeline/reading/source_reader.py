@@ -18,7 +18,7 @@ from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.core.ledger import Tally
 from data_pipeline.core.progress import ProgressFile
 from data_pipeline.reading.charsets import charset_of
-from data_pipeline.reading.decompression import is_foreign
+from data_pipeline.reading.decompression import foreign_compression
 from data_pipeline.reading.ids import id_of_location, name_of, published_id, roots_of
 from data_pipeline.reading.input_records import NOT_READ, Advance, FoundFile, InputUnit, Record
 from data_pipeline.reading.jsonl import read_jsonl
@@ -83,7 +83,7 @@ def read_file(file: FoundFile, source: SourceConfig, limits: ExtractConfig, adva
         return
     try:
         with open_file(file.path) as content:
-            if source.format != "parquet" and is_foreign(content):
+            if source.format != "parquet" and foreign_compression(content):
                 yield Record(0, file.size, reason=NOT_READ)
                 return
             for record in _READERS[source.format](content, file, source, limits, advance):

@@ -111,7 +111,11 @@ RULES = (
     ),
     ImportRule("pretrain.checkpoint.whole_model", ours=("configs", "pretrain", "export.hf_folder"), never=LIBRARIES),
     ImportRule("pretrain.checkpoint.adapter_base", ours=("configs", "pretrain", "export.hf_folder"), never=LIBRARIES),
-    ImportRule("posttrain", ours=("configs", "pretrain", "posttrain", *LAUNCH, *TOKEN_STORE), never=LIBRARIES),
+    ImportRule(
+        "posttrain",
+        ours=("configs", "pretrain", "posttrain", "data_pipeline.reading.whole_files", *LAUNCH, *TOKEN_STORE),
+        never=LIBRARIES,
+    ),
     ImportRule(  # vLLM reads weights as a Hugging Face folder
         "posttrain.rl.vllm_weights",
         ours=("configs", "export.conversion", "export.hf_config", "export.tensors"),

@@ -18,6 +18,7 @@ from datatrove.data import Document
 
 from configs.cuts import DecontaminateConfig
 from configs.loader import ConfigError
+from configs.sources import ExtractConfig
 from data_pipeline.core.tables import as_table, read_table, write_table
 from data_pipeline.cutting import evaluation_items
 from data_pipeline.cutting.cuts import apply, merge, read_cuts
@@ -300,12 +301,12 @@ ZIPPED = gzip.compress(b"".join(b'{"text": "%d"}\n' % number for number in range
 @pytest.mark.parametrize(
     ("name", "content", "settings", "message", "mended"),
     [
-        ("a.jsonl.gz", ZIPPED[:999], {}, r"a.jsonl.gz is damaged at byte 0 \(cut_gzip\); replace it", ZIPPED),
+        ("a.jsonl.gz", ZIPPED[:999], {}, r"a.jsonl.gz cannot be read to its end \(cut gzip at byte 0\); repl", ZIPPED),
         (
             "a.jsonl.zst",
             b"no frame",
             {},
-            r"damaged at byte 0 \(corrupt_zstd\); replace it by a whole copy",
+            r"cannot be read to its end \(corrupt zstd at byte 0\); replace it by a whole copy",
             zstandard.compress(LINE),
         ),
         ("a.jsonl", LINE + b"{", {}, "a.jsonl, line 2: .*; repair it, or set decontaminate.format", LINE + LINE),
@@ -343,9 +344,9 @@ def test_an_evaluation_file_that_cannot_be_read_ends_the_run_and_what_is_said_he
 def test_a_line_that_is_too_long_is_split(tmp_path: Path) -> None:
     words = "word " * 600
     file = jsonl(tmp_path / "a.jsonl", [{"text": words}])
-    whole, most = evaluation_items.ExtractConfig, len(words) // 2 + 40
+    most = len(words) // 2 + 40
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation_items, "ExtractConfig", lambda: whole(max_record_bytes=most))
+        patch.setattr(evaluation_items, "LIMITS", ExtractConfig(max_record_bytes=most))
         with pytest.raises(
             ValueError, match=r"line 1: it has .* bytes, which is too long; split its text into several"
         ):
