@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import sys
 import time
 import traceback
@@ -148,6 +149,10 @@ def entrypoint(
     if argv is None:  # called for the process's own command line, not by a test
         signals.begin(prints_errors=prints_errors)
     signals.run()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Names of files need not be UTF-8, and a terminal may have no character for what is printed.
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = main(argv) or 0
     except ConfigError as error:

@@ -9,7 +9,7 @@ names the key, the value and what to change. Entrypoints turn it into exit statu
 import difflib
 import json
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -96,12 +96,30 @@ def from_overrides(schema: type[T], overrides: Sequence[str]) -> T:
 
 def validate(schema: type[T], tree: dict[str, Any], origin: str = "config") -> T:
     """Validates a plain dict by `schema`. Raises one ConfigError that names all mistakes, after `origin`."""
+    for key, text in _no_texts(tree):
+        raise ConfigError(
+            f"{origin}: {key} = {text!r} is not valid UTF-8; rename the file or folder, or match it by * if the key "
+            "takes patterns"
+        )
     try:
         # Through JSON, where lists may stand for tuples and strings for enums, while all other types stay strict.
         return schema.model_validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         messages = [_sentence(schema, tries) for tries in _by_value(error.errors())]
         raise ConfigError(f"{origin}: " + "; ".join(dict.fromkeys(messages))) from None
+
+
+def _no_texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yields (key, text) for each text in a tree that is not valid Unicode, as a name of other bytes becomes."""
+    if isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            yield key, value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _no_texts(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from _no_texts(inner, f"{key}[{number}]")
 
 
 def plain(config: BaseModel) -> dict[str, Any]:

@@ -88,3 +88,10 @@ def test_output_that_nobody_reads_is_no_error(argv: list[str]) -> None:
     finally:
         os.close(write)
     assert done.stderr == "" and done.returncode in (0, 1)
+
+
+def test_what_a_terminal_has_no_character_for_is_escaped() -> None:
+    script = "from configs.cli import entrypoint; entrypoint(lambda _: print('caf\\udce9 \u2014'), [])"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\udce9 \\u2014\n", "")

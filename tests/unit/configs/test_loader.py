@@ -144,6 +144,15 @@ def test_training_refuses_a_bad_config_with_status_2(arguments: list[str], words
     assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout
 
 
+def test_a_name_that_is_not_utf_8_is_told_with_its_key() -> None:
+    for override, key in (
+        ("run.dir=runs/caf\udce9", r"run\.dir"),
+        ("sources.english.files=['a', '\udcff']", r"files\[1\]"),
+    ):
+        with pytest.raises(ConfigError, match=rf"demo\.toml: \S*{key} = '\S+' is not valid UTF-8; rename the file"):
+            loader.load(DataConfig, PRESETS / "data/demo.toml", [override])
+
+
 @pytest.mark.parametrize(
     ("schema", "file", "overrides", "key"),
     [
