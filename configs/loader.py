@@ -73,7 +73,7 @@ def read_tree(path: str | Path) -> dict[str, Any]:
     """Reads a config file as a plain dict, without checking its keys. Raises ConfigError if it is no TOML file."""
     path = Path(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist; presets are under configs/") from None
     except IsADirectoryError:
@@ -82,7 +82,9 @@ def read_tree(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"config file {path} cannot be read ({error.strerror}); name a .toml file that this user may read"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} is not UTF-8 at byte {error.start}; save it in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"config file {path} is not valid TOML: {error}; correct it") from None
 
 

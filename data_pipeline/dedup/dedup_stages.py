@@ -9,13 +9,13 @@ dedup:      FindPairs (one task per kind of key and range of keys) -> FindCluste
 import json
 import shutil
 import threading
-import tomllib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from configs.data import DataConfig
-from configs.loader import ConfigError, plain
+from configs.loader import ConfigError, plain, read_tree
 from data_pipeline.core.hashing import digest
 from data_pipeline.core.integrity import DamagedData, check_files
 from data_pipeline.core.ledger import Tally
@@ -155,11 +155,23 @@ def _earlier_runs(index: Sequence[str]) -> list[EarlierRun]:
     found: list[EarlierRun] = []
     first = 0
     for run in index:
-        theirs = tomllib.loads((Path(run) / "config.toml").read_text(encoding="utf-8"))
+        theirs = config_of(Path(run))
         splitters = {name: Splitter[rules.get("splitter", "spaces")] for name, rules in theirs["rules"].items()}
         found.append(EarlierRun(run, Numbering(Path(run) / "dedup"), first, splitters))
         first += found[-1].kept.documents
     return found
+
+
+def config_of(run: Path) -> dict[str, Any]:
+    """Reads the config of an earlier run. Raises ConfigError if it is damaged."""
+    tree = read_tree(run / "config.toml")
+    missing = [f"dedup.{name}" for name in _SIGNED if name not in tree.get("dedup", {})]
+    if missing or "rules" not in tree:
+        raise ConfigError(
+            f"dedup.index names {run}, whose config.toml is damaged: it has no {(*missing, 'rules')[0]}; restore it, "
+            "or leave that run out of dedup.index"
+        )
+    return tree
 
 
 def _index_key(config: DataConfig, run: Path) -> str:
@@ -173,7 +185,7 @@ def _index_key(config: DataConfig, run: Path) -> str:
             f"dedup.index names {run}, which holds no finished signatures and dedup stages; name the run.dir of a "
             "finished data run"
         )
-    theirs = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+    theirs = config_of(run)
     mine = plain(config)
     other = [name for name in _SIGNED if theirs["dedup"][name] != mine["dedup"][name]]
     if other:

@@ -64,13 +64,15 @@ _CHINESE = re.compile(
     r"(?![A-Za-z0-9_]|[.\-/][0-9])"
 )
 _ANY = re.compile(
-    rf"(?<![0-9])\+?\(?[0-9](?:(?:[ .\-()/\u00a0\u2011\u2013]{{0,2}}| / )[0-9]){{6,14}}{_EXTENSION}(?![0-9])"
+    rf"(?<![0-9])\+?\(?[0-9](?:(?:[ .\-()/\u00a0\u2010-\u2013\u2212]{{0,2}}| / )[0-9]){{6,14}}{_EXTENSION}(?![0-9])"
 )
 # Words for telephone, mobile and fax; those that mean other things as well count only with a full stop or a colon.
 _PHONE_BEFORE = re.compile(
     r"(?i)(?:(?<![^\W_])(?:tel|telephone|phone|mobile|mob|cell ?phone|cell(?=\s?[:：])|ph|fax|whatsapp|hotline"
     r"|telefon|telefax|telefono|teléfono|téléphone|tél|telefone|handy|telf|tfno|móvil|celular|mobil|tlf|tfn|puh|puhelin"
-    r"|tel\. kom|telp|telepon|điện thoại|s?đt|тел(?=\.|:)|телефон[ау]?|факс|моб(?=\.|:)|мобильный|τηλ|τηλέφωνο|φαξ"
+    r"|tel\. ?kom|telp|telepon|điện thoại|s?đt|тел(?=\.|:)|телефон[ау]?|факс|моб(?=\.|:)|мобильный|τηλ|τηλέφωνο|φαξ"
+    r"|direct (?:line|dial)|whats(?=:)|fone|cel(?=[.:])|telemóvel|telefoon|telefoni|telefón|telefonszám"
+    r"|telefonní(?: číslo)?|tālrunis|ponsel|cellulare|portable(?=\s?:)|komórka"
     r"|contact(?= (?:no|nr|number)\b))(?:[ _]?(?:no|nr|number))?\b(?: is\b)?"
     r"|电话|手机|传真|热线|微信|联系方式|電話|手機|傳真|熱線|聯絡方式|携帯|ファックス|ファクス|전화|휴대폰|핸드폰|팩스|연락처"
     r"|טלפון|נייד|פקס|هاتف|تلفون|جوال|فاكس|โทรศัพท์|โทรสาร|โทร)(?:号码|号|码|番号|番號|號碼|번호)?"

@@ -63,7 +63,7 @@ def _read(path: Path, name: str) -> LoggedRun:
     records = last_of_each_step(read_metrics(path / "metrics.jsonl").records)
     try:
         config = flat(tomllib.loads((path / "config.toml").read_text(encoding="utf-8")))
-    except (OSError, tomllib.TOMLDecodeError):
+    except (OSError, ValueError):
         config = {}
     return LoggedRun(name, path, [{"step": record["step"], **numbers(record)} for record in records], config)
 

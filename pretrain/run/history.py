@@ -156,7 +156,7 @@ def read(run_dir: Path) -> list[DataSpan]:
     path = run_dir / FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        if all(isinstance(one, dict) and "first_step" in one for one in found):
+        if isinstance(found, list) and all(isinstance(one, dict) and "first_step" in one for one in found):
             return list(found)
         said = "it is no list of data spans"
     except ValueError as error:

@@ -144,6 +144,15 @@ def test_training_refuses_a_bad_config_with_status_2(arguments: list[str], words
     assert len(done.stderr.strip().splitlines()) == 1 and not done.stdout
 
 
+def test_a_config_may_begin_with_a_byte_order_mark_and_must_be_utf_8(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + DEMO.read_bytes())
+    assert loader.load(PretrainConfig, file) == loader.load(PretrainConfig, DEMO)
+    file.write_bytes(DEMO.read_text(encoding="utf-8").encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"a\.toml is not UTF-8 at byte 0; save it in UTF-8"):
+        loader.load(PretrainConfig, file)
+
+
 def test_a_name_that_is_not_utf_8_is_told_with_its_key() -> None:
     for override, key in (
         ("run.dir=runs/caf\udce9", r"run\.dir"),

@@ -68,7 +68,7 @@ def test_a_checkpoint_without_manifest_is_none_that_a_message_names(run: Path) -
 
 def test_a_damaged_history_or_config_is_named(run: Path) -> None:
     file = run / history.FILE
-    for content in ("[{", "{}x", '["a"]', '{"a": 1}'):
+    for content in ("[{", "{}x", '["a"]', '{"a": 1}', "3", "null"):
         file.write_text(content)
         with pytest.raises(ConfigError, match=r"history\.json is damaged \(it is n.*; remove it"):
             history.read(run)

@@ -123,6 +123,8 @@ def test_runs_are_compared_by_settings_and_last_values(
     assert not browser.all_faults(path)
     with pytest.raises(ConfigError, match=r"no_run has no metrics\.jsonl"):
         main([str(runs[0]), str(tmp_path / "no_run")])
+    (runs[1] / "config.toml").write_bytes(b"a = '\xe9'")  # a damaged config is compared as an empty one
+    assert main(list(map(str, runs))) == 0 and "<td>optimizer.lr</td><td>0.1</td>" in path.read_text(encoding="utf-8")
 
 
 def test_a_run_without_a_step_still_has_a_page(tmp_path: Path) -> None:
