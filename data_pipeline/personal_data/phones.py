@@ -54,7 +54,7 @@ _NORTH_AMERICAN = re.compile(
     rf"(?:(?:\+[{_SPACES}]?)?(?:00)?1[{_SPACES}.{_DASHES}/]?|\(1\)[{_SPACES}]?)?(?:"
     rf"\([{_SPACES}]?{_AREA}[{_SPACES}]?\){_BESIDE_DASH}?{_EXCHANGE}{_BESIDE_DASH}?[0-9]{{4}}"
     rf"|{_AREA}(?P<first>[{_SPACES}.{_DASHES}/]|[{_SPACES}][{_DASHES}][{_SPACES}]|{_DOT}){_EXCHANGE}"
-    rf"(?:(?P=first)|(?<![.][0-9]{{3}})[{_DASHES}])[0-9]{{4}}"
+    rf"(?:(?P=first)(?<!/)|(?<![.][0-9]{{3}})[{_DASHES}])[0-9]{{4}}"
     rf"|{_AREA}(?:[{_SPACES}][{_DASHES}]|[{_DASHES}][{_SPACES}]){_EXCHANGE}[{_SPACES}]?[{_DASHES}][{_SPACES}]?[0-9]{{4}}"
     rf"){_EXTENSION}{_AFTER}(?![{_SPACES}][0-9])"
 )
