@@ -202,7 +202,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     file = Path(path) / MANIFEST
     try:
         manifest = CHECKPOINT.read(file.read_bytes(), file)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise CheckpointError(f"{file} does not exist; {path} is not a whole checkpoint") from None
     except VersionError as error:
         raise OtherVersionError(

@@ -53,6 +53,14 @@ def test_a_run_without_a_whole_checkpoint_is_not_told_to_take_an_earlier_one(run
     assert "earlier" not in str(told.value)
 
 
+def test_a_file_with_the_name_of_a_checkpoint_is_passed_over(run: Path) -> None:
+    storage.directory(run, 3).write_text("")
+    (storage.directory(run, 4) / storage.MANIFEST).mkdir(parents=True)
+    assert storage.latest(run) == storage.directory(run, 0)
+    with pytest.raises(storage.CheckpointError, match=r"step_3 is not a whole checkpoint"):
+        storage.read_manifest(storage.directory(run, 3))
+
+
 def test_a_checkpoint_without_manifest_is_none_that_a_message_names(run: Path) -> None:
     shutil.copytree(storage.directory(run, 0), storage.directory(run, 3))
     (storage.directory(run, 3) / storage.MANIFEST).unlink()
