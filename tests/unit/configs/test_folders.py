@@ -149,13 +149,13 @@ def test_a_fault_that_all_ranks_raise_together_is_printed_once(
 ) -> None:
     """Runs one rank that is not the main one, which prints what it may have found alone."""
 
-    class Fault(Failure):
+    class FoundByRank(Failure):
         pass
 
     def main(_: Sequence[str] | None) -> int:
-        raise Fault("the file is damaged")
+        raise FoundByRank("the file is damaged")
 
-    Fault.of_all_ranks = of_all_ranks
+    FoundByRank.of_all_ranks = of_all_ranks
     monkeypatch.setattr(cli, "TURN_SECONDS", 0)
     with pytest.raises(SystemExit) as ended:
         entrypoint(main, [], prints_errors=False)

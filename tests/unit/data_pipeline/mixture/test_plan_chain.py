@@ -286,7 +286,7 @@ def test_a_checkpoint_is_found_as_the_message_says(staged: dict[str, Plan], tmp_
     for step in (1, 2):
         (run / f"checkpoints/step_{step}").mkdir(parents=True)
         (run / f"checkpoints/step_{step}/manifest.json").write_bytes(CHECKPOINT.write(manifest))
-    with pytest.raises(ConfigError, match=r"name a checkpoint, such as \S+/checkpoints/step_\d+$") as told:
+    with pytest.raises(ConfigError, match=r"; name a checkpoint, such as \S+/checkpoints/step_\d+$") as told:
         replan.used(run)
     named = Path(str(told.value).split("such as ")[1])
     assert replan.used(named)[1] == 100
