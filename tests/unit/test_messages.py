@@ -81,7 +81,6 @@ UNKNOWN = {
     "needs files that change or break while a run has them open": (
         "was replaced while the run started; start it again",
         "elements; not saved",
-        "is not a whole checkpoint",
         "it is a checkpoint of another model",
         "and its model has",
         "or name another checkpoint.mirror",
@@ -113,7 +112,6 @@ UNKNOWN = {
         "whose documents have their locations added to it",
         "in all, the used ones among them; raise",
         "each; give one of these steps",
-        "but none of the first",
         "restore them, or name another tokenizer",
         "text.files: none of",
     ),
