@@ -17,7 +17,7 @@ class PreferenceData(Section):
     """Preferences to learn from. One that is broken or does not fit a row is set aside and counted."""
 
     pairs: tuple[str, ...] = Field(min_length=1)
-    """The files, JSON lines (gzipped or not) or parquet, of records with prompt, chosen and rejected, each a text or a
+    """The files, JSON lines (.gz or .zst too) or parquet, of records with prompt, chosen and rejected, each a text or a
     list of messages; for preference.loss = kto with prompt, completion and label, true or false."""
     heldout_share: float = Field(default=0.05, ge=0, lt=1)
     """The share of the records, by hash of their prompt, that is never trained on."""

@@ -15,7 +15,7 @@ class ExamplesConfig(Section):
     """Examples to learn from. One that is broken or does not fit a row is set aside and counted."""
 
     files: tuple[str, ...] = Field(min_length=1)
-    """The files, JSON lines (gzipped or not) or parquet: pairs, reasoning steps or texts, as reward_model.kind says."""
+    """The files, JSON lines (.gz or .zst too) or parquet: pairs, judged steps or texts, as reward_model.kind says."""
     heldout_share: float = Field(default=0.05, ge=0, lt=1)
     """The share of the examples, by hash of their prompt, that is never trained on."""
     max_bad_share: float = Field(default=0.05, ge=0, le=1)

@@ -12,7 +12,7 @@ class DialogueConfig(Section):
     """Dialogues to train on. One that is broken or longer than train.seq_length is set aside and counted."""
 
     dialogues: tuple[str, ...] = ()
-    """The files or globs, JSON lines (gzipped or not) or parquet, whose records have "messages", a list of {"role",
+    """The files or globs, JSON lines (.gz or .zst too) or parquet, whose records have "messages", a list of {"role",
     "content"}, or "prompt" and "completion", each a text or such a list."""
     chat_template: str | None = None
     """A file with the Jinja template to write dialogues with; left out, the model's own, or else Trivium's."""

@@ -24,7 +24,7 @@ class TaskPartConfig(Section):
     digits: int | None = Field(default=None, ge=3, le=32)
     """The number of digits to sort, by default 6, or to make the number of, by default 3 (sort, countdown)."""
     files: tuple[str, ...] = ()
-    """Files or globs of JSON lines, gzipped or not, or parquet, with one problem a line or row (file)."""
+    """Files or globs of JSON lines, .gz or .zst too, or parquet, with one problem a line or row (file)."""
     heldout_files: tuple[str, ...] = ()
     """Files of the problems that are held out; left out, a share of `files` is (file)."""
     heldout_share: float = Field(default=0.1, gt=0, lt=1)
