@@ -68,7 +68,7 @@ def read_dialogues(
 
     def parse(location: str, record: dict[str, Any]) -> tuple[list[Example], str]:
         messages = _messages(record)
-        samples = _samples(chat, messages, record.get("tools"), switches)
+        samples = _samples(chat, messages, tools_of(record), switches)
         if (longest := max(len(sample.tokens) for sample in samples)) > seq_length:
             raise Unusable(TOO_LONG, f"{longest} tokens", longest)
         first = next(message["content"] for message in messages if message["role"] == "user")
@@ -89,6 +89,14 @@ def as_messages(value: Any, role: Any, key: str) -> list[Message]:
     raise Unusable(f"bad_{key}", f"{key!r} is {found}, neither a text nor a list of messages")
 
 
+def tools_of(record: dict[str, Any]) -> list[Any]:
+    """Returns the tools that a record offers, [] if none. Raises Unusable if they are no list."""
+    tools = record.get("tools") or []
+    if not isinstance(tools, list):
+        raise Unusable("bad_tools", f"'tools' is {type(tools).__name__}, not a list")
+    return tools
+
+
 def not_learnt(messages: Sequence[Message]) -> list[Message]:
     """Returns the messages with all answers marked as read and not learnt."""
     return [{**one, "train": False} if one.get("role") == "assistant" else one for one in messages]
@@ -96,12 +104,10 @@ def not_learnt(messages: Sequence[Message]) -> list[Message]:
 
 def _samples(chat: Chat, messages: Any, tools: Any, switches: bool) -> list[Sample]:
     """Returns the samples of a dialogue, at least one. Raises Unusable, and UntrainedEnd."""
-    if not isinstance(tools or [], list):
-        raise Unusable("bad_tools", f"'tools' is {type(tools).__name__}, not a list")
     try:
         check_order(messages)
         given = with_switches(messages, switches)
-        samples = [sample for sample in chat.samples(given, tools) if sample.answer.any()]
+        samples = [sample.to_write() for sample in chat.samples(given, tools) if sample.answer.any()]
     except BrokenDialogue as broken:
         raise Unusable(f"bad_messages: {broken.rule}", str(broken)) from None
     except UntrainedEnd:

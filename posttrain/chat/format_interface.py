@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.tokens.tokenizer import Tokenizer
+from posttrain.chat.messages import BrokenDialogue
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,20 @@ class Sample:
     """The tokens of a dialogue, int64 [T], and which of them the model learns to write, bool [T].
 
     `unstable` says how the dialogue differs from its beginnings, None if it does not: with a template that writes
-    earlier turns otherwise than the last one, each answer has a sample of its own.
+    earlier turns otherwise than the last one, each answer has a sample of its own. `unprompted` says how the text
+    before a learnt answer differs from the prompt that asks for it, None if it does not.
     """
 
     tokens: np.ndarray
     answer: np.ndarray
     unstable: str | None = None
+    unprompted: str | None = None
+
+    def to_write(self) -> "Sample":
+        """Returns the sample. Raises BrokenDialogue if a model that learns it never meets the prompt that it learns."""
+        if self.unprompted:
+            raise BrokenDialogue("an answer that does not follow its prompt", self.unprompted)
+        return self
 
 
 class UntrainedEnd(ValueError):
@@ -60,13 +69,12 @@ class Chat(abc.ABC):
         the end of an answer would not be learnt.
         """
 
+    @abc.abstractmethod
     def render(self, messages: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (tokens int64 [T], answer mask bool [T]) of the dialogue up to its last answer.
+        """Returns (tokens int64 [T], answer mask bool [T]) of the whole dialogue, which may end with a user's message.
 
         The mask is True on the tokens that the model must produce, the end of its turn included. Raises as `samples`.
         """
-        last = self.samples(messages)[-1]
-        return last.tokens, last.answer
 
     @abc.abstractmethod
     def render_prompt(self, messages: Sequence[Any]) -> list[int]:

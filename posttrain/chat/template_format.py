@@ -7,7 +7,8 @@ the last one, without its reasoning, say; a dialogue in which that happens becom
 ends with it, as the model will see it. A dialogue of which the template leaves anything out is refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
 from typing import Any
 
@@ -48,7 +49,7 @@ class TemplateFormat(Chat):
         if not learnt:
             return []
         messages = messages[: learnt[-1] + 1]
-        try:
+        with _refusals():
             turns = {i: _Turn(self.encoder, messages, i, tools) for i in learnt}
             for turn in turns.values():
                 if turn.fault:
@@ -57,13 +58,13 @@ class TemplateFormat(Chat):
             unstable = next(filter(None, (turn.differs(whole) for turn in turns.values())), None)
             self._check_complete(messages, turns, divided=unstable is not None, tools=tools)
             if unstable is None:
-                samples = [self._sample(whole.text, [span for turn in turns.values() for span in turn.spans(whole)])]
+                spans = [span for turn in turns.values() for span in turn.spans(whole)]
+                unprompted = next(filter(None, (turn.unprompted for turn in turns.values())), None)
+                samples = [self._sample(whole.text, spans, unprompted=unprompted)]
             else:
-                samples = [self._sample(turn.text, turn.spans(turn), unstable) for turn in turns.values()]
-        except TemplateRefusal as error:
-            raise BrokenDialogue("refused by the chat template", str(error)) from None
-        except ForgedToken as error:
-            raise BrokenDialogue("text that spells a control token", str(error)) from None
+                samples = [
+                    self._sample(turn.text, turn.spans(turn), unstable, turn.unprompted) for turn in turns.values()
+                ]
         if whole_marked := next((sample for sample in samples if sample.answer.all()), None):
             raise UntrainedEnd(
                 "the loss mask is all ones: the chat template marks the whole dialogue as the model's; let its "
@@ -71,6 +72,20 @@ class TemplateFormat(Chat):
                 whole_marked,
             )
         return samples
+
+    def render(self, messages: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the tokens and the mask of the whole dialogue; see `Chat.render`."""
+        check_order(messages)
+        if messages[-1]["role"] == "assistant" and is_trained(messages[-1]):
+            last = self.samples(messages)[-1]
+            return last.tokens, last.answer
+        with _refusals():
+            text, _ = self.encoder.text(messages)
+            everything = range(len(messages))
+            if missing := dropped(self.encoder, messages, None, text, everything, ()):
+                raise BrokenDialogue(DROPPED, missing)
+            sample = self._sample(text, [])
+        return sample.tokens, sample.answer
 
     def render_prompt(self, messages: Sequence[Any]) -> list[int]:
         """Returns the ids of the dialogue so far and of an opened assistant turn, for the model to continue."""
@@ -84,7 +99,9 @@ class TemplateFormat(Chat):
         text, (before, after) = super().decode_answer(tokens), self._around
         return text.removeprefix(before).removesuffix(after) if text.startswith(before) else text.strip()
 
-    def _sample(self, text: str, spans: Sequence[Span], unstable: str | None = None) -> Sample:
+    def _sample(
+        self, text: str, spans: Sequence[Span], unstable: str | None = None, unprompted: str | None = None
+    ) -> Sample:
         """Returns a sample that learns the tokens that have any character in the spans."""
         ids, ranges = self.encoder.encode(text)
         answer = np.zeros(len(ids), dtype=bool)
@@ -93,7 +110,7 @@ class TemplateFormat(Chat):
             first = int(np.argmax(ends > start))
             last = len(ids) - int(np.argmax(begins[::-1] < end))
             answer[first:last] = True
-        return Sample(np.array(ids, dtype=np.int64), answer, unstable)
+        return Sample(np.array(ids, dtype=np.int64), answer, unstable, unprompted)
 
     def _check_complete(self, messages: Sequence[Any], turns: Mapping[int, "_Turn"], divided: bool, tools: Any) -> None:
         """Raises BrokenDialogue if the template leaves out a part of a message.
@@ -123,11 +140,22 @@ class TemplateFormat(Chat):
         return before, after.removesuffix(closing)
 
 
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Raises BrokenDialogue for what a template refuses to render or a message forges."""
+    try:
+        yield
+    except TemplateRefusal as error:
+        raise BrokenDialogue("refused by the chat template", str(error)) from None
+    except ForgedToken as error:
+        raise BrokenDialogue("text that spells a control token", str(error)) from None
+
+
 class _Turn:
     """One answer: the text of the dialogue up to it, and the spans of that text that the model learns to write.
 
     `fault` says why the model would not learn to stop: the template writes no end of the turn, or its generation blocks
-    leave the end out. It is None if the model would.
+    leave the end out. It is None if the model would. `unprompted` is that of the `Sample`.
     """
 
     def __init__(self, encoder: ChatEncoder, messages: Sequence[Any], number: int, tools: Any) -> None:
@@ -135,6 +163,7 @@ class _Turn:
         prompt, _ = encoder.text(messages[:number], open_answer=True, tools=tools)
         self.text, blocks = encoder.text(messages[: number + 1], tools=tools)
         self.start = _shared(prompt, self.text)
+        self.unprompted = self._compared(prompt)
         self.end = encoder.last_end(self.text) or 0
         self.blocks = [block for block in blocks if block[1] > block[0]] if encoder.template.marks_answers else None
         self.fault = self._find_fault()
@@ -144,6 +173,16 @@ class _Turn:
         if longer.blocks is None:
             return [(self.start, self.end)]
         return [(begin, end) for begin, end in longer.blocks if end > self.start and begin < self.end]
+
+    def _compared(self, prompt: str) -> str | None:
+        """Returns how the text before the answer departs from the prompt for it; None if nowhere."""
+        at = self.start
+        if at == len(prompt):
+            return None
+        return (
+            f"the prompt for message {self.number} has {prompt[at : at + 20]!r} where the dialogue has "
+            f"{self.text[at : at + 20]!r}; let the template write both alike, or add its reasoning"
+        )
 
     def _find_fault(self) -> str | None:
         if self.end <= self.start:

@@ -13,7 +13,7 @@ import numpy as np
 
 from configs.preference import PreferenceConfig
 from data_pipeline.mixture.packing import best_fit
-from posttrain.chat.dialogues import as_messages
+from posttrain.chat.dialogues import as_messages, tools_of
 from posttrain.chat.format_interface import Chat
 from posttrain.preference.group_packing import PackedRow, Segment, pack
 from posttrain.preference.preference_pairs import Pair, first_question, read_pairs, rendered_answer
@@ -102,7 +102,7 @@ def read_answers(
         label = needed(record, "label")
         if not isinstance(label, bool):
             raise Unusable("bad_label", f"'label' is {label!r}, not true or false")
-        dialogue = rendered_answer(chat, prompt, completion)
+        dialogue = rendered_answer(chat, prompt, completion, tools_of(record))
         tokens, answer = dialogue.tokens, dialogue.answer
         if len(tokens) > seq_length:
             raise Unusable(TOO_LONG, f"{len(tokens)} tokens", len(tokens))

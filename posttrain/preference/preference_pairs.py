@@ -6,15 +6,16 @@ different prompts, broken dialogues and pairs that do not fit a row are set asid
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from posttrain.chat.dialogues import as_messages
+from posttrain.chat.dialogues import as_messages, not_learnt, tools_of
 from posttrain.chat.format_interface import Chat, UntrainedEnd
-from posttrain.chat.messages import BrokenDialogue, Message
+from posttrain.chat.messages import BrokenDialogue, Message, check_order
 from posttrain.records import TOO_LONG, Records, Unusable, needed, read_split
 
 SIDES = ("chosen", "rejected")
@@ -51,15 +52,20 @@ def read_pairs(
     max_bad_share: float,
     parts: int = 1,
     key: str = "data.pairs",
+    to_write: bool = True,
 ) -> Records[Pair]:
-    """Reads the pairs of the files that config key `key` names; see `read_split` for the rest and the errors."""
+    """Reads the pairs of the files that config key `key` names; see `read_split` for the rest and the errors.
+
+    `to_write` says whether the answers are for a model that learns to write them, and not only to judge them.
+    """
 
     def parse(location: str, record: dict[str, Any]) -> tuple[list[Pair], str]:
+        tools = tools_of(record)
         prompt, chosen, rejected = turns_of(record)
         pair = Pair(
             str(record.get("id", location)),
-            rendered_answer(chat, prompt, chosen),
-            rendered_answer(chat, prompt, rejected),
+            rendered_answer(chat, prompt, chosen, tools, to_write),
+            rendered_answer(chat, prompt, rejected, tools, to_write),
             _margin(record),
         )
         if np.array_equal(pair.chosen.tokens, pair.rejected.tokens):
@@ -93,10 +99,11 @@ def turns_of(record: dict[str, Any]) -> tuple[list[Message], list[Message], list
     return prompt, chosen, rejected
 
 
-def rendered(chat: Chat, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
-    """Renders a dialogue, see `Chat.render`. Raises Unusable if it is broken, and UntrainedEnd."""
+@contextmanager
+def unusable() -> Iterator[None]:
+    """Raises Unusable for a dialogue that is broken or cannot be encoded, and UntrainedEnd as it is."""
     try:
-        return chat.render(messages)
+        yield
     except UntrainedEnd:
         raise
     except BrokenDialogue as broken:
@@ -110,20 +117,21 @@ def first_question(messages: Sequence[Any]) -> str:
     return next((str(message.get("content")) for message in messages if message.get("role") == "user"), "")
 
 
-def rendered_answer(chat: Chat, prompt: Sequence[Message], answer: Sequence[Message]) -> Dialogue:
-    """Renders a prompt and the answer to it, which alone is marked. Raises Unusable if they are no dialogue."""
-    tokens, mask = rendered(chat, [*prompt, *answer])
-    if not mask.any():
-        raise Unusable("no_answer", "a side has no assistant's turn")
-    return Dialogue(tokens, _after(mask, sum(message.get("role") == "assistant" for message in prompt)))
+def rendered_answer(
+    chat: Chat, prompt: Sequence[Message], answer: Sequence[Message], tools: Any = None, to_write: bool = True
+) -> Dialogue:
+    """Renders a prompt and the answer to it, which alone is marked. Raises Unusable if they are no dialogue.
 
-
-def _after(mask: np.ndarray, turns: int) -> np.ndarray:
-    """Returns the mask without its first `turns` runs, which are answers within the prompt."""
-    begins = np.flatnonzero(mask & ~np.concatenate(([False], mask[:-1])))
-    if turns >= len(begins):
-        raise Unusable("no_answer", "a side has no assistant's turn after the prompt")
-    return mask & (np.arange(len(mask)) >= begins[turns])
+    `to_write` says whether the answer is for a model that learns to write it, and not only to judge it.
+    """
+    with unusable():
+        check_order([*prompt, *answer])
+        samples = [one for one in chat.samples([*not_learnt(prompt), *answer], tools) if one.answer.any()]
+        if samples and to_write:
+            samples[-1].to_write()
+    if not samples:
+        raise Unusable("no_answer", "a side has no turn of the assistant to train on after the prompt")
+    return Dialogue(samples[-1].tokens, samples[-1].answer)
 
 
 def _begins_with_prompt(side: Sequence[Message]) -> bool:

@@ -124,7 +124,7 @@ class _Check:
     def __call__(self, sample: DrawnSample) -> str | None:
         answer: Message = {"role": "assistant", "content": sample.text}
         try:
-            tokens, _ = self.chat.render([*_read(self.prompt), answer])
+            tokens = self.chat.samples([*_read(self.prompt), answer])[-1].to_write().tokens
         except BrokenDialogue as broken:
             return f"no dialogue: {broken.rule}"
         except UntrainedEnd:

@@ -13,7 +13,7 @@ from configs.reward_model import ExamplesConfig, RewardSection
 from posttrain.chat.dialogues import as_messages
 from posttrain.chat.format_interface import Chat
 from posttrain.preference.group_packing import Segment
-from posttrain.preference.preference_pairs import Pair, first_question, read_pairs, rendered
+from posttrain.preference.preference_pairs import Pair, first_question, read_pairs, unusable
 from posttrain.records import TOO_LONG, Records, Unusable, needed, read_split
 from posttrain.reward_model.reward_losses import MARGIN
 
@@ -27,7 +27,7 @@ def read_examples(
     """Reads the examples of a config. Raises ValueError as `read_split` does."""
     shares = data.heldout_share, data.max_bad_share
     if model.kind == "preference":
-        return _units(read_pairs(data.files, chat, seq_length, *shares, parts, FILES), model)
+        return _units(read_pairs(data.files, chat, seq_length, *shares, parts, FILES, to_write=False), model)
     kind, parse_one = ("steps", _steps) if model.kind == "process" else ("texts", _text)
 
     def parse(location: str, record: dict[str, Any]) -> tuple[list[Unit], str]:
@@ -79,7 +79,8 @@ def _text(record: dict[str, Any], model: RewardSection, chat: Chat) -> tuple[Seg
     label = _class(needed(record, "label"), model.classes)
     if "messages" in record:
         messages = as_messages(record["messages"], "user", "messages")
-        tokens, prompt = rendered(chat, messages)[0], first_question(messages)
+        with unusable():
+            tokens, prompt = chat.render(messages)[0], first_question(messages)
     else:
         text = needed(record, "text")
         if not isinstance(text, str) or not text:

@@ -38,7 +38,8 @@ def demonstrations(
         location = f"{task.name}/{split}/{index}"
         answer: Message = {"role": "assistant", "content": problem.demonstration}
         try:
-            samples = chat.samples(with_switches([*not_learnt(problem.messages), answer], False))
+            given = with_switches([*not_learnt(problem.messages), answer], False)
+            samples = [sample.to_write() for sample in chat.samples(given)]
         except UntrainedEnd as error:
             raise error.at("task", location) from None
         except BrokenDialogue as broken:

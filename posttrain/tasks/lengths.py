@@ -8,6 +8,7 @@ from collections.abc import Callable
 from configs.loader import ConfigError
 from configs.train import ParallelConfig
 from posttrain.chat.format_interface import Chat, UntrainedEnd
+from posttrain.chat.messages import BrokenDialogue
 from posttrain.rewards.attempt import Problem
 from posttrain.tasks.task import Split, Task, available
 
@@ -70,6 +71,8 @@ def _answer_length(problem: Problem, chat: Chat) -> int:
         return max((chat.answer_length(problem.messages, text) for text in texts), default=1)
     except UntrainedEnd as error:
         raise ConfigError(str(error.at("task", problem.id))) from None
+    except BrokenDialogue:  # the template writes no such answer, whose reasoning it leaves out, say; a model still may
+        return max(len(chat.encode_text(text)) + 1 for text in texts)
 
 
 def _smaller(task: Task, chat: Chat, seed: int, train: int, heldout: int, context: int | None) -> str:
