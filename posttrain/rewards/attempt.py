@@ -10,6 +10,8 @@ from typing import Any
 
 from posttrain.chat.messages import Message
 
+LARGEST = 1e15  # rewards are squared and summed in fp32, which ends at 3e38
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -66,7 +68,9 @@ class TaskScore:
 
     @classmethod
     def of(cls, value: float, reason: str = "") -> "TaskScore":
-        """Returns the score for a number, which is unscorable if it is infinite or no number."""
+        """Returns the score for a number, which is unscorable if it is infinite, too large or no number."""
         if not math.isfinite(value):
             return cls.unscorable(f"returned {value}")
+        if abs(value) > LARGEST:
+            return cls.unscorable(f"returned {value:g}, beyond {LARGEST:g}")
         return cls(float(value), reason or ("right" if value == 1 else "wrong" if value == 0 else "scored"))

@@ -1,6 +1,7 @@
 """The protocol of rewards, and the weighted sum of several, which is the score of a task that is read from files."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from posttrain.rewards.attempt import Attempt, TaskScore
@@ -79,4 +80,4 @@ class WeightedRewards:
                 return TaskScore(None, f"{name}: {score.reason}", parts, score.detail)
         total = sum(self.weights[name] * value for name, value in parts.items())
         only = next(iter(named.values()))
-        return TaskScore(total, only.reason if len(named) == 1 else "scored", parts)
+        return replace(TaskScore.of(total, only.reason if len(named) == 1 else "scored"), parts=parts)

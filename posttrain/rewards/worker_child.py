@@ -15,6 +15,7 @@ import resource
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from decimal import Decimal
 from typing import Any
 
 ARGUMENTS = ("prompt", "completion", "answer", "metadata")
@@ -47,15 +48,20 @@ def value_of(result: Any) -> dict[str, Any]:
     """Returns {"value"}, or {"reason"} for what is no finite number. True and False are 1 and 0."""
     if result is None:
         return {"reason": "returned None"}
-    if isinstance(result, complex) or not (isinstance(result, numbers.Number) or _is_scalar(result)):
+    if not (isinstance(result, numbers.Real | Decimal) or _is_scalar(result)):
         return {"reason": f"returned {type(result).__name__}, which is no number"}
-    value = float(result)
+    try:
+        value = float(result)
+    except (ArithmeticError, ValueError):
+        return {"reason": f"returned {type(result).__name__} that no float can hold"}
     return {"value": value} if math.isfinite(value) else {"reason": f"returned {value}"}
 
 
 def _is_scalar(result: Any) -> bool:
-    """Returns whether this is one number in an array of numpy or a tensor of torch."""
-    return hasattr(result, "__float__") and getattr(result, "shape", None) == ()
+    """Returns whether this is one real number in an array of numpy or a tensor of torch."""
+    if not hasattr(result, "__float__") or getattr(result, "shape", None) != ():
+        return False
+    return getattr(getattr(result, "dtype", None), "kind", "f") in "biuf"  # texts have float() too, and tensors no kind
 
 
 def call(function: Callable[..., Any], arguments: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
