@@ -5,6 +5,7 @@ records into training and held-out ones by a hash of their prompt, so that two r
 sides.
 """
 
+import base64
 import glob
 import json
 import math
@@ -225,5 +226,18 @@ def _rows(path: str) -> Iterator[tuple[str, Mapping[str, Any] | Unusable]]:
         for batch in file.iter_batches(batch_size=1024):
             for record in batch.to_pylist():
                 number += 1
-                # Dates, decimals and bytes become text, so that what a reward gets is JSON whatever the file's format.
-                yield f"{path}:{number}", json.loads(json.dumps(record, default=str))
+                # Whatever the file's format, what a reward gets is JSON.
+                yield f"{path}:{number}", json.loads(json.dumps(record, default=_as_json))
+
+
+def _as_json(value: Any) -> Any:
+    """Returns dates and decimals as text, and bytes too if they are UTF-8, as columns without a type of text have it.
+
+    Other bytes, of an image for example, become an object, which no prompt can be mistaken for.
+    """
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(value).decode()}

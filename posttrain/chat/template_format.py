@@ -51,12 +51,12 @@ class TemplateFormat(Chat):
         messages = messages[: learnt[-1] + 1]
         with _refusals():
             turns = {i: _Turn(self.encoder, messages, i, tools) for i in learnt}
-            for turn in turns.values():
-                if turn.fault:
-                    raise UntrainedEnd(turn.fault, self._sample(turn.text, turn.spans(turn)))
             whole = turns[learnt[-1]]
             unstable = next(filter(None, (turn.differs(whole) for turn in turns.values())), None)
             self._check_complete(messages, turns, divided=unstable is not None, tools=tools)
+            for turn in turns.values():
+                if turn.fault:
+                    raise UntrainedEnd(turn.fault, self._sample(turn.text, turn.spans(turn)))
             if unstable is None:
                 spans = [span for turn in turns.values() for span in turn.spans(whole)]
                 unprompted = next(filter(None, (turn.unprompted for turn in turns.values())), None)

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from posttrain.rewards.unscorable import Unscorable
+from posttrain.rewards.exact_answer import text_of
 
 
 def regex(prompt: Any, completion: str, answer: Any, metadata: Any, pattern: str, ignore_case: bool = False) -> float:
@@ -16,12 +16,10 @@ def regex(prompt: Any, completion: str, answer: Any, metadata: Any, pattern: str
     compiled = re.compile(pattern, re.DOTALL | (re.IGNORECASE if ignore_case else 0))
     if not compiled.groups:
         return float(compiled.fullmatch(completion.strip()) is not None)
-    if answer is None:
-        raise Unscorable("the problem has no answer")
-    said = None
+    said, right = None, text_of(answer)
     for match in compiled.finditer(completion):
         said = match[1]
     if said is None:
         return 0.0
-    said, right = said.strip(), str(answer).strip()
+    said = said.strip()
     return float(said.casefold() == right.casefold() if ignore_case else said == right)

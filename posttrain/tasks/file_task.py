@@ -128,7 +128,7 @@ class FileTask(HeldProblems):
         prompt = value_at(record, settings.prompt_key)
         _check_prompt(prompt, bool(settings.system_prompt), settings.prompt_key)
         answer = value_at(record, settings.answer_key) if settings.answer_key else None
-        if settings.answer_key and (answer is None or answer == ""):
+        if settings.answer_key and (answer is None or answer == "" or answer != answer):  # a missing number is NaN
             raise Unusable(f"{settings.answer_key!r} is empty")
         if settings.answer_pattern is not None:
             match = re.search(settings.answer_pattern, str(answer))

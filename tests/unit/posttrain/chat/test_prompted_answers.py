@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from configs.reward_model import ExamplesConfig, RewardSection
@@ -112,6 +114,25 @@ def test_sides_that_leave_out_all_their_answers_are_set_aside(
     )
     for found in (pairs, answers):
         assert found.set_aside.counts == {"no_answer": 1} and len(found.train) == 1, str(found)
+
+
+def test_bytes_that_are_no_text_are_no_answer(tmp_path: Path, chat_of: Callable[[str], TemplateFormat]) -> None:
+    path, pixels = tmp_path / "bytes.parquet", b"\xff\xd8"
+    columns = {"prompt": ["a", "a"], "completion": ["é".encode(), pixels]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    found = read_dialogues([str(path)], chat := chat_of(CHATML), 64, heldout_share=0.0, max_bad_share=1.0)
+    assert [learnt(chat, Sample(one.tokens, one.answer)) for one in found.train] == ["é<|im_end|>"]
+    assert found.set_aside.counts == {"bad_completion": 1}
+
+
+def test_a_message_that_the_template_drops_whole_is_set_aside(chat_of: Callable[[str], TemplateFormat]) -> None:
+    """Tries a template that writes nothing for a message with calls, so that no end of a turn follows it either."""
+    chat = chat_of(
+        "{% for m in messages %}{% if not m.tool_calls %}<|im_start|>{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "adds", "arguments": {}}]}
+    with pytest.raises(BrokenDialogue, match=r"a tool call of message 1 \(assistant\): 'adds'"):
+        chat.samples([ASKED, call, {"role": "tool", "content": "2"}, LAST])
 
 
 def test_tools_of_a_pair_are_rendered(tmp_path: Path, chat_of: Callable[[str], TemplateFormat]) -> None:

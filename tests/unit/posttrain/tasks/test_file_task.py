@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,9 +61,11 @@ def refused(chat: ChatFormat, *files: Path, **more: Any) -> str:
 def test_every_format_gives_the_same_problems(tmp_path: Path, chat: ChatFormat) -> None:
     plain, packed = written(tmp_path / "a.jsonl", GOOD), written(tmp_path / "b.jsonl.gz", GOOD)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GOOD), tmp_path / "c.parquet")
-    read = [task_of(path) for path in (plain, packed, tmp_path / "c.parquet")]
+    untyped = [{**record, "prompt": str(record["prompt"]).encode()} for record in GOOD]  # a column of bytes, not text
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(untyped), tmp_path / "d.parquet")
+    read = [task_of(path) for path in (plain, packed, tmp_path / "c.parquet", tmp_path / "d.parquet")]
     prompts = [[task.problem(1, "train", i).prompt for i in range(100)] for task in read]
-    assert prompts[0] == prompts[1] == prompts[2]
+    assert prompts[0] == prompts[1] == prompts[2] == prompts[3]
     task = read[0]
     assert task.size("train") + task.size("heldout") == 60 and 2 <= task.size("heldout") <= 14
     one = task.problem(1, "train", 0)
@@ -126,6 +129,8 @@ BAD: list[tuple[Any, str]] = [
     ({"prompt": "Say it", "solution": "it"}, r"no key 'answer' \(first: .*its keys are 'prompt', 'solution'\)"),
     ({"prompt": "  ", "answer": "it"}, "'prompt' is empty"),
     ({"prompt": "Say it", "answer": None}, "'answer' is empty"),
+    ({"prompt": "Say it", "answer": math.nan}, "'answer' is empty"),
+    ({"prompt": "Say it", "answer": ["it"]}, "that task.rewards.exact cannot judge: the answer is a list"),
     ({"prompt": 3, "answer": "it"}, "'prompt' is neither a text nor a list of messages"),
     ({"prompt": [], "answer": "it"}, "no user message"),
     ({"prompt": [{"role": "assistant", "content": "a"}], "answer": "it"}, "roles out of turn"),
