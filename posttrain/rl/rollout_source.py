@@ -280,6 +280,12 @@ class RolloutSource(BatchSource):
             for name, (total, count) in part.metrics().items():
                 so_far = metrics.get(name, (0.0, 0.0))
                 metrics[name] = so_far[0] + total, so_far[1] + count
+            if len(set(metrics["unscorable"])) == 1:
+                last, count = self._next_prompt - 1, int(metrics["unscorable"][1])
+                raise Failure(
+                    f"task {self.sampling.task.name!r} could score none of the {count} completions of prompts "
+                    f"{last + 1 - len(is_equal)} to {last}; mend its reward before training"
+                )
             drawn, equal = drawn + len(is_equal), equal + int(is_equal.sum())
             if self.settings.max_draws == 1:
                 useful = part
@@ -301,7 +307,7 @@ class RolloutSource(BatchSource):
         sampling, first = self.sampling, self._next_prompt * self.sampling.group_size
         self._next_prompt += count
         numbers = range(first, first + count * sampling.group_size)
-        whole = sample_together(
+        return sample_together(
             self.policy,
             sampling,
             numbers,
@@ -310,12 +316,6 @@ class RolloutSource(BatchSource):
             make=sampling.make,
             keep_experts=self.settings.replay_experts and self.policy.text_sampler.choices != (0, 0),
         )
-        if np.isnan(whole.scores).all():
-            raise Failure(
-                f"task {sampling.task.name!r} could score none of the {len(whole)} completions of prompts "
-                f"{numbers.start // sampling.group_size} to {self._next_prompt - 1}; mend its reward before training"
-            )
-        return whole
 
     def _replayed(self, number: int, model: ModelConfig) -> Rollout:
         assert self.settings.replay is not None
@@ -358,15 +358,17 @@ class RolloutSource(BatchSource):
         if self.longest_text is not None and self.sampling.longest is None:
             self.longest_text = max(self.longest_text, int(rollout.lengths[chosen].max()))
         lengths, scored = rollout.completion_lengths(), ~np.isnan(rollout.scores)
-        weights = np.array([token_weight(int(n), self.aggregation) for n in np.maximum(lengths, 1)]) * scored
+        weights = np.array([token_weight(int(n), self.aggregation) for n in np.maximum(lengths, 1)])
         trained = [i for i in chosen if scored[i]]
         most = self.sampling.task.max_new_tokens
         factor = step_factor(int(lengths[trained].sum()), len(trained), most, self.aggregation)
         text = self._text.of_step(self._step) if self._text else []
+        learns = bool(trained or text)  # else, nothing of this step could be scored: all its tokens count, with loss 0
+        weights = weights * scored if learns else weights
         weight = float((weights * lengths)[trained].sum())
         whole = weight + sum(float(row.loss_mask.sum()) for row in text)
-        share = whole / weight if text and weight else 1.0
-        if text or factor != 1.0:
+        share = whole / weight if text and weight else float(learns)
+        if text or factor * share != 1.0:
             everywhere = np.ones(rollout.mask.shape, np.float32)
             of_rollout = {"factor": factor * share * everywhere, "share": share * everywhere}
             rollout = rollout.plus(**of_rollout, **({"text_factor": 0 * everywhere} if text else {}))
