@@ -52,7 +52,7 @@ def write(folder: Path, adapter: PeftAdapter, base: BaseRecord) -> None:
 
 
 def read(folder: Path) -> tuple[PeftAdapter, BaseRecord]:
-    """Reads an adapter's files. Raises PeftError for what is missing, damaged or pickled."""
+    """Reads an adapter's files. Raises PeftError for what is missing, damaged, pickled or not finite."""
     config = _object(folder / CONFIG)
     if not (folder / TENSORS).is_file():
         if (folder / PICKLED).is_file():
@@ -64,6 +64,10 @@ def read(folder: Path) -> tuple[PeftAdapter, BaseRecord]:
         tensors = load_file(folder / TENSORS)
     except SafetensorError as error:
         raise PeftError(f"{folder / TENSORS} is not a complete safetensors file ({error}); fetch it again") from None
+    if broken := next((name for name, one in tensors.items() if not bool(one.isfinite().all())), None):
+        raise PeftError(
+            f"{folder / TENSORS} has NaN or infinite numbers in {broken}; its training failed, or fetch it again"
+        )
     record = _object(folder / RECORD) if (folder / RECORD).is_file() else {}
     name = config.get(NAME)
     return PeftAdapter(config, tensors), BaseRecord(name if isinstance(name, str) else None, _hashes(record))

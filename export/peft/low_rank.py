@@ -288,7 +288,8 @@ def _scale(config: Mapping[str, Any], key: str, rank: int) -> float:
         for pattern, value in (config.get(patterns) or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", key):
                 return float(value)
-        return float(config.get(default) or 8)
+        stated = config.get(default)
+        return 8.0 if stated is None else float(stated)
 
     if (stated := of("rank_pattern", "r")) != rank:
         raise PeftError(f"the adapter of {key} has rank {rank}, and adapter_config.json says {stated:g}")
