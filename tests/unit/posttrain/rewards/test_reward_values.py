@@ -39,7 +39,7 @@ def test_a_real_number_of_any_type_is_a_reward(result: Any, value: float) -> Non
         (np.datetime64("2020-01-01"), "returned datetime64, which is no number"),
         (np.complex64(1 + 2j), "returned complex64, which is no number"),
         ([0.5], "returned list, which is no number"),
-        (10**400, "returned int that no float can hold"),
+        pytest.param(10**400, "returned int that no float can hold", id="a whole number of 401 digits"),
         (decimal.Decimal("sNaN"), "returned Decimal that no float can hold"),
         (np.float32("nan"), "returned nan"),
     ],
