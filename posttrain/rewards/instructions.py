@@ -1,7 +1,8 @@
 """The reward for following checkable instructions, in the form and with the names of IFEval.
 
 The rules are those of Zhou et al. 2023, "Instruction-Following Evaluation for Large Language Models", table 1, checked
-strictly (section 3). Left out are those that need a language detector, a sentence splitter or a tokenizer of words:
+strictly (section 3). They are checked without a limit of time, so each takes time in proportion to the text's length.
+Left out are those that need a language detector, a sentence splitter or a tokenizer of words:
 language:response_language, length_constraints:number_sentences and change_case:capital_word_frequency.
 """
 
@@ -65,7 +66,15 @@ def _first_word(text: str, a: _Arguments) -> bool:
 
 
 def _placeholders(text: str, a: _Arguments) -> bool:
-    return len(re.findall(r"\[.*?\]", text)) >= int(a["num_placeholders"])
+    return sum(map(_bracketed, text.split("\n"))) >= int(a["num_placeholders"])
+
+
+def _bracketed(line: str) -> int:
+    """Returns the number of matches of \\[.*?\\] in a line, in time that grows with its length alone."""
+    count = end = 0
+    while (begin := line.find("[", end)) >= 0 and (end := line.find("]", begin) + 1):
+        count += 1
+    return count
 
 
 def _postscript(text: str, a: _Arguments) -> bool:
@@ -75,8 +84,8 @@ def _postscript(text: str, a: _Arguments) -> bool:
 
 
 def _bullets(text: str, a: _Arguments) -> bool:
-    stars = re.findall(r"^\s*\*[^\*].*$", text, re.MULTILINE)
-    dashes = re.findall(r"^\s*-.*$", text, re.MULTILINE)
+    stars = re.findall(r"^[^\S\n]*\*[^\*].*$", text, re.MULTILINE)
+    dashes = re.findall(r"^[^\S\n]*-.*$", text, re.MULTILINE)
     return len(stars) + len(dashes) == int(a["num_bullets"])
 
 
@@ -105,7 +114,13 @@ def _json(text: str, a: _Arguments) -> bool:
 
 
 def _title(text: str, a: _Arguments) -> bool:
-    return any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", text))
+    return any(_titled(line).lstrip("<").rstrip(">").strip() for line in text.split("\n"))
+
+
+def _titled(line: str) -> str:
+    """Returns the match of <<.+>> in a line, "" if there is none, in time that grows with the line's length alone."""
+    begin, end = line.find("<<"), line.rfind(">>")
+    return line[begin : end + 2] if 0 <= begin < end - 2 else ""
 
 
 def _two_responses(text: str, a: _Arguments) -> bool:

@@ -47,9 +47,19 @@ TOOLS: Mapping[str, Callable[[str], str]] = {"calculator": calculator, "python":
 
 
 def call_in(text: str, names: Iterable[str]) -> tuple[str, str] | None:
-    """Returns the (name, argument) of the last call of one of the tools in a text, None if there is none."""
-    calls = re.findall(rf"<({'|'.join(map(re.escape, names))})>(.*?)</\1>", text, re.DOTALL)
-    return calls[-1] if calls else None
+    """Returns the (name, argument) of the last call of one of the tools in a text, None if there is none.
+
+    A call reaches from <NAME> to the next </NAME>, and there are no calls inside it.
+    """
+    tags = list(re.finditer(rf"<(/?)({'|'.join(map(re.escape, names))})>", text))
+    last_end = {tag[2]: tag.start() for tag in tags if tag[1]}
+    call, opened = None, None
+    for tag in tags:
+        if opened is None:
+            opened = tag if not tag[1] and tag.start() < last_end.get(tag[2], 0) else None
+        elif tag[1] and tag[2] == opened[2]:
+            call, opened = (opened[2], text[opened.end() : tag.start()]), None
+    return call
 
 
 def _value(node: ast.expr) -> float:

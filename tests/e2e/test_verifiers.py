@@ -1,4 +1,4 @@
-"""GRPO on an environment of the package verifiers: its scores, the tokens that are learnt, and a run that goes on."""
+"""GRPO and PPO on an environment of the package verifiers: its scores, the learnt tokens, and a run that goes on."""
 
 import json
 import os
@@ -44,24 +44,26 @@ def test_grpo_learns_from_what_verifiers_scores(ranks: RanksOf, tmp_path: Path, 
     own = [f"data.dialogues=['{base}/games.jsonl']", "task.demonstrations=0", "task.eval_prompts=1", "train.steps=120"]
     argv = [str(base / "sft.toml"), *own]
     assert set(ranks(1).run("posttrain.sft:main", process_group=False, timeout=300, argv=argv)) == {0}
-    config = rl_config(
-        *(base, "grpo", 3, (16, 8), 112),
-        task={
-            "kind": "verifiers",
-            "name": "game",
-            "max_new_tokens": 8,
-            "eval_prompts": 2,
-            "verifiers": {"taskset": TASKSET, "seconds": 120.0, "heldout_share": 0.3},
-        },
-        grpo={"group_size": 4},
-        rl={"record": str(base / "record")},
-        checkpoint={"every": 1, "keep": 9},
-    )
-    (base / "grpo.toml").write_bytes(toml(config))
+    task = {
+        "kind": "verifiers",
+        "name": "game",
+        "max_new_tokens": 8,
+        "eval_prompts": 2,
+        "verifiers": {"taskset": TASKSET, "seconds": 120.0, "heldout_share": 0.3},
+    }
+    for name, more in (("grpo", {}), ("ppo", {"epochs": 2})):
+        config = rl_config(
+            *(base, name, 3, (16, 8), 112),
+            task=task,
+            rl={"record": str(base / name / "record"), **more},
+            checkpoint={"every": 1, "keep": 9},
+            **{name: {"group_size": 4}},
+        )
+        (base / f"{name}.toml").write_bytes(toml(config))
 
-    def train(*options: str) -> None:
+    def train(*options: str, command: str = "grpo") -> None:
         """Runs the command in the folder of the environment's module, as a user does."""
-        argv = [*CLI, "grpo", str(base / "grpo.toml"), *options]
+        argv = [*CLI, command, str(base / f"{command}.toml"), *options]
         subprocess.run(argv, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=300)
 
     train()
@@ -72,7 +74,7 @@ def test_grpo_learns_from_what_verifiers_scores(ranks: RanksOf, tmp_path: Path, 
     by_prompt = {task.data.prompt: task for task in tasks.values()}
     values = set()
     for number in range(3):
-        rollout = rollout_file.read(base / "record", number, "").rollout
+        rollout = rollout_file.read(base / "grpo/record", number, "").rollout
         for i in range(len(rollout)):
             length, parts = int(rollout.lengths[i]), turns_of(rollout, i, chat)
             np.testing.assert_array_equal(
@@ -90,8 +92,13 @@ def test_grpo_learns_from_what_verifiers_scores(ranks: RanksOf, tmp_path: Path, 
             }
             values.add(value)
     assert len(values) > 2, "all episodes have the same score, so nothing is tested"
-    # A run that ends after its first step and goes on has the same weights.
-    train(f"run.dir={base}/again", f"rl.record={base}/again/record", "train.steps=1")
-    train(f"run.dir={base}/again", f"rl.record={base}/again/record")
-    weights = [storage.read_full(storage.latest(base / name)) for name in ("grpo", "again")]
-    assert all(np.array_equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    # A run that ends after its first step and goes on has the same weights; PPO's does so within a rollout.
+    train(command="ppo")
+    steps = [line for line in metrics(base / "ppo") if "loss" in line]
+    assert len(steps) == 3 and all(line["turns"] > 1 and line["value_grad_norm"] > 0 for line in steps)
+    for command in ("grpo", "ppo"):
+        again = [f"run.dir={base}/again_{command}", f"rl.record={base}/again_{command}/record"]
+        train(*again, "train.steps=1", command=command)
+        train(*again, command=command)
+        weights = [storage.read_full(storage.latest(base / name)) for name in (command, f"again_{command}")]
+        assert all(np.array_equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
