@@ -153,13 +153,18 @@ def template_in(folder: Path, config: Mapping[str, Any] | None = None) -> str | 
     """Returns the chat template in a folder, whose tokenizer_config.json is `config`; None if there is none.
 
     A file of its own comes before a key, as in transformers; of several named ones, the one named default is taken.
+    Raises ConfigError if the file is not UTF-8.
     """
     file = folder / TEMPLATE_FILE
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{file} is not UTF-8 ({error}); fetch it again, or save it as UTF-8") from None
     found = (_json(folder / ROLES_FILE) if config is None else config).get("chat_template")
     if isinstance(found, list):
-        found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+        named = (one for one in found if isinstance(one, dict) and one.get("name") == "default")
+        found = next((one.get("template") for one in named), None)
     return found if isinstance(found, str) else None
 
 

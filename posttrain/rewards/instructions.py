@@ -179,7 +179,7 @@ def instructions(prompt: Any, completion: str, answer: Any, metadata: Any, parti
     for name, arguments in instructions_of(metadata):
         try:
             followed.append(bool(completion.strip()) and INSTRUCTIONS[name][0](completion, arguments))
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise Unscorable(f"wrong arguments of {name} ({type(error).__name__})") from None
     return sum(followed) / len(followed) if partial else float(all(followed))
 

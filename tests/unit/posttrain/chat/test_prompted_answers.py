@@ -10,7 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from configs.loader import ConfigError
 from configs.reward_model import ExamplesConfig, RewardSection
+from data_pipeline.tokens.foreign import template_in
 from data_pipeline.tokens.tokenizer import Tokenizer
 from posttrain.chat.dialogues import read_dialogues
 from posttrain.chat.format_interface import Sample
@@ -174,3 +176,22 @@ def test_a_right_answer_that_the_template_does_not_write_has_the_length_of_its_t
 
     chat = chat_of(unmarked(CHATML).replace("message['content']", "message['content'].split('</think>')[-1]"))
     assert longest_answer(Thought(3, 40), chat, 0, 2, 0) == len(chat.encode_text("<think>\nwell\n</think>\n123")) + 1
+
+
+@pytest.mark.parametrize(
+    ("named", "found"),
+    [
+        ([{"name": "tool_use", "template": "b"}, {"name": "default", "template": "a"}], "a"),
+        ([{"name": "tool_use", "template": "b"}], None),
+        ([5, {"name": "default", "template": 5}], None),
+        ({"default": "a"}, None),
+    ],
+)
+def test_of_several_templates_the_default_one_is_taken(tmp_path: Path, named: Any, found: str | None) -> None:
+    assert template_in(tmp_path, {"chat_template": named}) == found
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"chat_template\.jinja is not UTF-8 .*; fetch it again"):
+        template_in(tmp_path, {})

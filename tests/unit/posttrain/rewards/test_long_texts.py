@@ -1,5 +1,6 @@
 """Rules on what a model writes: they say what the patterns of their papers say, and need no limit of time."""
 
+import math
 import random
 import re
 import time
@@ -7,6 +8,7 @@ import time
 import pytest
 
 from posttrain.rewards.instructions import instructions
+from posttrain.rewards.unscorable import Unscorable
 from posttrain.tasks.tools import call_in
 
 LONG = 200_000  # characters of what a model repeats until it is cut
@@ -18,7 +20,7 @@ PATTERNS = {  # of IFEval's checkers
 }
 
 
-def follows(name: str, text: str, **arguments: int) -> bool:
+def follows(name: str, text: str, **arguments: float) -> bool:
     return bool(instructions("", text, None, {"instruction_id_list": [name], "kwargs": [arguments]}))
 
 
@@ -48,6 +50,11 @@ def test_the_last_call_is_that_of_the_pattern() -> None:
             text = "".join(choose.choices(pieces, k=choose.randrange(9)))
             calls = re.findall(r"<(a|b)>(.*?)</\1>", text, re.DOTALL)
             assert call_in(text, ["a", "b"]) == (calls[-1] if calls else None), text
+
+
+def test_a_bound_without_end_is_unscorable() -> None:
+    with pytest.raises(Unscorable, match=r"wrong arguments of length_constraints:number_paragraphs \(OverflowError\)"):
+        follows("length_constraints:number_paragraphs", "text", num_paragraphs=math.inf)
 
 
 @pytest.mark.full
