@@ -96,7 +96,6 @@ UNKNOWN = {
     "told while a run samples or trains, or by ranks": (
         "raise online.completions, online.temperature or online.max_draws",
         "has all rollouts, 0 to",
-        "mend its reward before training",
         "raise checkpoint.keep, and begin both commands anew",
         "no rows could be made to train on, and this is why",
         "leave --micro-batches out, and all are run",
