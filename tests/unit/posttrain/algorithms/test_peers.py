@@ -1,6 +1,6 @@
 """Losses and their gradients on random tokens, beside the formulas of TRL, verl, OpenRLHF and NeMo-RL written out.
 
-Rows are completions of different lengths, some of them empty, one token long, far from the old policy, or at it.
+Rows have completions, some of them empty, one token long, far from the old policy, or at it.
 """
 
 from collections.abc import Callable
