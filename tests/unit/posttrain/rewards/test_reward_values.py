@@ -1,4 +1,4 @@
-"""What functions of the user may return: any real number that sums of squares can hold, in whatever type it comes."""
+"""Return values of functions of the user: any real number that sums of squares can hold, in whatever type it comes."""
 
 import decimal
 import fractions
