@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,13 +53,8 @@ def test_grpo_learns_from_what_verifiers_scores(ranks: RanksOf, tmp_path: Path, 
         "verifiers": {"taskset": TASKSET, "seconds": 120.0, "heldout_share": 0.3},
     }
     for name, more in (("grpo", {}), ("ppo", {"epochs": 2})):
-        config = rl_config(
-            *(base, name, 3, (16, 8), 112),
-            task=task,
-            rl={"record": str(base / name / "record"), **more},
-            checkpoint={"every": 1, "keep": 9},
-            **{name: {"group_size": 4}},
-        )
+        own: dict[str, Any] = {name: {"group_size": 4}, "rl": {"record": str(base / name / "record"), **more}}
+        config = rl_config(base, name, 3, (16, 8), 112, task=task, checkpoint={"every": 1, "keep": 9}, **own)
         (base / f"{name}.toml").write_bytes(toml(config))
 
     def train(*options: str, command: str = "grpo") -> None:
