@@ -1,9 +1,10 @@
 """`trivium data takedown CONFIG LIST --out FOLDER`: finds documents to be removed and makes a plan without them.
 
-LIST has a document id or an address on each line. For each, the command prints the number of rows and, with --run, of
-training steps that contain it. It writes to FOLDER a plan of the same mixture over the same token stores without these
-documents (with --after CHECKPOINT, a plan for the rest of that run, see `replan`), and takedown.json, which lists what
-was found where. Existing files are not changed, so the token stores still contain the documents' tokens.
+LIST has a document id or an address on each line; one that begins with "#" is a comment, unless a document has that id.
+For each document the command prints the number of rows and, with --run, of training steps that contain it. It writes to
+FOLDER a plan of the same mixture over the same token stores without these documents (with --after CHECKPOINT, a plan
+for the rest of that run, see `replan`), and takedown.json, which lists what was found where. Existing files are not
+changed, so the token stores still contain the documents' tokens.
 """
 
 import json
@@ -31,20 +32,21 @@ _SHOWN = 8  # ids listed for one line of the list
 
 
 def read_list(path: Path) -> list[str]:
-    """Reads the distinct lines of a list, without comments, in UTF-8 or in the encoding that its byte order mark names.
+    """Reads the distinct lines of a list, in UTF-8 or in the encoding that its byte order mark names.
 
-    Raises ConfigError if it is missing, empty, or in another encoding.
+    Lines that begin with "#" are among them, since they are comments only if no document has such an id. Raises
+    ConfigError if the list is missing, empty, or in another encoding.
     """
     if not path.is_file():
         raise ConfigError(f"LIST {path} does not exist; give a file with a document id or an address on each line")
     content = path.read_bytes()
     try:
-        lines = [line.strip() for line in decode_whole(content, marked_charset(content) or "utf-8").splitlines()]
+        lines = [line.strip() for line in decode_whole(content, marked_charset(content) or "utf-8").split("\n")]
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"LIST {path} is not valid {error.encoding} at byte {error.start}; convert it to UTF-8"
         ) from None
-    wanted = [line for line in dict.fromkeys(lines) if line and not line.startswith("#")]
+    wanted = [line for line in dict.fromkeys(lines) if line]
     if not wanted:
         raise ConfigError(f"LIST {path} names no document; write an id or an address on each line")
     return wanted
@@ -87,6 +89,7 @@ def touched(run_dir: Path, wanted: Sequence[str], found: Sequence[StoredDocument
         if ids[line] not in kept | earlier and not (_is_address(line) and url_key(line) in addresses)
     ]
     alike = {ids[line]: shared for line in missing if (shared := given(run_dir, ids[line]))}
+    missing = [line for line in missing if not line.startswith("#")]
     return {
         "documents": list(entries.values()),
         "dropped_earlier": sorted(earlier),

@@ -51,7 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "in/plain" / part_of).mkdir(parents=True)
         lines = [json.dumps({"text": texts.pop()}) for _ in range(4)]
         (folder / "in/plain" / part_of / "part.jsonl").write_text("\n".join(lines))
-    given = ["same"] * 3 + [MAIL, MAIL, f"tel/{PHONE}", "alone"]
+    given = ["same"] * 3 + [MAIL, MAIL, f"tel/{PHONE}", "#alone"]
     given += ["plain/x/part.jsonl/2", "given/given-a.jsonl/9", "", "same#given/given-a.jsonl/1"]
     records = [
         {"id": name, "url": f"http://levin.ru/{number}", "text": texts.pop()} for number, name in enumerate(given)
@@ -88,7 +88,7 @@ def test_no_two_documents_have_one_id(config: Path) -> None:
         + [f"plain/x/part.jsonl/2#{location}" for location in ("plain/x/part.jsonl/2", "given/given-a.jsonl/8")]
         + [f"same#given/given-{location}" for location in ("a.jsonl/2", "a.jsonl/3", "b.jsonl/1")]
         + [f"{hashed}#given/given-a.jsonl/{line}" for line in (4, 5)]
-        + [published_id(f"tel/{PHONE}"), "alone", "given/given-a.jsonl/9", "given/given-a.jsonl/10"]
+        + [published_id(f"tel/{PHONE}"), "#alone", "given/given-a.jsonl/9", "given/given-a.jsonl/10"]
         + [published_id(f"{MAIL}/short")]
     )
     assert len(second) == 2
@@ -132,11 +132,13 @@ def test_an_id_leads_to_one_document(config: Path, tmp_path: Path, capsys: pytes
     capsys.readouterr()
 
     url = f"http://levin.ru/?mail={MAIL.replace('@', '%40')}"
-    (tmp_path / "list").write_text("\n".join(["same", f"tel/{PHONE}", url, "alone", f"{MAIL}/short", f"{MAIL}/none"]))
+    (tmp_path / "list").write_text(
+        "\n".join(["# of today", "same", f"tel/{PHONE}", url, "#alone", f"{MAIL}/short", f"{MAIL}/none"])
+    )
     assert takedown.main([str(config), str(tmp_path / "list"), "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out/takedown.json").read_text())
     assert sorted(one["id"] for one in report["documents"]) == sorted(
-        [published_id(f"tel/{PHONE}"), f"{published_id(MAIL)}#given/given-a.jsonl/4", "alone"]
+        [published_id(f"tel/{PHONE}"), f"{published_id(MAIL)}#given/given-a.jsonl/4", "#alone"]
     )
     assert report["dropped_earlier"] == [published_id(f"{MAIL}/short")]
     assert report["not_found"] == [published_id(f"{MAIL}/none")]
@@ -166,7 +168,7 @@ def test_with_pii_nothing_personal_comes_out_of_a_run(config: Path, tmp_path: Pa
     shutil.copytree(config.parent / "run", tmp_path / "run")  # so that only pii and later stages run
     assert main([str(config), f"run.dir={tmp_path}/run", "pii={}"]) == 0
     documents = [one for path in sorted(tmp_path.glob("run/documents/*/*/*.zst")) for one in read_records(path)]
-    alone = next(one for one in documents if one["id"] == "alone")
+    alone = next(one for one in documents if one["id"] == "#alone")
     assert alone["text"].startswith("Write to <EMAIL>. ")
     assert alone["metadata"]["record"] == {"author": "Anna <<EMAIL>>"}
     assert alone["metadata"]["fields"] == {"phone": "<PHONE>"}
