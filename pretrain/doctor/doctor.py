@@ -40,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _findings(args: argparse.Namespace) -> Iterator[Finding]:
     words = args.words
+    if len(words) == 1 and Path(words[0], "ledger.json").is_file():
+        raise ConfigError(
+            f"{words[0]} is a data run, and no training run; `trivium data verify {words[0]}` compares its files with "
+            "their checksums"
+        )
     if len(words) == 1 and Path(words[0], "config.toml").is_file():
         yield from after_run(Path(words[0]))
         return

@@ -128,3 +128,10 @@ def test_a_trial_leaves_the_runs_mirror_and_disks_alone(tmp_path: Path) -> None:
     found = trial("train", words, 1, load(PretrainConfig, words[0], words[1:]))
     assert found.level is Severity.OK, found
     assert not any((tmp_path / name).exists() for name in ("run", "mirror", "local"))
+
+
+def test_a_data_run_is_no_training_run(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[run]\ndir = "x"\n')
+    (tmp_path / "ledger.json").write_text("{}")
+    with pytest.raises(ConfigError, match=rf"`trivium data verify {tmp_path}` compares its files with their checksums"):
+        doctor.main([str(tmp_path)])
