@@ -25,6 +25,7 @@ from pretrain.megatron import ModelType, get_forward_backward_func, schedule_con
 from pretrain.model import Decoder, LayerContext, init_weights, native
 from pretrain.model.adapters import adapters_off, add_adapters
 from pretrain.model.batch import Batch
+from pretrain.model.compiling import compile_blocks
 from pretrain.model.context import ForwardContext
 from pretrain.model.head_loss import head_loss
 from pretrain.model.losses import LossFunction, NextToken
@@ -115,9 +116,7 @@ class Engine:
         if train.compile:
             if mesh.device.type == "cpu" and dtype == torch.bfloat16:
                 native.load()
-            for block in self.module.blocks.values():
-                # Not `block.compile()`, which compiles hooks too: one waits for the block's weights.
-                vars(block)["forward"] = torch.compile(block.forward)
+            compile_blocks(self.module.blocks.values())
         if optimizer is None:
             self.module.requires_grad_(False)
             self.zero: Any = None

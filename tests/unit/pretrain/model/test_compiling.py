@@ -1,0 +1,41 @@
+"""Compiled code that is kept belongs to the sources that it was compiled from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain.model import compiling
+
+WIDTH = {"now": 4}
+
+
+@torch.library.custom_op("trivium_tests::spare_rows", mutates_args=())
+def spare_rows(x: torch.Tensor) -> torch.Tensor:
+    """Appends rows of zeros, in each version of this operator another number of them."""
+    return torch.cat((x, x.new_zeros(WIDTH["now"] - len(x), x.shape[1])))
+
+
+@spare_rows.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(WIDTH["now"], x.shape[1])
+
+
+class Spare(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return spare_rows(x) * 2
+
+
+def test_code_of_other_sources_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiles a block twice with an operator whose output has other shapes the second time."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    for version, width in enumerate((4, 5)):
+        torch._dynamo.reset()
+        monkeypatch.setattr(compiling, "digest_of_sources", lambda version=version: f"version {version}")
+        monkeypatch.setitem(WIDTH, "now", width)
+        block = Spare()
+        compiling.compile_blocks([block])
+        assert block(torch.ones(3, 2)).tolist() == [[2, 2]] * 3 + [[0, 0]] * (width - 3)
+    torch._dynamo.reset()
