@@ -79,7 +79,7 @@ class SourceConfig(Section):
 
 
 class BlocklistConfig(Section):
-    """Files of unwanted URLs, one entry a line, `#` for comments, gzipped or not; local.
+    """Files of unwanted URLs, one entry a line, `#` for comments, .gz or .zst too; local.
 
     Lists such as UT1 (dsi.ut-capitole.fr/blacklists) are in this form. Pages that match are dropped as blocked_url.
     """

@@ -6,7 +6,6 @@ hashes: five million domains take 40 MB, and about one lookup in 10^12 confuses 
 not supported.
 """
 
-import gzip
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
@@ -16,7 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.loader import ConfigError
-from configs.sources import BlocklistConfig
+from configs.sources import BlocklistConfig, ExtractConfig
+from data_pipeline.reading.whole_files import NotWhole, whole_lines
+
+_LIMITS = ExtractConfig()
 
 
 class Blocklist:
@@ -70,14 +72,14 @@ def normal_url(url: str) -> tuple[str, str]:
 def _entries(paths: Sequence[str], kind: str) -> Iterator[str]:
     for path in paths:
         try:
-            with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
-                for number, line in enumerate(file, 1):
-                    if entry := line.split("#")[0].strip():
-                        yield _entry(entry, kind, f"extract.blocklist.{kind}: {path}, line {number}")
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+            with open(path, "rb") as file:
+                for line in whole_lines(file, path, _LIMITS):
+                    if entry := line.content.decode("utf-8-sig").split("#")[0].strip():
+                        yield _entry(entry, kind, f"extract.blocklist.{kind}: {path}, line {line.number}")
+        except (OSError, NotWhole, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"extract.blocklist.{kind}: {path} cannot be read ({error}); name a file of UTF-8 text, compressed by "
-                "gzip if its name ends in .gz"
+                f"extract.blocklist.{kind}: {path} cannot be read ({error}); name a file of UTF-8 text, plain or "
+                "compressed by gzip or Zstandard"
             ) from None
 
 

@@ -6,9 +6,11 @@ models are not supported. Models of words are not estimated here: `lmplz --arpa`
 models of token ids.
 """
 
+import contextlib
 import gzip
 import io
 import json
+import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -145,7 +147,7 @@ def _frequencies(path: Path, lower: bool) -> dict[str, float]:
     Counts are above 0; with `lower`, words are lower-cased and the counts of equal ones are summed.
     """
     counts: dict[str, float] = {}
-    with io.TextIOWrapper(_bytes(path), encoding="utf-8-sig", errors="replace", newline="\n") as lines:
+    with _bytes(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="\n") as lines:
         if ".json" in path.suffixes:
             try:
                 pairs = list(json.load(lines).items())
@@ -276,10 +278,16 @@ def _weigh(history: np.ndarray, known: int, weights: np.ndarray, keys: np.ndarra
         weights[n] = np.float64(backoffs[_slot(keys, key)])  # 0 in a free slot
 
 
-def _bytes(path: Path) -> BinaryIO:
+@contextlib.contextmanager
+def _bytes(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file, gzipped or not. Raises ValueError inside the context where its gzip data are damaged."""
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    return cast(BinaryIO, gzip.open(path, "rb")) if packed else path.open("rb")
+    with cast(BinaryIO, gzip.open(path, "rb")) if packed else path.open("rb") as file:
+        try:
+            yield file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is damaged, and cannot be read to its end ({error}); restore it") from None
 
 
 def _read_arpa(path: Path) -> tuple[int, LogprobTable]:
@@ -305,6 +313,8 @@ def _read_arpa(path: Path) -> tuple[int, LogprobTable]:
                 hashes = np.array([word_hash(word.decode("utf-8", "replace")) for word in ids], np.uint64)
             matrix = np.array(words, np.int32).reshape(-1, order)
             table.add(hashes, matrix, np.array(logprobs, np.float32), np.array(backoffs, np.float32))
+        for _ in lines:  # the checksum of gzip data is at their end
+            pass
         return len(sizes), table
 
 

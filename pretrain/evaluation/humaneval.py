@@ -7,6 +7,7 @@ evaluation data: never train on them. `task` makes them a task of lm-evaluation-
 import gzip
 import importlib.util
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def read_problems(path: str | Path | None = None) -> list[dict[str, Any]]:
         with opened(file, "rt", encoding="utf-8") as lines:
             problems = [json.loads(line) for line in lines if line.strip()]
         missing = next((key for problem in problems for key in FIELDS if key not in problem), "")
-    except (OSError, EOFError, ValueError, TypeError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
         raise ConfigError(f"--humaneval {file} is not JSON Lines: {error}; fetch HumanEval.jsonl.gz again") from None
     if missing or not problems:
         lacking = f"a problem in it has no {missing!r}" if missing else "there is no problem in it"

@@ -1,10 +1,12 @@
 """Tests which URLs a blocklist blocks, and which lists are refused."""
 
+import bz2
 import gzip
 import re
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from configs.loader import ConfigError
 from configs.sources import BlocklistConfig, ExtractConfig
@@ -113,15 +115,20 @@ def test_a_file_that_cannot_be_read_is_right_once_it_is_as_the_message_says(tmp_
         "latin": text.encode("latin-1"),
         "text.gz": text.encode(),
         "cut.gz": gzip.compress(b"x")[:9],
+        "changed.gz": gzip.compress(text.encode())[:10] + b"\xff" * 20,
+        "list.bz2": bz2.compress(text.encode()),
     }
     for name, content in broken.items():
         path = tmp_path / name
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(ConfigError, match=r"name a file of UTF-8 .*compressed by gzip if its name ends in \.gz$"):
+        with pytest.raises(ConfigError, match=r"name a file of UTF-8 text, plain or compressed by gzip or Zstandard$"):
             Blocklist.load(BlocklistConfig(hosts=(str(path),)))
         path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
         assert Blocklist.load(BlocklistConfig(hosts=(str(path),))).blocks("http://bücher.example/")
+    for name, content in (("a.zst", zstandard.compress(text.encode())), ("a.txt", text.encode("utf-16"))):
+        (tmp_path / name).write_bytes(content)
+        assert Blocklist.load(BlocklistConfig(hosts=(str(tmp_path / name),))).blocks("http://bücher.example/")
 
 
 def test_blocked_pages_are_not_extracted(config: BlocklistConfig) -> None:

@@ -191,3 +191,17 @@ def test_a_bad_table_is_named(tmp_path: Path, line: str) -> None:
     path.write_text(f"cat\t2\n{line}\n")
     with pytest.raises(ValueError, match=re.escape(f"{path}, entry 2:")):
         Unigrams(path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "wrong sum"])
+def test_damaged_gzip_is_named(tmp_path: Path, damage: str) -> None:
+    whole = small(tmp_path, name="small.arpa.gz").read_bytes()
+    changed = {
+        "cut": whole[:-20],
+        "changed": whole[:40] + b"\xff" * 20 + whole[60:],
+        "wrong sum": whole[:-8] + bytes(8),
+    }
+    for name, model in (("small.arpa.gz", Arpa), ("small.tsv.gz", Unigrams), ("small.json.gz", Unigrams)):
+        (tmp_path / name).write_bytes(changed[damage])
+        with pytest.raises(ValueError, match=rf"{name} is damaged, and cannot be read to its end \(.*\); restore it"):
+            model(tmp_path / name)

@@ -123,9 +123,13 @@ def test_a_file_of_problems_is_read_or_refused(tmp_path: Path) -> None:
     plain.write_text("".join(json.dumps(one) + "\n" for one in problems))
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     assert read_problems(plain) == read_problems(packed) == problems
-    packed.write_bytes(packed.read_bytes()[:-20])
-    with pytest.raises(ConfigError, match=r"two\.jsonl\.gz is not JSON Lines: .*; fetch HumanEval\.jsonl\.gz again"):
-        read_problems(packed)
+    whole = packed.read_bytes()
+    for content in (whole[:-20], whole[:40] + b"\xff" * 20 + whole[60:]):
+        packed.write_bytes(content)
+        with pytest.raises(
+            ConfigError, match=r"two\.jsonl\.gz is not JSON Lines: .*; fetch HumanEval\.jsonl\.gz again"
+        ):
+            read_problems(packed)
     plain.write_text('{"prompt": "a"}\n')
     with pytest.raises(ConfigError, match="is not HumanEval: a problem in it has no 'task_id'"):
         read_problems(plain)
