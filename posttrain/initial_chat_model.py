@@ -52,7 +52,8 @@ class InitialChatModel(initial_model.InitialModel):
             found.chat.check()  # made here, so that its error is told with the rest
             written = found.chat.template
         except ValueError as error:
-            raise ConfigError(str(error) if found.own else f"{found.said}: {error}") from None
+            where = found.said if template is None else f"data.chat_template = {template!r}"
+            raise ConfigError(str(error) if found.own else f"{where}: {error}") from None
         if template is None and found.own is None:
             _check_template_beside(init, written)
         return replace(found, lineage=replace(found.lineage, chat_template=written))
@@ -95,7 +96,7 @@ def _check_template_beside(init: InitConfig, used: str) -> None:
 
 def _read_template(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"data.chat_template = {path!r} cannot be read ({error}); name a Jinja template's file, or leave it out"

@@ -152,3 +152,15 @@ def test_a_chat_template_that_cannot_be_used_is_one_sentence(
         open_source(folder).codec()
     with pytest.raises(ConfigError, match=said):
         InitialChatModel.open(InitConfig(hf=str(folder)), str(tmp_path / "run"), "auto")
+    file = tmp_path / "own.jinja"
+    file.write_text(template)
+    with pytest.raises(ConfigError, match=rf"^data\.chat_template = '{file}': .*{said}"):
+        InitialChatModel.open(InitConfig(hf=str(exported)), str(tmp_path / "run"), "auto", template=str(file))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_chat_template(exported: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "own.jinja").write_text(template, encoding="utf-8-sig")
+    init = InitConfig(hf=str(exported))
+    found = InitialChatModel.open(init, str(tmp_path / "run"), "auto", template=str(tmp_path / "own.jinja"))
+    assert found.lineage.chat_template == found.chat.template == template
