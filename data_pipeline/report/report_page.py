@@ -275,7 +275,7 @@ def _share(source: Mapping[str, Any], samples: int) -> list[Any]:
 
 def _config(run_dir: Path) -> str:
     """Returns the section with the run's config."""
-    text = text_of((run_dir / "config.toml").read_text(encoding="utf-8"))
+    text = text_of((run_dir / "config.toml").read_text(encoding="utf-8", errors="backslashreplace"))
     return f"<h2>Config</h2><details><summary>config.toml, resolved</summary><pre>{text}</pre></details>"
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from configs import files
+from configs.loader import ConfigError
 from configs.train import SpikesConfig
 from pretrain.health.spikes import PERIOD
 from pretrain.model.batch import Batch
@@ -57,6 +58,11 @@ class Rewind:
     grad_norm: float | None
 
 
+def _rewinds(found: Any) -> list[Rewind]:
+    """Returns the rewinds in the content of rewinds.json."""
+    return [Rewind(**{**one, "samples": tuple(one["samples"])}) for one in found]
+
+
 class Rewinds:
     """The rewinds of a run and the ranges of samples that it passes over, the same on all ranks.
 
@@ -70,12 +76,24 @@ class Rewinds:
         self.ranges: list[SampleRange] = sorted(settings.pass_over)
 
     def begin(self, manifest: dict[str, Any] | None) -> None:
-        """Reads what is known when training starts, from `manifest` unless the run is new. Collective."""
-        found = []
+        """Reads what is known when training starts, from `manifest` unless the run is new. Collective.
+
+        Raises ConfigError, on all ranks, if the file is damaged.
+        """
+        found: list[dict[str, Any]] | str = []
         if self._mesh.is_main and manifest is not None and self._path.is_file():
-            found = json.loads(self._path.read_text(encoding="utf-8"))
+            try:
+                found = json.loads(self._path.read_bytes())
+                _rewinds(found)
+            except (ValueError, TypeError, KeyError) as error:
+                found = f"{self._path} is damaged ({error})"
         found = self._mesh.gather_json(found)[0]
-        self._known = [Rewind(**{**one, "samples": tuple(one["samples"])}) for one in found]
+        if isinstance(found, str):
+            raise ConfigError(
+                f"{found}; restore it, or remove it: the run may then train again on samples that it has passed over "
+                "since the checkpoint that it goes on from"
+            )
+        self._known = _rewinds(found)
         earlier = [(first, end) for first, end in (manifest or {}).get("passed_over", [])]
         self._add(*earlier, *(one.samples for one in self._known if one.data == self._data))
 

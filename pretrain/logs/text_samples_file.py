@@ -13,7 +13,7 @@ def read(run_dir: Path) -> dict[str, list[tuple[int, str]]]:
     """
     found: dict[str, dict[int, str]] = {}
     path = run_dir / FILE
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
             for sample in record["samples"]:

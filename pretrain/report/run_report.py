@@ -85,7 +85,7 @@ def write(run_dir: str | Path) -> Path:
     ]
     body += [mask_page.section(run_dir), _time(goodput.read(run_dir)), _history(history.read(run_dir))]
     if config.is_file():
-        text = html.escape(config.read_text(encoding="utf-8"))
+        text = html.escape(config.read_text(encoding="utf-8", errors="backslashreplace"))
         body.append(f"<h2>Config</h2><details><summary>config.toml, resolved</summary><pre>{text}</pre></details>")
     path = run_dir / "report.html"
     write_atomic(path, page(f"{run_dir.name}: Trivium run", body, mask_page.STYLE).encode())

@@ -198,3 +198,11 @@ def test_a_directory_without_metrics_is_refused_until_one_with_them_is_named(tmp
         main([str(tmp_path)])
     metrics(tmp_path, 5)
     assert main([str(tmp_path)]) == 0
+
+
+def test_files_that_are_not_utf_8_cost_no_report(tmp_path: Path) -> None:
+    metrics(tmp_path, 3)
+    for name in ("config.toml", "samples.jsonl", "metrics.jsonl", "time.json", "rewinds.json"):
+        with (tmp_path / name).open("ab") as file:
+            file.write(b"caf\xe9\n")
+    assert "caf\\xe9" in write(tmp_path).read_text(encoding="utf-8")
