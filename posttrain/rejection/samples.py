@@ -110,7 +110,7 @@ def recorded_facts(run_dir: Path) -> dict[str, Any]:
     path = run_dir / FOLDER / FACTS
     try:
         return dict(json.loads(path.read_bytes())) if path.exists() else {}
-    except ValueError:
+    except (ValueError, TypeError):
         raise ConfigError(f"{path} is damaged; remove {path.parent} to sample anew") from None
 
 

@@ -53,10 +53,13 @@ class LocalDisk:
         """Finds the run's folder.
 
         If `run.dir` has neither checkpoints nor `local.json`, the folder may have been lost: raises ConfigError if a
-        node has checkpoints of a run in it, unless the user says that the run `begins_anew`.
+        node has checkpoints of a run in it, unless the user says that the run `begins_anew`. Also raises it, on all
+        ranks, if `local.json` is damaged.
         """
         facts = self._read() if self.mesh.is_main else {}
         facts = self.mesh.gather_json(facts)[0]
+        if "damage" in facts:
+            raise ConfigError(facts["damage"])
         if facts["is_new"] and not begins_anew:
             left = self.mesh.gather_json(self._left_behind(facts["run_hash"]))
             if found := max((one for one in left if one), default=None):
@@ -144,10 +147,17 @@ class LocalDisk:
 
     def _read(self) -> dict[str, Any]:
         run_hash = hashlib.sha256(str(self.run_dir.resolve()).encode()).hexdigest()[:12]
+        file, found = self.run_dir / FILE, {}
         try:
-            found = json.loads((self.run_dir / FILE).read_text(encoding="utf-8"))
+            found = {key: json.loads(file.read_bytes())[key] for key in ("run_hash", "id", "starts")}
         except FileNotFoundError:
-            found = {}
+            pass
+        except (ValueError, TypeError, KeyError):
+            copies = Path(self.local_dir, f"{run_hash}-*", FILE)
+            return {
+                "damage": f"{file} is damaged; copy {copies} of a node over it, or remove it to go on from the "
+                f"checkpoints in {self.run_dir} alone"
+            }
         if found.get("run_hash") == run_hash:
             return {**found, "is_new": False}
         is_new = not found and not storage.steps(self.run_dir)  # and no copy of another run
