@@ -10,11 +10,15 @@ from pathlib import Path
 def write_atomic(path: str | Path, content: bytes) -> None:
     """Writes `content` to `path` whole or not at all: to a temporary file in the same folder, with fsync and rename.
 
-    Every OSError that it raises names `path`, not the temporary file, and names it also if the disk is full.
-
-    An OSError names `path`, and not the temporary file or, as a write to a full disk does, nothing.
+    A device, a pipe and an open file (/dev/null, /dev/stdout) are written to as they are, since a rename would put a
+    file in their place. An OSError names `path`, and neither the temporary file nor, as a write to a full disk does,
+    nothing.
     """
     path = Path(path)
+    if _is_open_or_special(path):
+        with open(path, "wb") as file:
+            file.write(content)
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -34,6 +38,13 @@ def write_atomic(path: str | Path, content: bytes) -> None:
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(path), None
         raise
+
+
+def _is_open_or_special(path: Path) -> bool:
+    """Whether a path is a device, a pipe or a socket, or a link to a file that a process has open."""
+    if path.is_symlink() and os.readlink(path).startswith("/proc/"):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def sync(path: str | Path) -> None:

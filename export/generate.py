@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("--output is for the texts of --prompts FILE; redirect the output of --prompt")
         if args.output.is_dir():
             raise ConfigError(f"--output {args.output} is a folder; name a file in it")
+        if args.output.exists() and args.prompts.exists() and args.output.samefile(args.prompts):
+            raise ConfigError(f"--output {args.output} is the file of --prompts, which it would replace; name another")
         check_writable(args.output.parent, "--output's folder")
     check_source(args.source, args.step)
     lines = read_lines(args.prompts) if args.prompts is not None else []

@@ -1,5 +1,6 @@
 """Mistakes in a config are reported by a sentence that names the key, the value and what to change."""
 
+import os
 import re
 import subprocess
 import sys
@@ -115,6 +116,19 @@ def test_a_missing_file_and_broken_toml_are_told(tmp_path: Path) -> None:
 def test_none_is_left_out_of_the_resolved_copy() -> None:
     text = loader.toml({"a": {"b": None, "c": 1}, "d": None}).decode()
     assert tomllib.loads(text) == {"a": {"c": 1}}
+
+
+def test_a_pipe_and_an_open_file_are_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe, opened, link = tmp_path / "pipe", tmp_path / "open", tmp_path / "stdout"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_atomic(pipe, b"through")
+    assert os.read(reading, 99) == b"through" and pipe.is_fifo()
+    os.close(reading)
+    with opened.open("wb") as file:
+        link.symlink_to(f"/proc/self/fd/{file.fileno()}")  # as /dev/stdout is
+        files.write_atomic(link, b"through")
+        assert link.is_symlink() and opened.read_bytes() == b"through"
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

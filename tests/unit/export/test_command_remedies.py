@@ -66,6 +66,7 @@ A, FILE = ["--prompt", "a"], ["--prompts", "prompts.jsonl"]
         (generate, ["run", *A, "--stop", ""], "give a text", ["run", *A, "--stop", "x"]),
         (generate, ["run", *A, "parallel.pp=2"], "leave the key out", ["run", *A]),
         (generate, ["run", *FILE, "--output", "taken"], "name a file in it", ["run", *FILE, "--output", "taken/o"]),
+        (generate, ["run", *FILE, "--output", FILE[1]], "would replace; name another", ["run", *FILE, "--output", "o"]),
         (generate, ["run", "--prompts", "empty.jsonl"], '{"prompt": "It was"}', ["run", *FILE]),
         (generate, ["run", "--prompt", "word " * 200], "give a shorter one", ["run", "--prompt", "word"]),
         (huggingface, ["export.toml", "out=taken"], "choose another folder", ["export.toml", "out=another"]),
