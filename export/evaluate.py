@@ -99,7 +99,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is less than {least}; give {least} or more")
     args.tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not args.tasks and args.rows == 0:
-        raise ConfigError("--rows 0 measures no held-out text, and there are no --tasks; give one of the two")
+        raise ConfigError("--rows 0 measures no held-out text, and there are no --tasks; leave it out, or give --tasks")
     return args
 
 
@@ -133,7 +133,7 @@ def _plan(args: argparse.Namespace, opened: "ModelSource") -> "Plan | None":
             return None
         lost = f"its data plan is no longer at {opened.lost_plan}" if opened.lost_plan else "it knows no data plan"
         raise ConfigError(f"{args.source} has no held-out text: {lost}; name a plan by --plan, or give --tasks")
-    plan = Plan.open(path)
+    plan, without = Plan.open(path), "--rows 0 for none" if args.tasks else "--tasks and --rows 0 for none"
     if said := difference_of_files(plan.tokenizer_path, opened.need_tokenizer()):
         raise ConfigError(
             f"--plan {path} was made with another tokenizer than the model's: {said}; name the model's own plan"
@@ -141,12 +141,12 @@ def _plan(args: argparse.Namespace, opened: "ModelSource") -> "Plan | None":
     if plan.seq_length > opened.context:
         raise ConfigError(
             f"the rows of {path} have {plan.seq_length} tokens, and the model's context has {opened.context}; name a "
-            "plan with shorter rows by --plan, or leave out held-out text by --rows 0"
+            f"plan with shorter rows by --plan, or give {without}"
         )
     if not any(plan.heldout_rows(source) for source in plan.sources):
         if args.tasks and not args.plan:
             return None
-        raise ConfigError(f"{path} has no held-out documents; name another plan by --plan, or give --tasks")
+        raise ConfigError(f"{path} has no held-out documents; name another plan by --plan, or give {without}")
     check_heldout(plan)
     return plan
 

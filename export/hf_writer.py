@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from configs.adapters import AdapterConfig
 from configs.export import ExportConfig
 from configs.files import write_atomic
-from configs.loader import ConfigError, plain, validate
+from configs.loader import plain, validate
 from configs.model import ModelConfig
 from configs.reward_model import RewardSection
 from export.checks import Reference
@@ -208,13 +208,7 @@ def build_decoder(
 
 
 def first_layers(model: ModelConfig, count: int) -> ModelConfig:
-    """Returns the config of a model that ends after its first `count` layers. Raises ConfigError if there is none."""
-    experts = next((layer.index for layer in model.layers if layer.moe), 0)
-    if count <= experts:
-        raise ConfigError(
-            f"verify.layers = {count} leaves out every layer with experts, of which layer {experts} is the first; set "
-            f"verify.layers={experts + 1} or more"
-        )
+    """Returns the config of a model that ends after its first `count` layers, at least `memory.fewest_layers`."""
     tree = plain(model) | {"num_layers": count}
     tree["layer_pattern"] = tree["layer_pattern"][:count]
     tree["kinds"] = {name: kind for name, kind in tree["kinds"].items() if name in tree["layer_pattern"]}

@@ -4,6 +4,7 @@ The folder is written beside `out`, reloaded with transformers and compared with
 (export.checks). It is renamed to `out` only if every check passes. Nothing is uploaded.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from export import publishing
-    from export.memory import check_memory, free_memory
+    from export.memory import check_layers, check_memory, free_memory
     from export.model_source import open_source
 
     console, out = Console(), Path(config.out)
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from export.peft.exporting import open_adapter
 
             open_adapter(source, config.adapter)  # a mistake is told before texts are read
+        check_layers(source.model, config.verify.layers)
         texts = read_texts(source, config, console)
         publishing.check_target(out, mend=not args.dry_run)
         made_from = fingerprint(source, texts, config)
@@ -75,12 +77,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_merged(source: "ModelSource") -> None:
     """Raises ConfigError if the model has adapters that no class of transformers computes."""
-    if source.adapter is not None:
-        raise ConfigError(
-            f"{source.path} has adapters of kind {source.adapter.kind!r}, which cannot be merged into its weights, and "
-            "no class of transformers computes them; set adapter=peft, which writes them alone, or tune the model with "
-            "adapter.kind=lora"
-        )
+    if source.adapter is None:
+        return
+    from export.peft.exporting import open_adapter
+
+    remedy = "tune the model with adapter.kind=lora"
+    with contextlib.suppress(ValueError):
+        open_adapter(source, "peft")
+        remedy = f"set adapter=peft, which writes them alone, or {remedy}"
+    raise ConfigError(
+        f"{source.path} has adapters of kind {source.adapter.kind!r}, which cannot be merged into its weights, and no "
+        f"class of transformers computes them; {remedy}"
+    )
 
 
 @dataclass(frozen=True)

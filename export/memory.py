@@ -10,6 +10,21 @@ COPIES, BYTES = 2, 4  # Trivium's decoder and transformers' model, each in fp32
 SHARE = 0.8  # of what is free; activations and a file of weights take the rest
 
 
+def fewest_layers(model: ModelConfig) -> int:
+    """Returns how many first layers make a model of the same kind: those up to the first with experts, or one."""
+    return next((layer.index for layer in model.layers if layer.moe), 0) + 1
+
+
+def check_layers(model: ModelConfig, layers: int | None) -> None:
+    """Raises ConfigError if the first `layers` alone, which are to be compared, are no model of the same kind."""
+    least = fewest_layers(model)
+    if layers is not None and layers < least:
+        raise ConfigError(
+            f"verify.layers = {layers} leaves out every layer with experts, of which layer {least - 1} is the first; "
+            f"set verify.layers={least} or more"
+        )
+
+
 def check_memory(model: ModelConfig, layers: int | None, free: int | None) -> None:
     """Raises ConfigError if the compared layers do not fit into `free` bytes twice, naming a number that does.
 
@@ -19,13 +34,15 @@ def check_memory(model: ModelConfig, layers: int | None, free: int | None) -> No
     needed = _bytes(model, count)
     if free is None or needed <= SHARE * free:
         return
-    fitting = next((n for n in range(count - 1, 0, -1) if _bytes(model, n) <= SHARE * free), None)
+    least = fewest_layers(model)
+    fitting = next((n for n in range(count - 1, least - 1, -1) if _bytes(model, n) <= SHARE * free), None)
     said = (
         f"comparing the outputs of {count} layers takes {needed / 1e9:.1f} GB, twice the model in fp32, and this "
         f"machine has {free / 1e9:.1f} GB free"
     )
     if fitting is None:
-        raise ConfigError(f"{said}, too little even for one layer; export on a machine with more memory")
+        few = "one layer" if least == 1 else f"the first {least}"
+        raise ConfigError(f"{said}, too little even for {few}; export on a machine with more memory")
     raise ConfigError(f"{said}; set verify.layers={fitting} to compare the first layers and all tensors")
 
 

@@ -7,7 +7,7 @@ its part. `trivium generate` and `trivium chat` are its command lines.
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
@@ -208,8 +208,12 @@ def _layout(world_size: int, parallel: ParallelConfig, opened: ModelSource) -> L
     given = ("train.global_batch_size", "train.micro_batch_size", "train.seq_length", "parallel.cp", "parallel.pp")
     layout = Layout.of(world_size, parallel, opened.model, train, given=given)
     if layout.dp != layout.ep:
+        remedy, tp = f"start {wanted}", world_size // layout.ep
+        with suppress(ConfigError):
+            Layout.of(world_size, parallel.model_copy(update={"tp": tp}), opened.model, train, given=given)
+            remedy += f", or set parallel.tp={tp}"
         raise ConfigError(
             f"parallel.tp * parallel.ep = {layout.tp} * {layout.ep} is not the {world_size} ranks that were started; "
-            f"start {wanted}, or set parallel.tp={world_size // layout.ep}"
+            f"{remedy}"
         )
     return layout

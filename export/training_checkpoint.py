@@ -2,9 +2,6 @@
 
 Such a checkpoint holds tensors alone. A Hugging Face folder with a config.json says of which model they are, and has
 its tokenizer. The optimizer's state and everything else that belongs to the other trainer is left out.
-
-They hold tensors alone. What model these are of, and its tokenizer, says a folder with a config.json of Hugging Face's.
-The optimizer's state and everything else that belongs to the other trainer is left out.
 """
 
 import re
@@ -42,6 +39,7 @@ class CheckpointTensors(TensorFolder):
     def __init__(self, dcp: DcpFolder, prefix: str, table: Family, vocabulary: int):
         super().__init__(dcp.folder)
         self._dcp, self._vocabulary = dcp, vocabulary
+        self._other_names = _SAME if table in (MEGATRON, MEGATRON_SPLIT) else ()
         self._stored_as: dict[str, tuple[str, int | None]] = {}
         self._tables = (embedding_name(table), head_name(table))
         for name in dcp.shapes:
@@ -49,7 +47,7 @@ class CheckpointTensors(TensorFolder):
                 self._add(name, _WRAPPERS.sub("", name.removeprefix(prefix)))
 
     def _add(self, stored: str, name: str) -> None:
-        for pattern, other in _SAME:
+        for pattern, other in self._other_names:
             name = pattern.sub(other, name)
         shape = self._dcp.shapes[stored]
         if _STACKED.match(name):
@@ -97,8 +95,7 @@ def open_checkpoint(directory: Path, kind: Kind, described: Path) -> HFFolder:
     problems += _unsupported(model, kind)
     table, prefix = _table(dcp.shapes, kind, family)
     if table is None:
-        names = ", ".join(list(dcp.shapes)[:5]) or "none"
-        raise ConversionError([*problems, f"{dcp.folder} has no embedding of a known name; its tensors are {names}..."])
+        raise ConversionError([*problems, _without_embedding(dcp, kind, family)])
     tensors = CheckpointTensors(dcp, prefix, table, model.vocab_size)
     others = () if prefix else (r"(optimizer|optim|chained_\d+|rng_state|lr_scheduler|train_state|dataloader)\b.*",)
     tensors.shapes = {
@@ -125,6 +122,15 @@ def _table(names: Iterable[str], kind: Kind, family: Family) -> tuple[Family | N
             if plain.endswith(embedding) and not plain.startswith("optim"):
                 return table, plain.removesuffix(embedding)
     return None, ""
+
+
+def _without_embedding(dcp: DcpFolder, kind: Kind, family: Family) -> str:
+    other: Kind = "dcp" if kind == "megatron" else "megatron"
+    remedy = "save it by the names of torchtitan, transformers or megatron-core"
+    if _table(dcp.shapes, other, family)[0] is not None:
+        remedy = f"they are those of the other format: give --from {other}"
+    names = ", ".join(list(dcp.shapes)[:5]) or "none"
+    return f"{dcp.folder} has no embedding that --from {kind} knows by its name; its tensors are {names}; {remedy}"
 
 
 def _unsupported(model: ModelConfig, kind: Kind) -> list[str]:

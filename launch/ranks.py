@@ -160,7 +160,10 @@ def _on_this_machine(args: argparse.Namespace, config: LaunchConfig) -> int:
     world_size = nnodes * per_node
     if config.min_nodes is not None:
         if nnodes < config.min_nodes:
-            raise ConfigError(f"{nnodes} machines are fewer than min_nodes = {config.min_nodes}; wait for the others")
+            raise ConfigError(
+                f"{nnodes} machines are fewer than min_nodes = {config.min_nodes}; start it on as many, or set "
+                f"min_nodes={nnodes}"
+            )
         start = elastic_start(module, args.args, nnodes, per_node)
         args.args, world_size, here = start.arguments, start.ranks, start.ranks_on(node_rank, per_node)
         if start.said and (node_rank == 0 or not here):

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     run, step = args.run, args.step
     spans = _spans(run, step)
-    checkpoint = _checkpoint(run, step, spans)
+    checkpoint = _checkpoint(run, step, spans, _last_step(run))
     config = _config(run, spans)
     env = ClusterEnvironment.read()
     layout = _layout(config, env.world_size, run, step)
@@ -89,25 +89,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _spans(run: Path, step: int) -> "list[DataSpan]":
     """Returns the run's data spans up to the one with step `step`. Raises ConfigError if there is no such step."""
-    from pretrain.checkpoint import storage
     from pretrain.run import history
 
     spans = history.read(run)
     if not spans or any(one["plan"] is None for one in spans) or "data" not in spans[-1].get("config", {}):
         raise ConfigError(f"{run} is not the folder of a pretraining run; name one, such as runs/demo/pretrain")
-    steps = storage.steps(run)
-    logged = read_metrics(run / "metrics.jsonl").records
-    last = max([*steps, *(record["step"] for record in logged)], default=0)
+    last = _last_step(run)
     first = spans[0]["first_step"] + 1
     if not first <= step <= last:
         raise ConfigError(f"--step {step}: {run} took steps {first} to {last}; give one of them")
     return [one for one in spans if one["first_step"] < step]
 
 
-def _checkpoint(run: Path, step: int, spans: "Sequence[DataSpan]") -> Path | None:
+def _last_step(run: Path) -> int:
+    """Returns the newest step of a run that is in its log or has a checkpoint."""
+    from pretrain.checkpoint import storage
+
+    logged = read_metrics(run / "metrics.jsonl").records
+    return max([*storage.steps(run), *(record["step"] for record in logged)], default=0)
+
+
+def _checkpoint(run: Path, step: int, spans: "Sequence[DataSpan]", last: int) -> Path | None:
     """Returns the newest whole checkpoint before `step`; None for the beginning of a run that began with step 1.
 
-    Raises ConfigError if the steps from there on had other settings or data than step `step`.
+    `last` is the run's last step. Raises ConfigError if the steps from there on had other settings or data than step
+    `step`.
     """
     from pretrain.checkpoint import storage
     from pretrain.run import history
@@ -122,9 +128,12 @@ def _checkpoint(run: Path, step: int, spans: "Sequence[DataSpan]") -> Path | Non
     if other or (path is None and (spans[0]["first_step"] or spans[0]["config"].get("init"))):
         kept = ", ".join(str(one) for one in storage.steps(run)) or "none"
         why = f" ({'; '.join(problems)})" if problems else ""
+        begun_from = (storage.find_newest(run, before=one + 1)[0] for one in storage.steps(run) if step <= one < last)
+        later = next((int(one.name.removeprefix("step_")) + 1 for one in begun_from if one and one != path), None)
+        remedy = f"give --step {later}" if later else "no later step has one either"
         raise ConfigError(
             f"--step {step}: {run} has no checkpoint between the last change of its settings or data and this step, "
-            f"only those of steps {kept}{why}; give a later step, and keep more by checkpoint.keep_every in later runs"
+            f"only those of steps {kept}{why}; {remedy}, and keep more by checkpoint.keep_every in later runs"
         )
     return path
 

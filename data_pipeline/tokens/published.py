@@ -119,9 +119,10 @@ def _of_gpt2(vocabulary: Path, merges: Path) -> Published:
         lines = merges.read_text(encoding="utf-8").splitlines()
         pairs = [(one, other) for one, other in (line.split(" ") for line in lines if line and "#version" not in line)]
         return _byte_level(ids, pairs, _GPT2, str(vocabulary.parent))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises no class of its own
+        said = str(error).partition("\n")[0]
         raise ConfigError(
-            f"{vocabulary} and {merges.name} are not GPT-2's files ({error}); restore them, or name another tokenizer"
+            f"{vocabulary} and {merges.name} are not GPT-2's files ({said}); restore them, or name another tokenizer"
         ) from None
 
 

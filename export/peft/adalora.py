@@ -6,6 +6,7 @@ PEFT has an AdaLoRA of its own, which divides by its rank and a little more; LoR
 import torch
 
 from configs.adapters import AdapterConfig
+from configs.model import ModelConfig
 from export.peft.adapter import Base, OwnAdapter, PeftAdapter
 from export.peft.low_rank import LowRankForm
 from pretrain.model.adapters.merging import adapter_name, parts_by_target
@@ -16,6 +17,9 @@ class AdaLoraForm:
 
     kinds: tuple[str, ...] = ("adalora",)
     peft_type = "LORA"
+
+    def check(self, adapter: AdapterConfig, model: ModelConfig) -> None:
+        """Accepts every AdaLoRA (see `Form.check`)."""
 
     def write(self, adapter: OwnAdapter, base: Base) -> PeftAdapter:
         """Returns a run's AdaLoRA in PEFT's format, as LoRA (see `Form.write`)."""

@@ -51,6 +51,10 @@ class Form(Protocol):
     @property
     def peft_type(self) -> str: ...
 
+    def check(self, adapter: AdapterConfig, model: ModelConfig) -> None:
+        """Raises PeftError if the format has no adapter like this one of the model."""
+        ...
+
     def write(self, adapter: OwnAdapter, base: Base) -> PeftAdapter:
         """Returns the adapter in PEFT's format. Raises PeftError for what that cannot say."""
         ...

@@ -46,7 +46,7 @@ class AdapterOfRun:
 
 
 def open_adapter(source: ModelSource, way: str) -> AdapterOfRun:
-    """Reads the adapter of a run. Raises ConfigError if the run has none that PEFT can have."""
+    """Reads the adapter of a run. Raises ConfigError if the run has none, PeftError if PEFT cannot have it."""
     manifest = read_manifest(source.path) if (source.path / "manifest.json").is_file() else {}
     config = manifest.get("config", {}).get("adapter")
     if config is None:
@@ -54,19 +54,21 @@ def open_adapter(source: ModelSource, way: str) -> AdapterOfRun:
             f"adapter = {way!r} writes what a run with an [adapter] section trains, and {source.path} is of none; "
             "set adapter=merge"
         )
+    merge = "set adapter=merge" if source.adapter is None else "train with adapter.kind=lora, and set adapter=merge"
     base = base_of(source.path, manifest)
     if base is None:
         raise ConfigError(
             f"adapter = {way!r}: the adapters of {source.path} were trained on random weights, without [init], and "
-            "there is no base to load them onto; set adapter=merge"
+            f"there is no base to load them onto; {merge}"
         )
     if not source.model.has_logits:
-        raise ConfigError(f"adapter = {way!r} is for models that write text, not reward models; set adapter=merge")
+        raise ConfigError(f"adapter = {way!r} is for models that write text, not reward models; {merge}")
+    settings = validate(AdapterConfig, config, origin=f"{source.path}, [adapter]")
+    form_of_kind(settings.kind).check(settings, source.model)
     with Reader(source.path) as reader:
         further = tuple(f"layers.{layer.index}." for layer in source.model.mtp_layers)  # transformers has none of them
         tensors = {name: reader.read(name).float() for name in reader.shapes if not name.startswith(further)}
-    own = OwnAdapter(validate(AdapterConfig, config, origin=f"{source.path}, [adapter]"), tensors)
-    return AdapterOfRun(own, open_source(base), manifest["base"]["sha256"])
+    return AdapterOfRun(OwnAdapter(settings, tensors), open_source(base), manifest["base"]["sha256"])
 
 
 def write_adapter(

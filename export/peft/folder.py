@@ -79,7 +79,7 @@ def _object(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise PeftError(f"{file.parent} has no {file.name}; name the folder of an adapter that peft saved") from None
     except ValueError as error:
-        raise PeftError(f"{file} is not valid JSON: {error}") from None
+        raise PeftError(f"{file} is not valid JSON ({error}); fetch it again") from None
     if not isinstance(found, dict):
         raise PeftError(f"{file} holds no JSON object; fetch it again")
     return found

@@ -22,7 +22,7 @@ def form_of_kind(kind: str) -> Form:
         if kind in form.kinds:
             return form
     known = ", ".join(kind for form in FORMS for kind in form.kinds)
-    raise PeftError(f"adapter.kind = {kind!r} does not exist in PEFT's format, which is written for {known}")
+    raise PeftError(f"adapter.kind = {kind!r} does not exist in PEFT's format; train with one that does, {known}")
 
 
 def form_of_config(config: dict[str, Any]) -> Form:

@@ -13,6 +13,7 @@ import torch
 
 from configs.adapters import TARGETS, AdapterConfig
 from configs.loader import ConfigError, validate
+from configs.model import ModelConfig
 from export.conversion.walk import entries
 from export.peft.adapter import PREFIX, Base, OwnAdapter, PeftAdapter, PeftError
 from export.peft.matrices import AdapterMatrix, adapter_matrices, shortest_names, target_of
@@ -44,27 +45,25 @@ class LowRankForm:
     kinds: tuple[str, ...] = ("lora", "dora")
     peft_type = "LORA"
 
+    def check(self, adapter: AdapterConfig, model: ModelConfig) -> None:
+        """Raises PeftError if the adapter belongs to weights in 4 bits (see `Form.check`)."""
+        if adapter.base != "full":
+            raise PeftError(
+                f"the adapter was trained on weights in 4 bits (adapter.base = {adapter.base!r}), and PEFT's format "
+                "does not say so; export the merged model, set adapter=merge"
+            )
+
     def write(self, adapter: OwnAdapter, base: Base) -> PeftAdapter:
         """Returns a run's LoRA or DoRA in PEFT's format (see `Form.write`)."""
         config, parts = adapter.config, parts_by_target(adapter.tensors)
-        if config.base != "full":
-            raise PeftError(
-                f"the adapter was trained on weights in 4 bits (adapter.base = {config.base!r}), and PEFT's format "
-                "does not say so; export the merged model (adapter=merge)"
-            )
         everywhere = adapter_matrices(base.family, base.model)
         chosen = [matrix for matrix in everywhere if any(name in parts for name in matrix.ours)]
-        if lacking := sorted(set(parts) - {name for matrix in chosen for name in matrix.ours}):
-            raise PeftError(f"{base.family.architecture} has no matrix for the adapter of {lacking[0]}")
+        assert parts.keys() <= {name for matrix in chosen for name in matrix.ours}, "a family has all layers"
+        if config.kind == "dora":
+            _check_dora(chosen, base)
         tensors: dict[str, torch.Tensor] = {}
         ranks: dict[str, int] = {}
         for matrix in chosen:
-            if config.kind == "dora" and not matrix.by_module:
-                raise PeftError(
-                    f"PEFT has no DoRA for {matrix.key} of {base.family.architecture}, since it takes the layer for "
-                    "one of the experts; export the merged model (adapter=merge), or train without "
-                    f"{', '.join(sorted({str(target_of(name)) for name in matrix.ours}))} in adapter.targets"
-                )
             a, b = _joined(matrix, parts, base)
             ranks[matrix.key] = a.shape[-2]
             tensors |= _theirs(matrix, a, b)
@@ -101,6 +100,20 @@ class LowRankForm:
         if not found:
             raise PeftError("adapter_model.safetensors has no tensor of an adapter; it is not whole")
         return OwnAdapter(*_of_one_rank(found, scales, kind, config, base, head))
+
+
+def _check_dora(matrices: Sequence[AdapterMatrix], base: Base) -> None:
+    """Raises PeftError for matrices that PEFT finds by the name of a parameter, where it has LoRA alone."""
+    without = [matrix for matrix in matrices if not matrix.by_module]
+    if without:
+        lost = {target_of(name) for matrix in without for name in matrix.ours}
+        adapted = {target_of(name) for matrix in matrices for name in matrix.ours}
+        others = [name for name in TARGETS if name in adapted - lost]
+        raise PeftError(
+            f"PEFT has no DoRA for {without[0].key} of {base.family.architecture}, since it takes the layer for one of "
+            "the experts; export the merged model, set adapter=merge"
+            + (f", or train with adapter.targets={others}" if others else "")
+        )
 
 
 def _joined(matrix: AdapterMatrix, parts: Mapping[str, Parts], base: Base) -> tuple[torch.Tensor, torch.Tensor]:

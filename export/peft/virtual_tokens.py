@@ -29,14 +29,17 @@ class VirtualTokenForm:
     kinds: tuple[str, ...]
     peft_type: str
 
+    def check(self, adapter: AdapterConfig, model: ModelConfig) -> None:
+        """Raises PeftError for vectors in place of embeddings that are scaled (see `Form.check`)."""
+        if model.scale_embedding and adapter.prepends:
+            raise PeftError(
+                "the model scales embeddings, and versions of transformers differ in whether they scale what PEFT puts "
+                "before them; train with adapter.kind=prefix or lora, which can be written"
+            )
+
     def write(self, adapter: OwnAdapter, base: Base) -> PeftAdapter:
         """Returns a run's virtual tokens in PEFT's format (see `Form.write`)."""
         config, model = adapter.config, base.model
-        if model.scale_embedding and config.prepends:
-            raise PeftError(
-                f"{base.family.architecture} scales embeddings, and its versions differ in whether they scale what "
-                "PEFT puts before them; train with adapter.kind=prefix or lora, which can be written"
-            )
         rows = _vectors(adapter, model) if config.prepends else _keys_and_values(adapter, model)
         written: dict[str, Any] = {
             "peft_type": self.peft_type,

@@ -71,8 +71,9 @@ def open_teacher(config: DistillConfig, student: InitialModel, world_size: int) 
             raise ConfigError(
                 f"{said}: nothing says which tokenizer the teacher was trained with; set init.tokenizer to its folder"
             )
-    except ConfigError as error:  # which names the keys of [init]
-        raise ConfigError(re.sub(r"\binit\.(run|checkpoint|hf|tokenizer)\b", r"teacher.\1", str(error))) from None
+    except ConfigError as error:
+        words = re.sub(r"\binit\.(run|checkpoint|hf|tokenizer)\b", r"teacher.\1", str(error))
+        raise ConfigError(words) from None
     found = replace(found, model=found.model.without_mtp())  # of which nothing is compared
     assert student.tokenizer is not None and found.tokenizer is not None
     if what := difference(found.tokenizer, student.tokenizer):

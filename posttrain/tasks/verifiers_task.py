@@ -226,7 +226,7 @@ def _env(settings: VerifiersConfig, key: str) -> dict[str, Any]:
     try:
         tree = tomllib.loads(Path(settings.config).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}.config = {settings.config!r} cannot be read: {error}") from None
+        raise ConfigError(f"{key}.config = {settings.config!r} cannot be read: {error}; correct it") from None
     env = tree.get("env", {})
     if not isinstance(env, dict) or tree.keys() - {"env"}:
         other = ", ".join(sorted(tree.keys() - {"env"})) or "an env that is no table"

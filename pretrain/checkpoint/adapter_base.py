@@ -62,8 +62,6 @@ def keep_bases(
     """Keeps the files of bases in the run, with those of their own bases; says so where that is not possible.
 
     `mirror` is the mirror of the run's checkpoints; it gets no copy of these files, and `say` tells the user so.
-
-    `mirror` is that of the run's checkpoints, which gets no copy of them, as is said, too.
     """
     for base in filter(None, bases):
         if mirror:

@@ -203,7 +203,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     try:
         manifest = CHECKPOINT.read(file.read_bytes(), file)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise CheckpointError(f"{file} does not exist; {path} is not a whole checkpoint") from None
+        said = f"{file} does not exist, so {path} is not a whole checkpoint; use an earlier checkpoint"
+        raise CheckpointError(said) from None
     except VersionError as error:
         raise OtherVersionError(
             f"{error}; another version of Trivium wrote it: use that version, or train again in another run.dir"
@@ -322,7 +323,7 @@ class Reader:
         Raises CheckpointError for a name or kind that the checkpoint lacks.
         """
         if name not in self.shapes or kind not in self.kinds_of(name):
-            raise CheckpointError(f"{self.path} holds no {kind} of {name}; it is a checkpoint of another model")
+            raise CheckpointError(f"{self.path} holds no {kind} of {name}, so it is a checkpoint of another model")
         return self._assembled(self.manifest["parameters"][name], f"{kind}/{name}")
 
     def read_kept(self, name: str) -> torch.Tensor:

@@ -91,7 +91,8 @@ def disk(config: TrainerConfig, parameters: int | None) -> Iterator[Finding]:
         )
     elif size * number > free:
         fit = int(free // size)
-        remedy = f"at most {fit} fit: set checkpoint.keep={fit - 1}" if fit > 1 else "not even two fit"
+        every = " and checkpoint.keep_every=0" if config.checkpoint.keep_every else ""
+        remedy = f"at most {fit} fit: set checkpoint.keep={fit - 1}{every}" if fit > 1 else "not even two fit"
         yield failure(said, f"{remedy}, make room, or name another run.dir")
     elif size / rate > SLOW_SAVE:
         yield warning(said, f"one takes {duration(size / rate)} to write; name a faster disk, or save less often")

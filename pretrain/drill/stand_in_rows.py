@@ -46,5 +46,8 @@ def make_rows(folder: Path, seq_length: int, samples: int, vocab_size: int) -> P
         text=True,
     )
     if done.returncode:
-        raise Failure(f"no rows could be made to train on, and this is why: {done.stdout.strip()[-2000:]}")
+        raise Failure(
+            f"no rows of {vocab_size} tokens could be made to train on; set model.vocab_size=512, or name the folder "
+            f"of a plan as data.plan; this is why: {done.stdout.strip()[-2000:]}"
+        )
     return folder / "run" / "plan"

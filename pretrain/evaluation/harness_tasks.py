@@ -31,6 +31,9 @@ from pretrain.evaluation.harness_model import TriviumLM, generation_settings
 
 # Errors of `datasets` and `huggingface_hub` about data that are not on this machine.
 NOT_HERE = ("ConnectionError", "OfflineModeIsEnabled", "DatasetNotFoundError", "LocalEntryNotFoundError")
+# Words of errors of `datasets` about a file without documents, and a split that has none after process_docs.
+NO_DOCUMENTS = ("StopIteration", "IndexError: Invalid key: 0 is out of bounds for size 0")
+_EMPTY = "has no documents in its test_split or validation_split; correct its file or its data"
 SEED = 1234  # of the choice of n-shot examples
 
 
@@ -77,7 +80,7 @@ def load_tasks(
             except ConfigError:
                 raise
             except Exception as error:  # whatever a task's file, functions or data raise
-                raise ConfigError(f"task {name} cannot be loaded: {_reason(error)}") from error
+                raise ConfigError(f"task {name} {_reason(error)}") from error
             tasks |= loaded["tasks"]
             groups |= loaded.get("groups", {})
     for name, task in tasks.items():
@@ -239,7 +242,7 @@ def _check(name: str, task: Any, unsafe: bool) -> None:
     if task.OUTPUT_TYPE == "generate_until":
         generation_settings(name, task.config.generation_kwargs or {})
     if not len(task.eval_docs):
-        raise ConfigError(f"task {name} has no documents in its test_split or validation_split; correct its file")
+        raise ConfigError(f"task {name} {_EMPTY}")
 
 
 def _choose_shots(name: str, task: Any, wanted: int | None, option: str) -> None:
@@ -283,19 +286,22 @@ def _measures(values: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _reason(error: Exception) -> str:
-    """Returns why a task cannot be loaded, and what to do."""
+    """Returns why a task cannot be loaded, and what to do, as a sentence without its subject."""
     text = " ".join(str(error).split())
+    if f"{type(error).__name__}: {text}".startswith(NO_DOCUMENTS):
+        return _EMPTY
     if type(error).__name__ in NOT_HERE:
         return (
-            f"its data are not on this machine ({text[:200]}); put them into files and name these in dataset_kwargs."
-            "data_files of a copy of the task's file, or run once with HF_HUB_OFFLINE=0, which downloads them"
+            f"cannot be loaded: its data are not on this machine ({text[:200]}); put them into files and name these in "
+            "dataset_kwargs.data_files of a copy of the task's file, or run once with HF_HUB_OFFLINE=0, which "
+            "downloads them"
         )
     if "module script" in text:  # of the package evaluate, which fetches it
         return (
-            f"code of one of its metrics is not on this machine ({text[:200]}); use another metric in a copy of the "
-            "task's file, or run once with HF_HUB_OFFLINE=0, which downloads it"
+            f"cannot be loaded: code of one of its metrics is not on this machine ({text[:200]}); use another metric "
+            "in a copy of the task's file, or run once with HF_HUB_OFFLINE=0, which downloads it"
         )
-    return f"{type(error).__name__}: {text[:400]}; correct its file"
+    return f"cannot be loaded: {type(error).__name__}: {text[:400]}; correct its file"
 
 
 @contextmanager

@@ -181,7 +181,7 @@ def _rehearsed(
     processes: int,
     arguments: dict[str, Any],
 ) -> "Iterator[RehearsedRank]":
-    """Yields what each rank did; with one process, in this one. Raises Failure if a process dies."""
+    """Yields what each rank did. Raises Failure if a process dies."""
     from pretrain.rehearsal.rehearsal_rank import rehearse
 
     one = partial(rehearse, config, model, layout, **arguments)

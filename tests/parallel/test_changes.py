@@ -196,6 +196,7 @@ def test_a_checkpoint_of_other_parameters_than_its_model_has_is_for_another_vers
         answer = train(ranks, run, MODELS[name], 3)
         assert answer["kind"] == "CheckpointError" and lost in answer["error"], answer
         assert "use the version that trained it, or train it again in another run.dir" in answer["error"]
+        assert not number or f"{lost} is [3] in {file.parent}, and its model has [" in answer["error"]
         if name != "dense":
             break
     assert train(ranks, tmp_path / "another", MODELS[name], 1)["status"] == 0

@@ -1,6 +1,7 @@
 """`trivium eval` of a trained run: its held-out numbers are those of training, and its baselines stand beside them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from configs.files import file_sha256
-from configs.loader import ConfigError
+from configs.loader import ConfigError, validate
+from configs.mixture import PlanConfig
 from data_pipeline.core.integrity import STAGE_MANIFEST
+from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.report.baselines_file import FILE
 from export import evaluate
@@ -131,7 +134,10 @@ def test_mistakes_are_told_in_a_sentence(folder: Path) -> None:
     run = str(folder / "run")
     for argv, message in (
         (["--rows", "-1"], r"--rows -1 is less than 0; give 0 or more"),
-        (["--rows", "0"], r"--rows 0 measures no held-out text, and there are no --tasks; give one of the two"),
+        (
+            ["--rows", "0"],
+            r"--rows 0 measures no held-out text, and there are no --tasks; leave it out, or",
+        ),
         (["--limit", "0"], r"--limit 0 is less than 1"),
         (["--plan", str(folder)], r"there is no plan at .*plan\.json"),
         (["--step", "7"], r"step = 7 has no checkpoint .*saved steps are \[2\]"),
@@ -148,3 +154,33 @@ def test_mistakes_are_told_in_a_sentence(folder: Path) -> None:
     finally:
         (folder / "elsewhere/plan").rename(folder / "plan")
     assert evaluated(folder, "--plan", str(folder / "plan"), "--rows", "1")["held_out"]["rows"]["code"] == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "words"),
+    [
+        ("", {"seq_length": 64}, "have 64 tokens, and the model's context has 32; name a plan with shorter rows by"),
+        (
+            "heldout",
+            {"seq_length": 32},
+            "has no held-out documents; name another plan by --plan, or give",
+        ),
+    ],
+)
+def test_another_plan_is_measured_once_it_is_one_that_the_message_asks_for(
+    folder: Path, tmp_path: Path, part: str, settings: dict[str, Any], words: str
+) -> None:
+    """Follows what the message says; with tasks and no plan the next refusal is about the chat template."""
+    tokens = Path(shutil.copytree(folder / "tokens", tmp_path / "tokens"))
+    if part:
+        shutil.rmtree(tokens / part)
+    config = validate(PlanConfig, {"samples": 4, "weights": {"code": 1.0}, **settings})
+    build_plan(tokens, folder / "tokenizer", tmp_path / "plan", config)
+    plan = ["--plan", str(tmp_path / "plan")]
+    for tasks, remedy in ((["--tasks", "x"], "--rows 0 for none"), ([], "--tasks and --rows 0 for none")):
+        with pytest.raises(ConfigError, match=words) as told:
+            evaluate.main([str(folder / "run"), *plan, *tasks])
+        assert str(told.value).endswith(f", or give {remedy}")
+    assert evaluate.main([str(folder / "run"), "--dry-run", "--plan", str(folder / "plan")]) == 0
+    with pytest.raises(ConfigError, match="has no chat template; leave out --chat"):
+        evaluate.main([str(folder / "run"), *plan, "--rows", "0", "--tasks", "x", "--chat"])

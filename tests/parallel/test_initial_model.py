@@ -195,7 +195,9 @@ def test_what_does_not_fit_the_model_is_refused_with_a_remedy(base: Path, tmp_pa
         return str(error.value)
 
     said = refused("model.num_layers=3", "model.hidden_size=64")
-    assert "model.num_layers 2 -> 3" in said and "model.hidden_size 32 -> 64" in said
+    assert said.startswith(f"[model] is not the model of init.hf = '{base / 'hub'}': model.")
+    assert "model.num_layers 2 -> 3" in said and "model.hidden_size 32 -> 64" in said and "; leave [model] out" in said
+    assert train.main(from_hf) == 0
     remedy = re.findall(r"model\.[\w.]+=\S+", said.partition("or set ")[2])
     assert train.main([*from_hf, "model.num_layers=3", "model.hidden_size=64", *remedy]) == 0
     assert train.main([*from_hf, "model.position.theta=50000.0"]) == 0, "for longer rows"

@@ -83,16 +83,21 @@ def test_a_run_that_loses_a_node_goes_on_from_the_others_disks(forks: Forks, tmp
 
 
 @pytest.mark.full
-def test_a_run_that_loses_two_neighbours_goes_on_from_its_folder(forks: Forks, tmp_path: Path, straight: Path) -> None:
+@pytest.mark.parametrize(
+    "why", ["rank_00002.safetensors: no node has it whole", "its manifest is damaged on every node"]
+)
+def test_a_run_that_loses_two_neighbours_goes_on_from_its_folder(
+    forks: Forks, tmp_path: Path, straight: Path, why: str
+) -> None:
     log, folder = tmp_path / "log", tmp_path / "run"
     assert run(forks, 4, options(tmp_path, fail_at=7), log) == [1] * 4
     for name in "bc":
         shutil.rmtree(tmp_path / name)
+    for manifest in (tmp_path / "a").rglob("step_7/manifest.json") if "manifest" in why else ():
+        manifest.write_bytes(manifest.read_bytes()[:-9])
     assert run(forks, 2, options(tmp_path), log) == [0] * 2  # with one node
     said = log.read_text()
-    assert (
-        "warning: the local checkpoint of step 7 is passed over: rank_00002.safetensors: no node has it whole" in said
-    )
+    assert f"warning: the local checkpoint of step 7 is passed over: {why}" in said
     assert f"going on from {storage.directory(folder, 4)}" in said
 
 

@@ -118,6 +118,25 @@ def test_a_damaged_copy_is_passed_over(ranks: RanksOf, tmp_path: Path, straight:
         storage.verify(storage.directory(mirror, step))
 
 
+def test_a_mirror_of_damaged_checkpoints_alone_is_left_as_the_message_says(
+    ranks: RanksOf, tmp_path: Path, straight: Path
+) -> None:
+    run, mirror, other = tmp_path / "run", tmp_path / "mirror", tmp_path / "other"
+    mirrored(ranks, 1, run, 4, str(mirror), {})
+    shutil.rmtree(run)
+    for step in storage.steps(mirror):
+        damage(storage.directory(mirror, step), "torn manifest")
+    answer, said = mirrored(ranks, 1, run, 4, str(mirror), {})
+    assert answer["kind"] == "CheckpointError" and "an earlier checkpoint is looked for" in said
+    remedy = "is whole; remove them there to start from the beginning, or name another checkpoint.mirror"
+    assert answer["error"] == f"no checkpoint in {mirror} {remedy}"
+    assert mirrored(ranks, 1, run, 2, str(other), {})[0]["status"] == 0
+    shutil.rmtree(run)
+    shutil.rmtree(mirror / "checkpoints")
+    assert mirrored(ranks, 1, run, 6, str(mirror), {})[0]["status"] == 0
+    assert steps_of(run) == steps_of(straight)
+
+
 def test_an_older_or_damaged_checkpoint_of_its_own_is_not_gone_on_from(
     ranks: RanksOf, tmp_path: Path, straight: Path
 ) -> None:

@@ -1,12 +1,15 @@
 """`trivium replay`: a step of a run that is taken again has the run's numbers, and says what it computed."""
 
+import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pretrain.checkpoint import storage
 from tests.parallel.harness import RanksOf
 from tests.parallel.runs import metrics
 from tests.small_training import write_config
@@ -47,6 +50,10 @@ def test_a_step_taken_again_has_the_numbers_of_the_run(
         )
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert one["largest_logit"] == pytest.approx(other["largest_logit"], rel=1e-3)
+    if layout == "tp2":
+        run = config.parent / layout
+        command = f"trivium launch --nproc-per-node 2 replay {run} --step {STEP}"
+        assert f"the run had 2 ranks, and here are 1: run `{command}` (" in _replay(ranks, run, STEP)["error"]
 
 
 def test_parts_of_a_step_sum_to_the_whole(alone: dict[str, Any]) -> None:
@@ -62,10 +69,46 @@ def test_parts_of_a_step_sum_to_the_whole(alone: dict[str, Any]) -> None:
 
 def test_what_cannot_be_replayed_is_refused(ranks: RanksOf, config: Path, alone: dict[str, Any]) -> None:
     run = config.parent / "one"
-    (answer,) = ranks(1).run(REPLAY, process_group=False, args=[str(run), "--step", "8"])
-    assert answer["error"] == f"--step 8: {run} took steps 1 to 7; give one of them"
-    (answer,) = ranks(1).run(REPLAY, process_group=False, args=[str(config.parent), "--step", "1"])
-    assert "is not the folder of a pretraining run" in answer["error"]
+    assert _replay(ranks, run, 8)["error"] == f"--step 8: {run} took steps 1 to 7; give one of them"
+    assert "is not the folder of a pretraining run" in _replay(ranks, config.parent, 1)["error"]
+
+
+def test_a_step_is_replayed_once_it_is_the_one_that_the_message_names(
+    ranks: RanksOf, config: Path, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    """Goes on with another learning rate from step 7, whose checkpoint is removed, to step 10."""
+    run = Path(shutil.copytree(config.parent / "one", tmp_path / "run"))
+    args = [str(config), f"run.dir={run}", "train.steps=10", "optimizer.lr=0.002", "checkpoint.keep=9"]
+    assert ranks(1).run(TRAIN, process_group=False, args=args)[0]["status"] == 0
+    shutil.rmtree(storage.directory(run, 7))
+    said = _replay(ranks, run, 8)["error"]
+    assert "its settings or data and this step, only those of steps 4, 8, 10; give --step 9, and keep more by" in said
+    assert _replay(ranks, run, 9)["status"] == 0
+    shutil.rmtree(storage.directory(run, 8))
+    said = _replay(ranks, run, 8)["error"]
+    assert "only those of steps 4, 10; no later step has one either, and keep more by checkpoint.keep_every in" in said
+
+
+def test_a_step_is_replayed_once_its_plan_is_where_the_message_says(
+    ranks: RanksOf, config: Path, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    run, plan, aside = config.parent / "one", config.parent / "plan", tmp_path / "aside"
+    (tmp_path / "other").mkdir()
+    write_config(tmp_path / "other", 7, tmp_path / "none", 56)
+    plan.rename(aside)
+    shutil.copytree(tmp_path / "other/plan", plan)
+    said = _replay(ranks, run, STEP)["error"]
+    shutil.rmtree(plan)
+    aside.rename(plan)
+    assert f"{plan} is not the plan that step {STEP} of {run} was trained on; restore that one there: the SHA-2" in said
+    begins = said.rpartition(" begins with ")[2]
+    assert hashlib.sha256((plan / "plan.json").read_bytes()).hexdigest().startswith(begins)
+    assert _replay(ranks, run, STEP)["status"] == 0
+
+
+def _replay(ranks: RanksOf, run: Path, step: int) -> dict[str, Any]:
+    answer: dict[str, Any] = ranks(1).run(REPLAY, process_group=False, args=[str(run), "--step", str(step)])[0]
+    return answer
 
 
 def _replayed(ranks: RanksOf, config: Path, name: str, layout: tuple[int, dict[str, Any]]) -> dict[str, Any]:

@@ -80,12 +80,15 @@ def test_a_sharded_checkpoint_of_torchtitans_names(ranks: RanksOf, tmp_path: Pat
     imported = [str(tmp_path / "step-3"), str(tmp_path / "ours"), "--from", "dcp"]
     with pytest.raises(ConfigError, match=r"has no config\.json, and a checkpoint .*; give --config a folder"):
         import_hf.main(imported)
-    assert import_hf.main([*imported, "--config", str(described(tmp_path / "hub"))]) == 0
+    hub = str(described(tmp_path / "hub"))
+    with pytest.raises(ConfigError, match=r"no embedding that --from megatron knows by its name; .* give --from dcp"):
+        import_hf.main([*imported[:3], "megatron", "--config", hub])
+    assert import_hf.main([*imported, "--config", hub]) == 0
     assert (logits(open_source(tmp_path / "ours")) - expected).abs().max() < TOLERANCE * expected.abs().max()
     lost = next((tmp_path / "step-3").glob("__1*.distcp"))
     lost.rename(tmp_path / "aside")
     with pytest.raises(ConfigError, match=rf"lacks {lost.name}, which its \.metadata names; fetch them again"):
-        import_hf.main([*imported[:1], str(tmp_path / "again"), *imported[2:], "--config", str(tmp_path / "hub")])
+        import_hf.main([*imported[:1], str(tmp_path / "again"), *imported[2:], "--config", hub])
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["stacked layers", "a name for each shard"])

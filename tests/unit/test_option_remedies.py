@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs.loader import ConfigError
+from launch import recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, DATA = str(ROOT / "configs/pretrain/demo.toml"), str(ROOT / "configs/data/demo.toml")
@@ -174,7 +175,8 @@ WEB_LINES = [DATA, "--stage", "web_lines", *RUN]
             [*EXAMPLES, "--heldout", "0.5"],
             "matches no file",
         ),
-        (EVAL, ["x", "--rows", "0"], "there are no --tasks; give one of the two", ["x", "--rows", "1"], NO_MODEL),
+        (EVAL, ["x", "--rows", "0"], "there are no --tasks; leave it out, or", ["x"], NO_MODEL),
+        (EVAL, ["x", "--rows", "0"], "or give --tasks", ["x", "--rows", "0", "--tasks", "y"], NO_MODEL),
         (EVAL, ["x", "--rows", "-1"], "give 0 or more", ["x", "--rows", "0", "--tasks", "y"], NO_MODEL),
         (EVAL, ["x", "--limit", "0"], "give 1 or more", ["x", "--limit", "1"], NO_MODEL),
         (CONFIG, ["--new", "sft", "data"], "--new prints a whole config, so leave out 'data'", ["--new", "sft"], ""),
@@ -251,3 +253,11 @@ def test_a_command_goes_on_once_its_message_was_followed(
         with pytest.raises(ConfigError) as raised:
             main(right)
         assert next_refusal in str(raised.value) and words not in str(raised.value)
+
+
+def test_the_demo_goes_on_in_the_folder_that_its_message_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="here; run the demo from the root of the repository"):
+        recipe.demo(["--dry-run"])
+    monkeypatch.chdir(ROOT)
+    assert recipe.demo(["--dry-run"]) == 0

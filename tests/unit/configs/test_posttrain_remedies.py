@@ -28,6 +28,7 @@ PAIRS = {**TRAIN, "data": {"pairs": ["a.jsonl"]}}
 FILES = {**TRAIN, "data": {"files": ["a.jsonl"]}}
 PPO = {**TRAIN, "task": {}}
 FILE = {"kind": "file", "files": ["a"]}
+PLAYED = {**TRAIN, "task": {"kind": "verifiers", "verifiers": {"taskset": "my-game"}}}
 
 
 def ahead(**rl: Any) -> dict[str, Any]:
@@ -209,6 +210,25 @@ def recipe(**stage: Any) -> dict[str, Any]:
             {"run": "a", "hf": "b"},
             "leave only one of them .*: init.run= or init.hf=",
             {"run": "", "hf": "b"},
+        ),
+        (
+            TaskConfig,
+            {"kind": "verifiers"},
+            "needs verifiers.taskset; set the id of a taskset",
+            {"kind": "verifiers", "verifiers": {"taskset": "my-game"}},
+        ),
+        *(
+            (
+                GRPOConfig,
+                PLAYED | {"rl": rl},
+                rf"and task\.kind = 'verifiers' has episodes of its own; {remedy}$",
+                PLAYED | {"rl": right},
+            )
+            for rl, remedy, right in (
+                ({"environment": {"tools": ["calculator"]}}, r"leave out rl\.environment", {}),
+                ({"sampler": "vllm"}, r"set rl\.sampler=whole", {"sampler": "whole"}),
+                ({"overlong_buffer": 4}, r"set rl\.overlong_buffer=0", {"overlong_buffer": 0}),
+            )
         ),
         (InitConfig, {}, "set init.run=RUN", {"run": "RUN"}),
         (InitConfig, {}, "init.checkpoint=RUN/checkpoints/step_N", {"checkpoint": "RUN/checkpoints/step_N"}),

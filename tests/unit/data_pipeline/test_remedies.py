@@ -18,7 +18,7 @@ from configs.loader import ConfigError
 from configs.tokenizer import TokenizerConfig
 from data_pipeline import command
 from data_pipeline.core import progress
-from data_pipeline.provenance import document_samples, recall, takedown, trace, verify, what_if
+from data_pipeline.provenance import document_samples, explain, recall, takedown, trace, verify, what_if
 from data_pipeline.report import ledger_tables
 from data_pipeline.tokens import tokenizer_training
 from tests.data_runs import ROOT, data_config
@@ -94,7 +94,8 @@ def test_a_language_that_does_not_exist_is_refused_and_those_that_are_named_do(
     args = [str(finished), f"run.dir={tmp_path}/run", "--dry-run"]
     for wrong in ("english", "eng", "cn", "zh-Hans"):
         said = outcome(command.main, [*args, f"sources.big.rules={{'{wrong}'='big'}}"], capsys)
-        named = found(rf"sources\.big\.rules has '{wrong}', .*such as (.+), or 'any' for all", said)[1].split(", ")
+        told = rf"rules has '{wrong}', which is no language code of lid\.176; name one, such as (.+), or 'any' for all"
+        named = found(told, said)[1].split(", ")
         for language in ("any", *named):
             assert not outcome(command.main, [*args, f"sources.big.rules={{{language}='big'}}"], capsys)
 
@@ -270,7 +271,7 @@ def test_a_trace_finds_its_plan_from_any_folder_and_when_all_has_moved(
         shutil.copytree(home / "elsewhere", home / "runs/data/other")
         assert not outcome(trace.main, ["--run", ".", "--step", "3", "--plan", str(home / "runs/data/other")], capsys)
         steps = found(
-            r"make steps (\d+) to (\d+),",
+            r"make steps (\d+) to (\d+), 4 each; give one of these steps",
             outcome(trace.main, ["--run", ".", "--step", "99", "--plan", "../data/other"], capsys),
         )
         for step in steps.groups():
@@ -343,6 +344,12 @@ def test_a_list_of_documents_is_right_once_it_is_as_the_message_says(finished: P
     assert takedown.main([str(config), str(file), "--out", str(texts / "out"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert all(re.search(rf"(?m)^{re.escape(one)}: (train|heldout)/big, ", shown) for one in told) and len(told) == 2
+    said = outcome(explain.main, [str(config), "--id", "big/3"], capsys)
+    named = found(
+        r"the id of 2 records, whose documents have their locations added to it; name one of them: (.+)", said
+    )
+    assert [one.strip("'") for one in named[1].split(", ")] == told
+    assert not any(outcome(explain.main, [str(config), "--id", one], capsys) for one in told)
 
 
 def test_a_run_dir_that_another_run_holds_is_free_after_it_and_another_one_is_at_once(

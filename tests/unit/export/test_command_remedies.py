@@ -10,8 +10,16 @@ from types import ModuleType
 import pytest
 
 from configs.loader import ConfigError
+from configs.mixture import PlanConfig
+from configs.model_parts import AttentionConfig
+from configs.moe import MoEConfig
+from data_pipeline.mixture.plan_files import build_plan
+from data_pipeline.tokens.store import build
+from data_pipeline.tokens.tokenizer import Tokenizer
 from export import generate, huggingface, import_hf
-from tests.tiny_models import tiny, write_imported
+from export.publishing import RECORD
+from tests.shards import write_shard
+from tests.tiny_models import ENGLISH, tiny, write_imported
 
 EXPORT = """
 run = "run"
@@ -30,7 +38,14 @@ def made(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path, exporte
     """Folder with an imported model, a Hugging Face folder, a file of prompts, and the config of an export."""
     folder = tmp_path_factory.mktemp("made")
     write_imported(folder / "run", tiny(), tokenizer_path)
+    dense_first = MoEConfig(num_experts=4, top_k=2, dense_layers=(0,))
+    moe = tiny(moe=True).model_copy(update={"moe": dense_first, "attention": AttentionConfig(qk_norm="head")})
+    write_imported(folder / "experts", moe, tokenizer_path)
     shutil.copytree(exported, folder / "hf")
+    for name, content in (("cut", "{"), ("list", "[]")):
+        shutil.copytree(exported, folder / name)
+        (folder / name / "config.json").write_text(content)
+        (folder / name / RECORD).unlink()
     (folder / "taken").mkdir()
     for name, text in (
         ("taken/notes.txt", "mine"),
@@ -72,6 +87,14 @@ A, FILE = ["--prompt", "a"], ["--prompts", "prompts.jsonl"]
         (huggingface, ["export.toml", "out=taken"], "choose another folder", ["export.toml", "out=another"]),
         (huggingface, ["export.toml", "adapter=peft"], "set adapter=merge", ["export.toml", "adapter=merge"]),
         (huggingface, ["export.toml", "base=run"], "or leave base out", ["export.toml"]),
+        (
+            huggingface,
+            ["export.toml", "run=experts", "verify.layers=1"],
+            "leaves out every layer with experts, of which layer 1 is the first; set verify.layers=2 or more",
+            ["export.toml", "run=experts", "verify.layers=2"],
+        ),
+        (import_hf, ["cut", "new"], "cut/config.json is not valid JSON (", ["hf", "new"]),
+        (import_hf, ["list", "new"], "list/config.json holds no JSON object; fetch it again", ["hf", "new"]),
         (import_hf, ["hf", "taken"], "name a new folder", ["hf", "new"]),
         (import_hf, ["hf", "new", "--base", "run"], "leave them out", ["hf", "new"]),
         (import_hf, ["hf", "new", "--config", "x"], "has a config.json of its own; leave --config out", ["hf", "new"]),
@@ -120,3 +143,23 @@ def test_a_model_or_prompts_that_are_not_there_are_told_without_torch(tmp_path: 
     )
     done = subprocess.run([sys.executable, "-c", script, json.dumps(asked)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_export_compares_held_out_text_once_a_plan_is_named_as_the_note_says(
+    made: Path,
+    tokenizer_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(made)
+    tokenizer = Tokenizer.load(tokenizer_path.parent)
+    for split in ("train", "heldout"):
+        shard = write_shard(tmp_path / f"{split}.jsonl.zst", [{"text": ENGLISH, "id": split, "metadata": {}}])
+        build(shard, tmp_path / "tokens" / split / "prose/00000", tokenizer)
+    mixture = PlanConfig(seq_length=32, samples=2, weights={"prose": 1.0})
+    build_plan(tmp_path / "tokens", tokenizer_path.parent, tmp_path / "plan", mixture)
+    note = "logits are compared on the prompts alone, not on held-out text; plan=FOLDER names a data plan"
+    for more, is_noted in (([], True), ([f"plan={tmp_path / 'plan'}"], False)):
+        assert huggingface.main(["export.toml", *more, "--dry-run"]) == 0
+        assert (note in " ".join(capsys.readouterr().out.split())) == is_noted

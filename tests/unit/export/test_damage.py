@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.checkpoint_folders import check_named
 from configs.initial import InitConfig
@@ -14,6 +15,7 @@ from export.model_source import open_source
 from export.publishing import RECORD, check_export, publish
 from posttrain.initial_chat_model import InitialChatModel
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.lineage import Lineage
 from pretrain.doctor.after_run import after_run
 from pretrain.run import history
 from pretrain.run.initial_model import InitialModel
@@ -61,6 +63,55 @@ def test_a_file_with_the_name_of_a_checkpoint_is_passed_over(run: Path) -> None:
         storage.read_manifest(storage.directory(run, 3))
 
 
+def test_a_damaged_manifest_is_passed_by_as_the_message_says(run: Path) -> None:
+    first, newest = storage.directory(run, 0), storage.directory(run, 3)
+    shutil.copytree(first, newest)
+    manifest = newest / storage.MANIFEST
+    for content in ("{", "", "{} {}"):
+        manifest.write_text(content)
+        with pytest.raises(
+            storage.CheckpointError, match=r"json is damaged: it is not JSON \(.*; use an earlier check"
+        ):
+            open_source(newest)
+        assert open_source(first).step == 0
+    manifest.unlink()
+    with pytest.raises(
+        storage.CheckpointError, match=r"does not exist, so .*/step_3 is not a whole checkpoint; use an earlier"
+    ):
+        storage.read_manifest(newest)
+    assert storage.read_manifest(first)["step"] == 0
+
+
+def test_a_checkpoint_that_would_lack_a_part_of_a_tensor_is_not_written(tmp_path: Path) -> None:
+    parts = []
+    for rank in range(2):
+        piece = storage.Piece("a", (4,), (rank * 2,), (2,), 0, 2)
+        parts.append(storage.write_rank(tmp_path, rank, {"a": (piece, {"weight": torch.ones(2)})}))
+    with pytest.raises(storage.CheckpointError, match="a: the ranks hold 2 of 4 elements; not saved"):
+        storage.complete(tmp_path, parts[:1], {"step": 1}, ("weight",))
+    assert not (tmp_path / storage.MANIFEST).exists()
+    storage.complete(tmp_path, parts, {"step": 1}, ("weight",))
+    with storage.Reader(tmp_path) as reader:
+        assert reader.read("a").tolist() == [1] * 4
+        with pytest.raises(storage.CheckpointError, match="no weight of b, so it is a checkpoint of another model"):
+            reader.read("b")
+
+
+def test_a_tokenizer_that_was_replaced_while_a_run_started_is_taken_by_the_next_start(
+    tokenizer_path: Path, tmp_path: Path
+) -> None:
+    file = Path(shutil.copy(tokenizer_path, tmp_path / "tokenizer.model"))
+    started, run = Lineage(file), tmp_path / "run"
+    identity = started.identity
+    run.mkdir()
+    file.write_bytes(b"another one")
+    with pytest.raises(ConfigError, match=r"tokenizer\.model was replaced while the run started; start it again"):
+        started.keep(run, identity)
+    again = Lineage(file)
+    again.keep(run, again.identity)
+    assert (run / "tokenizer.model").read_bytes() == b"another one"
+
+
 def test_a_checkpoint_without_manifest_is_none_that_a_message_names(run: Path) -> None:
     shutil.copytree(storage.directory(run, 0), storage.directory(run, 3))
     (storage.directory(run, 3) / storage.MANIFEST).unlink()
@@ -78,7 +129,7 @@ def test_a_damaged_history_or_config_is_named(run: Path) -> None:
     file = run / history.FILE
     for content in ("[{", "{}x", '["a"]', '{"a": 1}', "3", "null"):
         file.write_text(content)
-        with pytest.raises(ConfigError, match=r"history\.json is damaged \(it is n.*; remove it"):
+        with pytest.raises(ConfigError, match=r"is damaged \(it is n.*\); remove it: the run's own command writes it"):
             history.read(run)
     file.unlink()
     assert history.read(run) == []
@@ -112,8 +163,10 @@ def test_a_damaged_file_of_an_export_is_named_before_anything_is_made_of_it(
         if (name, damage) != ("config.json", "remove"):  # generation and evaluation know a folder by this file
             readers.append(lambda: open_source(folder))
         for read in readers:
-            with pytest.raises(ConfigError, match=re.escape(str(file))):
+            with pytest.raises(ConfigError, match=re.escape(str(file))) as told:
                 read()
+            assert damage != "remove" or f"{file} is missing; export the model again; " in str(told.value)
+            assert (name, damage) != (RECORD, "cut") or "); export the model again; if a change" in str(told.value)
         assert not out.exists()
         (folder / RECORD).unlink()  # as the message says for a change that is meant
         if name == "generation_config.json" and damage == "remove":

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 
+from export.conversion.walk import ConversionError
 from export.dcp_folder import DcpFolder
+from export.training_checkpoint import open_checkpoint
 
 
 class PickledCommand:
@@ -105,3 +108,16 @@ def test_what_is_no_checkpoint_is_told(saved: tuple[Path, dict[str, torch.Tensor
         (folder / ".metadata").write_bytes(wrong)
         with pytest.raises(ValueError, match=said):
             DcpFolder(folder)
+
+
+def test_tensors_of_unknown_names_are_read_once_they_are_named_as_the_message_says(
+    saved: tuple[Path, dict[str, torch.Tensor]], exported: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConversionError, match=r"no embedding that --from dcp knows by its name; .*; save it by the names of .*transf"
+    ):
+        open_checkpoint(saved[0], "dcp", exported)
+    named = load_file(exported / "model.safetensors")
+    dcp.save(dict(named), checkpoint_id=tmp_path / "named", no_dist=True)
+    opened = open_checkpoint(tmp_path / "named", "dcp", exported)
+    assert torch.equal(opened.tensors.read("model.norm.weight"), named["model.norm.weight"])

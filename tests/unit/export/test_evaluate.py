@@ -202,6 +202,13 @@ def test_humaneval_runs_the_models_programs(tokenizer_path: Path, decoder: Any, 
             r"task choice cannot be loaded: its data are not on this machine .*data_files of a copy .*HF_HUB_OFFLINE=0",
             CHOICE,
         ),
+        *(
+            (wrong, r"task choice has no documents in its test_split or validation_split; correct its file or", CHOICE)
+            for wrong in (
+                CHOICE.replace("questions.jsonl", "empty.jsonl"),
+                CHOICE + "process_docs: !function choose.none\n",
+            )
+        ),
         (
             CHOICE + "doc_to_image: [picture]\n",
             r"task choice shows images, and Trivium's models read text alone; leave it out",
@@ -226,6 +233,8 @@ def test_tasks_that_cannot_be_run_are_told_and_run_as_the_message_says(
     file.write_text(text)
     for name in ("questions", "solved"):
         (tmp_path / f"{name}.jsonl").write_bytes((tasks / f"{name}.jsonl").read_bytes())
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "choose.py").write_text("def none(documents):\n    return documents.select([])\n")
     with pytest.raises(ConfigError, match=message):
         load_tasks([str(tmp_path)])
     if isinstance(mended, str):

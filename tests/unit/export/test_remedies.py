@@ -1,15 +1,20 @@
 """Remedies in the export's messages about lengths and memory: each is applied and works."""
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 
 from configs.export import ExportConfig
 from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
+from configs.train import ParallelConfig
 from export.huggingface import _check_lengths
 from export.memory import check_memory
+from export.text_model import _layout
 from tests.remedies import remedies
+from tests.tiny_models import make_source, tiny
 
 
 def test_lengths_that_a_message_names_are_legal_and_the_longest() -> None:
@@ -58,3 +63,23 @@ def test_layers_that_a_message_names_fit_into_memory_and_are_the_most() -> None:
             check_memory(model, int(value) + 1, free)
     with pytest.raises(ConfigError, match="even for one layer; export on a machine with more memory"):
         check_memory(model, None, 1000)
+
+
+def test_ranks_that_generate_are_as_many_as_a_message_says() -> None:
+    source = make_source(tiny(moe=True), {}, Path("tokenizer.model"))  # of 4 heads, 2 key-value heads and 4 experts
+    followed = 0
+    for ranks in range(2, 13):
+        for tp, ep in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)):
+            try:
+                _layout(ranks, ParallelConfig(tp=tp, ep=ep), source)
+            except ConfigError as error:
+                if "ranks that were started" not in str(error):
+                    continue
+                start = re.search(r"; start (\d+)(?:, or set parallel\.tp=(\d+))?$", str(error))
+                assert start is not None, error
+                if int(start[1]) > 1:
+                    _layout(int(start[1]), ParallelConfig(tp=tp, ep=ep), source)
+                if start[2]:
+                    _layout(ranks, ParallelConfig(tp=int(start[2]), ep=ep), source)
+                    followed += 1
+    assert followed > 5

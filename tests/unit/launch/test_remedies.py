@@ -1,5 +1,8 @@
 """Remedies in messages of `trivium launch`: each is done word for word, and the launch is accepted then."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ SLEEP = ["tests.e2e.steps_of_sleep", "x"]
 HOSTS = ["--set", 'hosts=["gpu0", "gpu1"]']
 TUNED = ["train", "tuned.toml", "run.dir=y"]  # whose model comes from files of another run
 CPU = str(ROOT / "configs/launch/cpu.toml")
+UNSHARE = shutil.which("unshare")
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,13 @@ CPU = str(ROOT / "configs/launch/cpu.toml")
         ("slurm", ["--nnodes=2", "--min-nodes=1", *TUNED], "leave min_nodes out", ["--nnodes=2", *TUNED]),
         ("slurm", TUNED[:-1], "key 'run.dir' is missing; set it in the file or as run.dir=VALUE", TUNED),
         ("slurm", ["--job-dir", "a\\b", *TRAIN], "choose another path", ["--job-dir", "ab", *TRAIN]),
+        ("local", ["--min-nodes=2", *TRAIN], "start it on as many, or set min_nodes=1", ["--min-nodes=1", *TRAIN]),
+        (
+            "local",
+            ["--min-nodes=2", *TRAIN],
+            "1 machines are fewer than min_nodes = 2; start it on as many",
+            ["--min-nodes=2", "--nnodes=2", "--node-rank=0", "--master-address=a", *TRAIN],
+        ),
         ("local", ["sfft", SFT[1]], "did you mean sft?", SFT),
         ("local", ["trivium", *TRAIN], "leave out the word 'trivium'", TRAIN),
         (
@@ -99,3 +110,35 @@ def test_a_launch_is_accepted_once_its_message_was_followed(
     assert said in str(raised.value)
     if right:
         assert ranks.main([*(() if "--on" in right else ("--on", way)), "--dry-run", *right]) == 0
+
+
+WITHOUT_PORTS = """
+import contextlib, socket, sys
+from pathlib import Path
+from configs.loader import ConfigError
+from launch import ranks
+
+Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("1100 1101")
+with contextlib.ExitStack() as held:
+    for port in (1100, 1101, ranks.LOWEST_PORT):
+        held.enter_context(socket.socket()).bind(("", port))
+    try:
+        ranks.main(sys.argv[1:])
+    except ConfigError as error:
+        print(error)
+    assert ranks.main(["--master-port=1200", *sys.argv[1:]]) == 0
+assert ranks.main(sys.argv[1:]) == 0
+"""
+
+
+def test_ranks_meet_once_a_port_is_free_or_given_as_the_message_says() -> None:
+    """Launches in a network namespace of its own, all of whose ports are taken."""
+    own = ["unshare", "--net"]
+    if shutil.which("unshare") is None or subprocess.run([*own, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("needs unshare of util-linux, and the right to make a network namespace")
+    argv = [*own, sys.executable, "-c", WITHOUT_PORTS, "--nproc-per-node=1", "--dry-run", *TRAIN]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "no TCP port is free for ranks to meet at; end programs that hold them, or give --master-port\n" in done.stdout
+    )

@@ -13,6 +13,7 @@ from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
 from configs.sealed import CHECKPOINT
 from configs.train import ParallelConfig, TrainSection
+from posttrain import rehearse
 from posttrain.rl.text_rows import check_text_rows
 from tests.remedies import GONE, refused, ways
 from tests.untrained_models import MODEL, dry_runs, write_untrained
@@ -29,6 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "padded": {"vocab_size": 404},
     "values": {"head": {"kind": "scalar"}},
     "narrow": {},
+    "flat": {"num_layers": 1},
 }
 NARROW = 30  # tokens that the model "narrow" was trained on at a time, fewer than some dialogues have
 PREFIX = ["adapter.kind=prefix", "adapter.virtual_tokens=4"]
@@ -65,6 +67,12 @@ def base(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     (folder / "judges.py").write_text(JUDGES)
     shutil.copytree(folder / "dense", folder / "bare")
     (folder / "bare/tokenizer.model").unlink()
+    shutil.copytree(folder / "dense", folder / "nameless")
+    manifest = folder / "nameless/checkpoints/step_1/manifest.json"
+    facts = CHECKPOINT.read(manifest.read_bytes(), manifest)
+    del facts["identity"]["tokenizer"]
+    manifest.write_bytes(CHECKPOINT.write(facts))
+    (folder / "nameless/tokenizer.model").unlink()
     return folder
 
 
@@ -84,6 +92,7 @@ def base(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         ("distill", 1, [*STUDENT, "distill.sampler=split", *NF4], 1),
         ("grpo", 1, ["rl.sampler=split", *NF4], 1),
         ("distill", 2, ["teacher.run={}/padded", "parallel.tp=2"], 1),
+        ("distill", 2, ["teacher.run={}/flat", "parallel.pp=2"], 1),
         ("distill", 1, [*TEACHER, "data.max_bad_share=0.9"], 1),
         (
             "distill",
@@ -137,6 +146,12 @@ def test_a_command_starts_with_what_its_message_sets(
             [[]],
         ),
         ("distill", ["teacher.run={}/values"], "is a reward model.*start from a language model", [[]]),
+        (
+            "distill",
+            ["teacher.run={}/nameless"],
+            "nothing says which tokenizer the teacher was trained with; set teacher.tokenizer to its folder$",
+            [["teacher.run={}/nameless", "teacher.tokenizer={}/dense"]],
+        ),
         ("distill", ["teacher.run={}/bare"], "is missing; restore it", [["teacher.run={}/dense"]]),
         ("sft", ["data.chat_template={}/gone"], "name a Jinja template's file, or leave it out", [[]]),
         (
@@ -342,6 +357,8 @@ def test_a_command_starts_once_its_message_was_followed(
 def test_a_layout_is_refused_and_started_as_the_message_says(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message = refused(dry_runs(base, monkeypatch)["distill"], 2, [f"teacher.run={base}/padded", "parallel.tp=2"])
     assert message.endswith("would split at different tokens; set parallel.tp=1")
+    message = refused(dry_runs(base, monkeypatch)["distill"], 2, [f"teacher.run={base}/flat", "parallel.pp=2"])
+    assert message.startswith(f"teacher.run = '{base}/flat' does not fit the layout: ")
     split = ["distill.sampler=split", "parallel.pp=2"]
     message = refused(dry_runs(base, monkeypatch)["distill"], 2, [*STUDENT, *split])
     assert "samples with the slices of tensor and expert parallel alone" in message
@@ -351,3 +368,10 @@ def test_a_layout_is_refused_and_started_as_the_message_says(base: Path, monkeyp
     ) as raised:
         check_text_rows(3, layout, 2)
     check_text_rows(int(str(raised.value).rpartition("=")[2]), layout, 2)
+
+
+def test_a_rehearsal_takes_all_micro_batches_as_its_message_says(base: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    argv = [str(base / "ppo.toml"), "--world=1", "--device=cpu", "ppo.text_plan=x", "ppo.text_rows=2"]
+    with pytest.raises(ConfigError, match=r"adds others that may differ; leave --micro-batches out, and all are run$"):
+        rehearse.main([*argv, "--micro-batches=1"])
+    assert rehearse.main(argv) == 0 and "calls of 1 ranks fit together" in capfd.readouterr().out

@@ -1,5 +1,7 @@
 """Tests that data runs that lack documents or tokens warn early, continue where they can, and never extract twice."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from data_pipeline.mixture.rows import Plan
 from data_pipeline.report import ledger_tables as report
 from export.heldout_passages import heldout_passages
 from pretrain.heldout_loss import HeldoutLoss
-from tests.small_sources import write_config
+from tests.small_sources import text, write_config
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -45,6 +47,11 @@ def test_sources_with_too_little_are_told_and_the_run_goes_on(
     assert command.main([str(config), "mixture.samples=22"]) == 0
     assert "warning: source short has no document left to train on" in said(capsys)
     assert extracted(tmp_path) == first
+    assert "no record was read from its files: name others by sources.none.files, or correct its format" in told
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps({"id": str(n), "text": text(n + 77)}) + "\n" for n in range(9)))
+    assert command.main([str(config), f"sources.none.files=['{more}']", f"run.dir={tmp_path}/again"]) == 0
+    assert "source none has" not in said(capsys)
 
 
 def test_nothing_is_held_out_of_a_share_of_0(tmp_path: Path) -> None:
@@ -81,6 +88,13 @@ def test_too_little_text_is_told_before_the_plan_and_by_it(tmp_path: Path, capsy
     assert "mixture.samples = 9,000 rows of mixture.seq_length = 64" in told.split("error: ")[1]
     fitting = int(told.split("Lower mixture.samples to ")[1].split(", ")[0].replace(",", ""))
     assert command.main([str(config), f"mixture.samples={fitting}"]) == 0
+    assert "will probably refuse" not in said(capsys)
+    has, wanted, epochs = re.findall(
+        r"has (\S+) tokens for mixture after tokens, .* need (\S+) of them: .* raise mixture\.max_epochs = (\d+), or",
+        told,
+    )[0]
+    most = int(epochs) * int(wanted.replace(",", "")) // int(has.replace(",", "")) + 1
+    assert command.main([str(config), f"mixture.max_epochs={most + 1}"]) == 0  # rows cut some documents
     assert "will probably refuse" not in said(capsys)
 
 

@@ -51,7 +51,7 @@ def test_a_document_and_a_source_are_found_as_the_messages_say(
 def test_a_mixture_that_a_run_has_used_up_is_raised_as_the_message_says(names: tuple[str, ...]) -> None:
     stages = {name: PlanConfig(seq_length=8, samples=100 + 50 * n, weights={"a": 1.0}) for n, name in enumerate(names)}
     for used in (250, 400):
-        with pytest.raises(ConfigError) as said:
+        with pytest.raises(ConfigError, match=r"in all, the used ones among them; raise mixture") as said:
             rest(stages, used)
         key, above = re.findall(r"raise (mixture\S+) above ([\d,]+)$", str(said.value))[0]
         name = names[-1]

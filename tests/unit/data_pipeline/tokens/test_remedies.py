@@ -102,7 +102,11 @@ def test_our_own_file_is_restored_too(tokenizer_folder: Path, tmp_path: Path) ->
             {"text": {"files": ["{dir}/a.jsonl"], "text_key": "text"}},
         ),
         ({"text": {"files": ["{dir}/blank.jsonl"]}}, r"correct text\.text_key = 'text', or name other files", {}),
-        ({"text": {"files": ["{dir}/empty.txt"]}}, r"has text \(.*\); name other files", {}),
+        (
+            {"text": {"files": ["{dir}/empty.txt"]}},
+            r"text.files: none of \d+ records in 1 files has text \(.*\); name other files",
+            {},
+        ),
         ({"text": {"run": "{dir}/none"}}, "name the run.dir of a data run", {"text": {"run": "{dir}/run"}}),
         ({"out": "{dir}/there"}, "exists already; name another folder", {"out": "{dir}/other"}),
         (

@@ -87,6 +87,20 @@ def test_every_published_form_gives_the_ids_of_its_library(tmp_path: Path) -> No
         assert opened.encode(texts) == expected, path
         assert opened.count(texts).sum() == sum(map(len, expected))
         assert opened.spellings[plain["Ġ"]] == " "
+    vocabulary, merges = tmp_path / "vocab.json/vocab.json", tmp_path / "vocab.json/merges.txt"
+    for file, damage in (
+        (vocabulary, "["),
+        (vocabulary, "[1]"),
+        (vocabulary, '{"a": "b"}'),
+        (merges, "a b c\n"),
+        (merges, "no pair\n"),
+    ):
+        whole = file.read_text(encoding="utf-8")
+        file.write_text(damage, encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"merges.txt are not GPT-2's files .*; restore them, or name another"):
+            open_published(vocabulary.parent)
+        file.write_text(whole, encoding="utf-8")
+        assert open_published(vocabulary.parent).encode(texts) == expected
     for maker in (llama2, qwen, bert):
         theirs = tokenizers.Tokenizer.from_file(str(write(tmp_path / maker.__name__, *maker()) / "tokenizer.json"))
         theirs.no_truncation()

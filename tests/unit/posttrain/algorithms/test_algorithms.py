@@ -364,7 +364,9 @@ def test_a_batch_is_compared_under_every_dialect(tmp_path: Path, capsys: pytest.
     assert all(name in said for name in DIALECTS) and "6 sampled tokens in 2 completions" in said
     moved = {one.dialect: one for one in compare_dialects.compare(compare_dialects.drifted(batch, 1.0))}
     assert moved["grpo@trl"].clipped > 0 and moved["cispo@minimax"].live == 1 > moved["grpo@trl"].live
+    batch.but(mask=torch.zeros_like(mask)).save(tmp_path / "empty.safetensors")
     for argv, message in (
+        ([str(tmp_path / "empty.safetensors")], "no sampled token: its mask is all False; record another batch"),
         ([str(tmp_path / "none")], "cannot be read as a recorded batch"),
         ([str(tmp_path)], r"cannot be read as a recorded batch \(it is a folder\)"),
         ([str(tmp_path / "batch.safetensors"), "--drift", "-1"], "--drift -1.0 is no distance"),

@@ -14,7 +14,7 @@ from posttrain.chat.chat_format import ChatFormat
 from posttrain.rewards.attempt import TaskScore
 from posttrain.tasks.episode_environment import Transcript, play
 from posttrain.tasks.preflight import check_task
-from posttrain.tasks.verifiers_task import VerifiersTask
+from posttrain.tasks.verifiers_task import VerifiersTask, _env
 from tests.scripted_answers import Script
 from tests.verifiers_game import FILE, SOURCE, TASKSET, messages_in, own_scores, own_tasks
 
@@ -188,11 +188,31 @@ def test_environments_that_cannot_be_played_are_refused(
         verifiers_child.load({"taskset": name, "env": env, "max_problems": 5})
 
 
-def test_a_taskset_that_is_not_there_is_named(game: VerifiersTask) -> None:
+def test_a_taskset_is_played_once_it_is_where_the_message_says(
+    game: VerifiersTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = r"; tasksets are looked for in the working directory and among installed packages \(memory is task\.veri"
     with pytest.raises(
-        ConfigError, match=r"task\.verifiers\.taskset = 'no-such-game' cannot be played: ModuleNotFound"
+        ConfigError, match=rf"task\.verifiers\.taskset = 'later-game' cannot be played: ModuleNotFound.*{words}"
     ):
-        VerifiersTask("none", VerifiersConfig(taskset="no-such-game"), 20)
+        VerifiersTask("none", VerifiersConfig(taskset="later-game"), 20)
+    (tmp_path / "later_game.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    task = VerifiersTask("later", VerifiersConfig(taskset="later-game", seconds=120.0, heldout_share=0.3), 20)
+    task.process.close()
+
+
+def test_a_taskset_that_scores_nothing_in_its_time_gets_more(
+    game: VerifiersTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(game, "settings", game.settings.model_copy(update={"seconds": 0.0001}))
+    words = (
+        r"scores none of its first problems, answered with 'no answer' \(first: .*\); mend it, or raise task\.verifiers"
+    )
+    with pytest.raises(ConfigError, match=words + r"\.seconds = 0\.0001 or task\.verifiers\.memory_mb = 4096"):
+        game.try_out()
+    monkeypatch.setattr(game, "settings", game.settings.model_copy(update={"seconds": 120.0}))
+    game.try_out()
 
 
 @pytest.mark.parametrize("version", ["", "0.1.14"])
@@ -209,18 +229,25 @@ def test_the_package_is_needed_in_its_version(monkeypatch: pytest.MonkeyPatch, v
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
+    ("text", "reason", "mended"),
     [
-        ("env = 3", "has an env that is no table"),
-        ("[other]\n[env]", "has other; only the table"),
-        ('[env.taskset]\nid = "chess"', "has env.taskset.id = 'chess'"),
-        ("[env", "cannot be read"),
+        ("env = 3", r"has an env that is no table; only the table \[env\] is read, leave it out", ""),
+        ("[other]\n[env]", r"has other; only the table \[env\] is read, leave it out", "[env]"),
+        (
+            '[env.taskset]\nid = "chess"',
+            r"has env\.taskset\.id = 'chess', .*; leave the id out of the file",
+            "[env.taskset]",
+        ),
+        ("[env", "cannot be read: .*; correct it", "[env]"),
     ],
 )
-def test_a_config_of_verifiers_that_cannot_be_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str
+def test_a_config_of_verifiers_is_read_once_it_is_as_the_message_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str, mended: str
 ) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda package: "0.4.0")
     (tmp_path / "env.toml").write_text(text)
+    config = VerifiersConfig(taskset=TASKSET, config=str(tmp_path / "env.toml"))
     with pytest.raises(ConfigError, match=reason):
-        VerifiersTask("game", VerifiersConfig(taskset=TASKSET, config=str(tmp_path / "env.toml")), 20)
+        VerifiersTask("game", config, 20)
+    (tmp_path / "env.toml").write_text(mended)
+    assert set(_env(config, "task.verifiers")) <= {"taskset"}

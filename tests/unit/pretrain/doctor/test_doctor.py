@@ -53,8 +53,12 @@ def test_a_disk_without_room_for_the_checkpoints_is_a_failure(tmp_path: Path) ->
     assert not (tmp_path / "run").exists() and not list(tmp_path.iterdir()), "looking leaves nothing behind"
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     # Two and a half checkpoints fit, so that it does not matter what other programs write or remove meanwhile.
-    (found,) = disk(_config(tmp_path, every=10, keep=4), parameters=free // 12 * 2 // 5)
-    assert found.level is not Severity.OK and "set checkpoint.keep=1" in found.remedy
+    parameters = free // 12 * 2 // 5
+    for more, said in (({}, "set checkpoint.keep=1,"), ({"keep_every": 10}, "keep=1 and checkpoint.keep_every=0,")):
+        (found,) = disk(_config(tmp_path, every=10, keep=4, **more), parameters=parameters)
+        assert found.level is Severity.FAILURE and said in found.remedy
+    (found,) = disk(_config(tmp_path, every=10, keep=1, keep_every=0), parameters=parameters)
+    assert found.level is not Severity.FAILURE
     (found,) = disk(_config(tmp_path, every=10), parameters=10**15)
     assert found.level is Severity.FAILURE and found.remedy.startswith("not even two fit")
 

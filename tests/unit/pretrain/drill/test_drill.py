@@ -1,12 +1,16 @@
 """`trivium drill` without its runs: how it shrinks a config, what it refuses, and what it makes of numbers."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from configs.loader import ConfigError, load
+from configs.loader import ConfigError, Failure, load
 from configs.train import PretrainConfig
 from data_pipeline.mixture.rows import Plan
 from pretrain.drill import drill
@@ -88,6 +92,27 @@ def test_degrees_are_lowered_until_the_ranks_suffice_and_one_that_is_given_is_no
 def test_what_cannot_be_drilled_is_refused(words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         drill.main([DEMO, "--dry-run", *words])
+
+
+def test_a_drill_needs_proc_as_its_message_says() -> None:
+    """Drills where a file system without files is mounted in place of /proc, and where /proc is."""
+    drilled = [sys.executable, "-m", "pretrain.drill.drill", DEMO, "--dry-run"]
+    unshare = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("needs unshare of util-linux, and the right to mount")
+    done = subprocess.run([*unshare, *drilled], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "a drill finds the processes of ranks in /proc, which this system has not; use Linux" in done.stderr
+    assert drill.main([DEMO, "--dry-run"]) == 0
+
+
+@pytest.mark.full
+def test_rows_are_made_once_the_vocabulary_is_as_the_message_says(tmp_path: Path) -> None:
+    words = r"no rows of 60000 tokens could be made to train on; set model\.vocab_size=(\d+), or name the folder of a"
+    with pytest.raises(Failure, match=words) as told:
+        make_rows(tmp_path / "data", 64, 144, 60_000)
+    named = re.search(words, str(told.value))
+    assert named is not None and Plan.open(make_rows(tmp_path / "again", 64, 144, int(named[1]))).num_samples == 144
 
 
 @pytest.mark.full

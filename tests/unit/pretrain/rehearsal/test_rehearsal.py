@@ -1,8 +1,11 @@
 """Rehearsals: which ranks are run, how their calls are compared, and the command. Real steps are in tests/parallel."""
 
+import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -243,6 +246,19 @@ def test_micro_batches_of_stage_3_that_are_not_run_are_those_of_the_middle(forks
     assert "Runs 4 of 6 micro-batches" in "\n".join(part)
     tables = [[line for line in lines if line.startswith(" ")] for lines in (whole, part)]
     assert tables[0] == tables[1] and len(tables[0]) > 6
+
+
+@pytest.mark.full
+def test_a_rehearsal_whose_process_dies_is_done_by_one_as_the_message_says(forks: Forks, tmp_path: Path) -> None:
+    argv, log = [DEMO, "parallel.tp=2", *SMALL, "--processes"], tmp_path / "log"
+    rehearsal = forks.start("posttrain.rehearse:main", log, argv=[*argv, "2"])
+    children = Path(f"/proc/{rehearsal.pid}/task/{rehearsal.pid}/children")
+    while not (pids := children.read_text().split()):
+        time.sleep(0.01)
+    os.kill(int(pids[0]), signal.SIGKILL)
+    assert rehearsal.wait() != 0
+    assert "a process has died, most likely for lack of memory; give --processes 1" in log.read_text()
+    assert forks.start("posttrain.rehearse:main", log, argv=[*argv, "1"]).wait() == 0, log.read_text()
 
 
 @pytest.mark.full
