@@ -23,7 +23,7 @@ from export.peft.adapter import Base, OwnAdapter, PeftError
 from export.peft.forms import form_of_kind
 from export.peft.low_rank import LowRankForm
 from pretrain.checkpoint import storage
-from pretrain.model import Decoder, LayerContext
+from pretrain.model import Decoder, LayerContext, init_weights
 from pretrain.model.adapters import add_adapters, is_adapter
 from pretrain.run.initial_model import InitialModel
 from tests.tiny_models import tiny, write_imported
@@ -47,6 +47,7 @@ MODELS = {
 def drawn(model: ModelConfig, config: AdapterConfig) -> OwnAdapter:
     decoder = Decoder(model, context=(context := LayerContext(dtype=torch.float32)))
     add_adapters(decoder, config, context, 0.1)
+    init_weights(decoder, seed=1)
     return OwnAdapter(config, {n: p.detach().clone() for n, p in decoder.named_global_parameters() if is_adapter(n)})
 
 
