@@ -197,11 +197,12 @@ def test_a_run_on_a_plan_goes_on_once_the_plan_has_grown_or_was_replaced(
     assert steps_of(tmp_path / "grown") == steps_of(tmp_path / "straight")
     mixture = PlanConfig(seq_length=32, samples=8, weights={"code": 1.0})
     build_plan(data / "tokens", data / "tokenizer", tmp_path / "rest", mixture, after=(Plan.open(data / "plan"), 4))
-    said = distill(ranks, base, 1, *rows, f"data.plan={tmp_path / 'rest'}", "--dry-run")["error"]
+    new = [*rows, f"run.dir={tmp_path / 'new'}", "--dry-run"]
+    said = distill(ranks, base, 1, *new, f"data.plan={tmp_path / 'rest'}")["error"]
     assert said.endswith(
         "continues another plan after its first 4 samples; name a plan that begins at the first sample"
     )
-    assert distill(ranks, base, 1, *rows, "--dry-run")["status"] == 0
+    assert distill(ranks, base, 1, *new)["status"] == 0
     publish(data, weights={"code": 0.9, "prose": 0.1})
     kept = run("kept", 3)
     assert kept["status"] == 0 and "weights.code 0.6 -> 0.9" in kept["said"]
