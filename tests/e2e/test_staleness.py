@@ -1,6 +1,5 @@
 """Sampling ahead of training (`rl.staleness`): by commands in turns, and by two that wait for each other."""
 
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from pretrain.data.batch_source import collate
 from pretrain.model import Decoder
 from tests.e2e.posttrain_configs import MODEL, write_base
 from tests.e2e.started_commands import Command
-from tests.parallel.harness import RankError, RanksOf
+from tests.parallel.harness import RanksOf
 from tests.parallel.runs import metrics
 
 STEPS = 3
@@ -61,44 +60,6 @@ def test_a_rollout_comes_from_the_weights_that_the_staleness_names(base: Path, i
         logprobs = logits.log_softmax(-1).gather(1, batch.labels[batch.loss_mask > 0][:, None])[:, 0]
         errors.append(float((logprobs - wanted).abs().max()))
     assert recorded.step == 1 and errors[0] < 1e-4 and errors[1] > 1e-3
-
-
-def refused(ranks: RanksOf, base: Path, *overrides: str) -> str:
-    """Returns the message with which GRPO refuses its config."""
-    worker, argv = "tests.parallel.workers.posttraining:command", [str(base / "grpo.toml"), *AHEAD, *overrides]
-    return str(ranks(1).run(worker, process_group=False, module="posttrain.grpo", argv=argv)[0]["error"])
-
-
-def test_rollouts_are_sampled_once_settings_are_as_the_messages_say(
-    ranks: RanksOf, base: Path, in_turns: Path, tmp_path: Path
-) -> None:
-    run, record = Path(shutil.copytree(in_turns, tmp_path / "run")), tmp_path / "rollouts"
-    shutil.copytree(base / "turns_rollouts", record)
-    argv = [f"run.dir={run}", f"rl.record={record}", "--rollouts-only=1"]
-    said = refused(ranks, base, *argv, f"train.steps={STEPS}")
-    assert said == f"{record} has all rollouts, 0 to 2, of train.steps = {STEPS}; raise it for more"
-    call(ranks, "grpo", base, *AHEAD, *argv, f"train.steps={STEPS + 1}")
-    assert rollout_file.numbers(record) == [0, 1, 2, 3]
-    for number in (2, 3):
-        rollout_file.path_of(record, number).unlink()
-    shutil.rmtree(storage.directory(run, 1))
-    said = refused(ranks, base, *argv)
-    assert "step_1 is gone and the run is at step 3, so a rollout cannot be sampled with its weights; raise" in said
-    assert said.endswith("raise checkpoint.keep, and begin both commands anew with other folders")
-    anew = [f"run.dir={tmp_path / 'anew'}", f"rl.record={tmp_path / 'anew_rollouts'}", "--rollouts-only=1"]
-    call(ranks, "grpo", base, *AHEAD, *anew, "checkpoint.keep=10")
-
-
-def test_a_reward_that_scores_nothing_is_mended_as_the_message_says(ranks: RanksOf, base: Path, tmp_path: Path) -> None:
-    """Trains an untrained model, whose completions are never right, with a reward that scores right ones alone."""
-    (tmp_path / "problems.jsonl").write_text("".join(f'{{"prompt": "a{i}", "answer": "b{i}"}}\n' for i in range(40)))
-    task = ["task.digits=none", "task.kind=file", f"task.files=['{tmp_path}/problems.jsonl']", "task.prompt_key=prompt"]
-    task += ["task.answer_key=answer", "task.rewards.own.kind=function", "task.heldout_share=0.2"]
-    argv = [f"init.run={base / 'init'}", f"run.dir={tmp_path / 'run'}", "train.steps=1", *task]
-    reward = "task.rewards.own.function=tests.e2e.own_rewards"
-    with pytest.raises(RankError, match="could score none of the 64 completions of prompts 0 to 7; mend its reward"):
-        call(ranks, "grpo", base, *argv, f"{reward}:only_right")
-    call(ranks, "grpo", base, *argv, f"{reward}:right_or_wrong")
 
 
 @pytest.mark.full
