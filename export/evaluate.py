@@ -97,6 +97,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} {value} is less than {least}; give {least} or more")
+    if args.samples and args.out and Path(args.samples).absolute() == Path(args.out).absolute():
+        raise ConfigError(f"--samples {args.samples} is the file of --out too, for the results; name another")
     args.tasks = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not args.tasks and args.rows == 0:
         raise ConfigError("--rows 0 measures no held-out text, and there are no --tasks; leave it out, or give --tasks")

@@ -318,6 +318,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path(args.out)
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder; name a file in it, such as {out / 'quality.safetensors'}")
+    for example in (*args.good, *args.bad):
+        if out.exists() and Path(example).exists() and out.samefile(example):
+            raise ConfigError(f"--out {out} is a file of examples, which the model would replace; name another")
     check_writable(out.parent, "--out", out)
     examples = collect(args.good, args.bad, args.text_key, args.max_chars)
     names = ("seed", "epochs", "rate", "word_ngrams", "slots")

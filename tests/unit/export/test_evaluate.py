@@ -251,6 +251,7 @@ def test_mistakes_on_the_command_line_are_told(
         (["--tasks", "humaneval", "--chat"], r"has no chat template; leave out --chat, or name a run of `trivium sft`"),
         (["--tasks", "humaneval", "--humaneval", str(tmp_path)], r"HumanEval's problems are not at"),
         (["--tasks", "x", "--task-folder", str(tmp_path / "no")], r"--task-folder .*no is no folder; name one with"),
+        (["--out", "a", "--samples", "./a"], r"--samples \./a is the file of --out too, for the results; name another"),
         ([], r"has no held-out text: it knows no data plan; name a plan by --plan, or give --tasks"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -86,6 +86,8 @@ def test_too_few_and_contradictory_examples_are_refused(tmp_path: Path, capsys: 
         ConfigError, match=r"90 good examples are too few; give at least 100 .* 30 in both\)"
     ) as refused:
         main(argv)
+    with pytest.raises(ConfigError, match="is a file of examples, which the model would replace; name another"):
+        main([*argv[:-1], str(bad)])
     with pytest.raises(
         ConfigError, match=r"--text-key = 'body', but none of the first 120 records .*; the keys there are text;"
     ):
