@@ -186,8 +186,19 @@ class _Head:
 
     def _chunk(self, part: slice, slope_n: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns log-probabilities, and with a slope the loss's gradient by the logits, which takes their memory."""
-        x_nH = self.x[part]
-        probs_nV = torch.mm(x_nH, self.weight.t(), out=self._logits[: len(x_nH)]).to(self.wide)
+        x_nH, label_n = self.x[part], self.labels[part]
+        logits_nV = torch.mm(x_nH, self.weight.t(), out=self._logits[: len(x_nH)])
+        # Chunks in bf16 are large, see above. Under tensor parallel each part would take all-reduces of its own.
+        if self.group or logits_nV.dtype == self.wide:
+            return self._rows(logits_nV, label_n, slope_n), None if slope_n is None else logits_nV
+        if slope_n is None:
+            return torch.cat([self._rows(logits, label, None) for logits, label in in_parts(logits_nV, label_n)]), None
+        all_parts = in_parts(logits_nV, label_n, slope_n)
+        return torch.cat([self._rows(logits, label, slope) for logits, label, slope in all_parts]), logits_nV
+
+    def _rows(self, logits_nV: torch.Tensor, label_n: torch.Tensor, slope_n: torch.Tensor | None) -> torch.Tensor:
+        """Returns the labels' log-probabilities; with a slope, the loss's gradient by the logits takes their place."""
+        probs_nV = logits_nV.to(self.wide)
         bent_nV = None  # the derivative of capped logits by logits
         if self.softcap is not None:
             tanh_nV = torch.tanh_(probs_nV.div_(self.softcap))
@@ -200,7 +211,7 @@ class _Head:
         if self.group:
             dist.all_reduce(largest_n, dist.ReduceOp.MAX, group=self.group)
         probs_nV.sub_(largest_n[:, None])
-        label_n, rows = self.labels[part], probs_nV.shape[1]
+        rows = probs_nV.shape[1]
         is_here_n = (label_n >= 0) & (label_n < rows)  # other labels are on other ranks
         index_n1 = label_n.clamp(0, rows - 1)[:, None]
         label_logit_n = probs_nV.gather(1, index_n1)[:, 0].where(is_here_n, 0.0)
@@ -209,13 +220,15 @@ class _Head:
             dist.all_reduce(sums, group=self.group)
         logprobs_n = sums[1] - sums[0].log()
         if slope_n is None:
-            return logprobs_n, None
+            return logprobs_n
         slope_n = slope_n / self.temperature
         probs_nV.mul_((-slope_n / sums[0])[:, None])
         probs_nV.scatter_add_(1, index_n1, (slope_n * is_here_n)[:, None])
         if bent_nV is not None:
             probs_nV.mul_(bent_nV)
-        return logprobs_n, probs_nV.to(self.weight.dtype)
+        if probs_nV.dtype != logits_nV.dtype:
+            logits_nV.copy_(probs_nV)
+        return logprobs_n
 
 
 class WithGradients(torch.autograd.Function):

@@ -145,3 +145,20 @@ def test_a_micro_batch_without_trained_tokens_has_gradients_of_zero() -> None:
     for loss_fn in (NextToken(), Squared()):
         loss = HeadLoss(micro_batch, loss_fn, 1.0, 2)(x, weight, VOCAB, None)
         assert float(loss.detach()) == 0 and not torch.autograd.grad(loss, weight)[0].any()
+
+
+@pytest.mark.parametrize("loss_fn", [NextToken(), Squared()], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_logits_in_bf16_give_part_by_part_what_whole_ones_give(loss_fn: LossFunction, softcap: float | None) -> None:
+    """A CPU's caches hold the parts; each row of logits is computed alone, so all numbers are the same."""
+    micro_batch = batch(trained=1.0)
+    x = torch.randn(len(micro_batch.trained), HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(VOCAB, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    found = []
+    for elements in (2**17, 4 * VOCAB):  # one part, and parts of four rows
+        with mock.patch("pretrain.model.cache_parts.ELEMENTS", elements):
+            loss = HeadLoss(micro_batch, loss_fn, 1.0, 2)(x, weight, VOCAB, None, softcap)
+        found.append((loss, *torch.autograd.grad(loss, (x, weight))))
+    assert found[0][1].any()
+    for whole, parts in zip(*found, strict=True):
+        assert torch.equal(whole, parts)
