@@ -53,8 +53,8 @@ def test_grpo_learns_from_what_verifiers_scores(ranks: RanksOf, tmp_path: Path, 
         "verifiers": {"taskset": TASKSET, "seconds": 120.0, "heldout_share": 0.3},
     }
     for name, more in (("grpo", {}), ("ppo", {"epochs": 2})):
-        parts: dict[str, Any] = {name: {"group_size": 4}, "rl": {"record": str(base / name / "record"), **more}}
-        config = rl_config(base, name, 3, (16, 8), 112, task=task, checkpoint={"every": 1, "keep": 9}, **parts)
+        sections: dict[str, Any] = {name: {"group_size": 4}, "rl": {"record": str(base / name / "record"), **more}}
+        config = rl_config(base, name, 3, (16, 8), 112, task=task, checkpoint={"every": 1, "keep": 9}, **sections)
         (base / f"{name}.toml").write_bytes(toml(config))
 
     def train(*options: str, command: str = "grpo") -> None:
