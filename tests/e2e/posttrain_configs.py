@@ -46,7 +46,7 @@ def rl_config(base: Path, run: str, steps: int, batch: tuple[int, int], seq_leng
 
     The run is the folder `run` in `base`.
     """
-    shared = {
+    shared: dict[str, Any] = {
         "run": {"seed": 5},
         "init": {"run": str(base / "sft"), "tokenizer": str(base / "tokenizer")},
         "optimizer": {"lr": 2e-4, "eps": 1e-5, "weight_decay": 0.0},
