@@ -15,7 +15,7 @@ from posttrain.algorithms.aggregation import Aggregation
 from posttrain.algorithms.dialects import DIALECTS
 from posttrain.chat.chat_format import ChatFormat
 from posttrain.rl import rollout_source
-from posttrain.rl.critic import ValueLoss
+from posttrain.rl.critic import Critic, ValueLoss
 from posttrain.rl.group_credit import GroupCredit
 from posttrain.rl.logprob_check import LogprobCheck
 from posttrain.rl.policy_copy import PolicyCopy
@@ -70,6 +70,12 @@ def test_a_step_of_which_nothing_could_be_scored_has_no_gradient(
         batch.extra.update(old_values=logprobs.detach(), returns=logprobs.detach() + 1)  # type: ignore[attr-defined]
         assert bool(ValueLoss(None)(logprobs, batch)[0].any()) == has_gradient
     assert sorted([*unknown, *known]) == list(range(SAMPLES))
+
+
+def test_a_critic_learns_from_groups_of_one_sample() -> None:
+    critic, rollout = Critic.__new__(Critic), made([1.0, 1.0, 0.0, 1.0])
+    assert critic.equal_groups(Rollout(rollout.arrays, 1)).tolist() == [False] * 4
+    assert critic.equal_groups(Rollout(rollout.arrays, 2)).tolist() == [True, False]
 
 
 def test_a_run_ends_only_if_nothing_of_a_rollout_can_be_scored(
