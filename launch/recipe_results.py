@@ -42,10 +42,15 @@ def describe_training(output: Path) -> tuple[str, str]:
     if "reward" in last:  # of GRPO's loss, only its gradient means anything
         out = [f"reward {first['reward']:.2f} → {last['reward']:.2f}"]
     results, before = evals[-1]["eval"] if evals else {}, evals[0]["eval"] if len(evals) > 1 else {}
+    answers = [got[measure] for got in results.values() for measure in ("greedy", "sampled") if measure in got]
+    # The sum of several rewards, or what a reward model gives, is no share of right answers.
+    is_share = not any(" answers, " in source for source in results) and all(0 <= value <= 1 for value in answers)
+    said = "answered right" if is_share else "mean score"
     for measure, title in (
         ("bits_per_byte", "held-out bits a byte"),
-        ("greedy", "answered right, greedy"),
-        ("sampled", "answered right, sampled"),
+        ("accuracy", "held-out accuracy"),
+        ("greedy", f"{said}, greedy"),
+        ("sampled", f"{said}, sampled"),
     ):
         # Of several rewards of a task only those for accuracy are in the table; the stage's report has all.
         changes = [

@@ -38,7 +38,15 @@ def test_what_stages_wrote_is_told(tmp_path: Path) -> None:
     several = {"all answers": {"sampled": 0.6}, "all answers, sort/format": {"sampled": 1.0}}
     several["all answers, sort/accuracy"] = {"sampled": 0.5}
     write("metrics.jsonl", {"step": 1, "tokens": 1000, "loss": 9.0}, {"step": 1, "eval": several})
-    assert describe_training(tmp_path)[1].endswith("answered right, sampled: all answers 0.60, sort/accuracy 0.50")
+    assert describe_training(tmp_path)[1].endswith("\nmean score, sampled: all answers 0.60, sort/accuracy 0.50")
+    for score, said in (
+        (0.6, "answered right, sampled: sort answers 0.60"),
+        (-2, "mean score, sampled: sort answers -2"),
+    ):
+        write("metrics.jsonl", {"step": 1, "loss": 9.0, "tokens": 9}, {"eval": {"sort answers": {"sampled": score}}})
+        assert f"\n{said}" in describe_training(tmp_path)[1]
+    write("metrics.jsonl", {"step": 1, "loss": 9.0, "tokens": 9}, {"eval": {"pairs": {"accuracy": 0.75}}})
+    assert describe_training(tmp_path)[1].endswith("\nheld-out accuracy: pairs 0.75")
     write("trivium_export.json", {"checkpoint": "a/step_2", "checks": {"logits, max": "1e-6"}})
     assert describe_export(tmp_path) == ("step_2", "logits, max: 1e-6")
     assert describe_training(tmp_path / "nothing") == ("", "")
