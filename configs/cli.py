@@ -19,6 +19,8 @@ T = TypeVar("T", bound=BaseModel)
 
 # How long other ranks wait, after a mistake in the config or a fault of files, for rank 0 to print it: when one rank
 # ends, a launcher may end all of them at once.
+_UNKNOWN_KEYS = 2  # from as many on a config may be another command's
+_COMMANDS = {"pretrain": "train", "data": "data run", "recipe": "recipe run", "tokenizer": "tokenizer train"}
 TURN_SECONDS = 1.0
 
 # The schema of each kind of config, by its name in `trivium config`.
@@ -107,9 +109,28 @@ def parse_args(
         parser.add_argument(name, dest=key, metavar="WHICH", help=f"{text} (the same as {key}=WHICH)")
     args = parser.parse_intermixed_args(argv)
     chosen = [f"{key}={getattr(args, key)}" for _, key, _ in keys if getattr(args, key) is not None]
-    config = load(schema, args.config, [*args.overrides, *chosen], lambda tree: complete(tree, args))
+    try:
+        config = load(schema, args.config, [*args.overrides, *chosen], lambda tree: complete(tree, args))
+    except ConfigError as error:
+        raise ConfigError(_of_another_kind(schema, args.config, prog, str(error)) or str(error)) from None
     check_start(config.model_dump(include={"run", "init"}), getattr(args, "resume", "auto"))
     return config, args
+
+
+def _of_another_kind(schema: type[BaseModel], path: str, prog: str, error: str) -> str:
+    """Says which command a config is for, if several of its keys are unknown to `schema` and known to another."""
+    if error.count("unknown key") < _UNKNOWN_KEYS:
+        return ""
+    from configs.config_kind import kind_of  # imports this module
+
+    try:
+        kind = kind_of(path)
+    except ConfigError:
+        return ""
+    if SCHEMAS[kind] == f"{schema.__module__}:{schema.__name__}":
+        return ""
+    command = _COMMANDS.get(kind, kind)
+    return f"{path} is a config for `trivium {command}`, by its keys, and not for `{prog}`; name another config"
 
 
 def profiled_steps(chosen: str, steps: int) -> range:

@@ -1,5 +1,6 @@
 """The kind of a config is told by its keys, also where some of them are wrong."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from configs.cli import SCHEMAS
 from configs.config_kind import command_for, kind_of
 from configs.loader import ConfigError
 from configs.starters import starter
+from pretrain import train
 
 DEMO = "configs/pretrain/demo.toml"
 INIT = '[run]\ndir = "runs/x"\n[init]\nrun = "runs/y"\n'
@@ -49,3 +51,25 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         kind_of(tmp_path / "y.toml")
     with pytest.raises(ConfigError, match="are those of a data config, which trains nothing; name another"):
         command_for("configs/data/demo.toml", (), ("train", "sft"), "trains nothing")
+
+
+@pytest.mark.parametrize(
+    ("module", "path", "command"),
+    [
+        ("pretrain.train", "data/demo.toml", "data run"),
+        ("posttrain.sft", "posttrain/demo_grpo.toml", "grpo"),
+        ("posttrain.dpo", "posttrain/demo_sft.toml", "sft"),
+        ("data_pipeline.tokens.train_command", "pretrain/demo.toml", "train"),
+        ("export.huggingface", "recipes/demo.toml", "recipe run"),
+    ],
+)
+def test_a_config_of_another_command_is_told_in_one_sentence(module: str, path: str, command: str) -> None:
+    file = Path("configs") / path
+    with pytest.raises(ConfigError) as told:
+        importlib.import_module(module).main([str(file), "--dry-run"])
+    assert str(told.value).startswith(f"{file} is a config for `trivium {command}`, by its keys, and not for `trivium ")
+
+
+def test_misspelt_keys_do_not_make_another_command_s_config() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'trian'; did you mean 'train'\?; unknown key 'modl'"):
+        train.main([DEMO, "trian.steps=3", "modl.vocab_size=2", "--dry-run"])
