@@ -48,8 +48,12 @@ def read_list(path: Path) -> list[str]:
         ) from None
     wanted = [line for line in dict.fromkeys(lines) if line]
     if not wanted:
-        raise ConfigError(f"LIST {path} names no document; write an id or an address on each line")
+        raise _names_none(path)
     return wanted
+
+
+def _names_none(path: Path) -> ConfigError:
+    return ConfigError(f"LIST {path} names no document; write an id or an address on each line")
 
 
 def touched(run_dir: Path, wanted: Sequence[str], found: Sequence[StoredDocument], run: Path | None) -> dict[str, Any]:
@@ -144,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = stored(run_dir, list(map(published_id, wanted)), list(filter(_is_address, wanted)))
         report = touched(run_dir, wanted, found, args.run)
+        if all(line.startswith("#") for line in wanted) and not any(report.values()):
+            raise _names_none(args.list)
         for entry in report["documents"]:
             in_steps = f", {len(entry['steps'])} steps" if args.run else ""
             say(
