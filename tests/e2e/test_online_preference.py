@@ -14,7 +14,7 @@ from posttrain.preference.online_source import pairs_of
 from posttrain.rl.rollout import Rollout
 from pretrain.checkpoint import storage
 from tests.e2e.posttrain_configs import SORT, rl_config, write_base
-from tests.parallel.harness import RanksOf
+from tests.parallel.harness import RankError, RanksOf
 from tests.parallel.runs import metrics
 
 
@@ -81,6 +81,15 @@ def test_a_stopped_run_goes_on_bit_identically(run: Run, one: Path, tmp_path: Pa
     assert steps_of(tmp_path) == steps_of(one)
     weights = [storage.read_full(storage.latest(folder)) for folder in (tmp_path, one)]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_pairs_are_made_once_completions_differ_as_the_message_says(run: Run, tmp_path: Path) -> None:
+    """Samples nearly without randomness, so that all completions of a prompt are the same."""
+    alike, own = ["online.temperature=0.001", "online.max_draws=1"], ["train.steps=1", "eval.every=1000"]
+    words = r"none of 16 prompts of step 1 has completions of different scores, so there is no pair to learn from; "
+    with pytest.raises(RankError, match=words + r"choose an easier task, or raise .*, online\.temperature or online"):
+        run(1, tmp_path / "run", *own, *alike)
+    run(1, tmp_path / "run", *own, "online.temperature=1.0", "online.max_draws=1")
 
 
 @pytest.mark.full

@@ -62,6 +62,31 @@ def test_a_rollout_comes_from_the_weights_that_the_staleness_names(base: Path, i
     assert recorded.step == 1 and errors[0] < 1e-4 and errors[1] > 1e-3
 
 
+def refused(ranks: RanksOf, base: Path, *overrides: str) -> str:
+    """Returns the message with which GRPO refuses its config."""
+    worker, argv = "tests.parallel.workers.posttraining:command", [str(base / "grpo.toml"), *AHEAD, *overrides]
+    return str(ranks(1).run(worker, process_group=False, module="posttrain.grpo", argv=argv)[0]["error"])
+
+
+def test_rollouts_are_sampled_once_settings_are_as_the_messages_say(ranks: RanksOf, base: Path, tmp_path: Path) -> None:
+    run, record = tmp_path / "run", tmp_path / "rollouts"
+    recorded, trained = [f"run.dir={run}", f"rl.record={record}"], [f"run.dir={run}", f"rl.replay={record}"]
+    call(ranks, "grpo", base, *AHEAD, *recorded, "--rollouts-only=2")
+    said = refused(ranks, base, *recorded, "--rollouts-only=1", "train.steps=2")
+    assert said == f"{record} has all rollouts, 0 to 1, of train.steps = 2; raise it for more"
+    call(ranks, "grpo", base, *AHEAD, *trained, "train.steps=2")
+    gone, aside = storage.directory(run, 1), tmp_path / "aside"
+    gone.rename(aside)
+    said = refused(ranks, base, *recorded, "--rollouts-only=1", "train.steps=3")
+    assert f"{gone} is gone and the run is at step 2, so a rollout cannot be sampled with its weights; raise" in said
+    assert said.endswith("raise checkpoint.keep, and begin both commands anew with other folders")
+    anew = [f"run.dir={tmp_path / 'anew'}", f"rl.record={tmp_path / 'anew_rollouts'}", "checkpoint.keep=10"]
+    call(ranks, "grpo", base, *AHEAD, *anew, "--rollouts-only=1")
+    aside.rename(gone)
+    call(ranks, "grpo", base, *AHEAD, *recorded, "--rollouts-only=1", "train.steps=3")
+    assert rollout_file.numbers(record) == [0, 1, 2]
+
+
 @pytest.mark.full
 def test_two_commands_at_once_have_the_numbers_of_turns(base: Path, in_turns: Path, tmp_path: Path) -> None:
     """Kills the command that samples as soon as it has written a rollout, and starts it again."""

@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from configs.mixture import PlanConfig
 from configs.sealed import CHECKPOINT
 from configs.tokenizer import TokenizerConfig
+from data_pipeline.mixture.plan_files import build_plan
+from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens.tokenizer_training import train as train_tokenizer
 from pretrain.checkpoint import storage
 from tests.parallel.harness import RanksOf
@@ -192,6 +195,14 @@ def test_a_run_on_a_plan_goes_on_once_the_plan_has_grown_or_was_replaced(
     assert "goes on with the new one" in run("grown", 5)["said"]
     assert run("straight", 5)["status"] == 0
     assert steps_of(tmp_path / "grown") == steps_of(tmp_path / "straight")
+    mixture = PlanConfig(seq_length=32, samples=8, weights={"code": 1.0})
+    build_plan(data / "tokens", data / "tokenizer", tmp_path / "rest", mixture, after=(Plan.open(data / "plan"), 4))
+    new = [*rows, f"run.dir={tmp_path / 'new'}", "--dry-run"]
+    said = distill(ranks, base, 1, *new, f"data.plan={tmp_path / 'rest'}")["error"]
+    assert said.endswith(
+        "continues another plan after its first 4 samples; name a plan that begins at the first sample"
+    )
+    assert distill(ranks, base, 1, *new)["status"] == 0
     publish(data, weights={"code": 0.9, "prose": 0.1})
     kept = run("kept", 3)
     assert kept["status"] == 0 and "weights.code 0.6 -> 0.9" in kept["said"]
