@@ -59,7 +59,7 @@ def difference(decoder: Decoder, completions: Sequence[Completion], temperature:
     return most
 
 
-@pytest.mark.parametrize("precision", list(ROUNDING))
+@pytest.mark.parametrize("precision", list(ROUNDING), ids=str)
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_it_samples_with_the_weights_that_it_was_given(kind: str, precision: torch.dtype, tmp_path: Path) -> None:
     options: dict[str, Any] = WIDTH | MODELS[kind]
