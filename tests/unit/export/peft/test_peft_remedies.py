@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from configs.adapters import AdapterConfig
 from configs.initial import InitConfig
-from configs.loader import ConfigError
+from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
 from configs.sealed import CHECKPOINT
 from export import huggingface, import_hf
@@ -49,6 +50,10 @@ def drawn(model: ModelConfig, config: AdapterConfig) -> OwnAdapter:
     add_adapters(decoder, config, context, 0.1)
     init_weights(decoder, seed=1)
     return OwnAdapter(config, {n: p.detach().clone() for n, p in decoder.named_global_parameters() if is_adapter(n)})
+
+
+def dora(targets: Sequence[str]) -> AdapterConfig:
+    return validate(AdapterConfig, {"kind": "dora", "rank": 2, "targets": targets})
 
 
 @pytest.fixture(scope="module")
@@ -149,19 +154,25 @@ def test_an_adapter_is_exported_as_its_message_says(
 
 def test_dora_leaves_out_the_layers_that_its_message_leaves_out(tmp_path: Path) -> None:
     """Writes DoRA of a model with experts, whose layer without them PEFT takes for one of theirs."""
-    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "head_dim": 12}
+    sizes: dict[str, Any] = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "head_dim": 12,
+    }
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
     random_model("qwen3_moe", **sizes, moe_intermediate_size=24, mlp_only_layers=[0]).save_pretrained(tmp_path)
     opened = open_hf_folder(tmp_path)
     base, form = Base(opened.family, opened.model, FolderTensors(opened).read), LowRankForm()
     every = ("q_proj", "o_proj", "gate_proj", "down_proj")
     with pytest.raises(PeftError, match=r"takes the layer for one of the experts; .* adapter=merge, or train") as told:
-        form.write(drawn(opened.model, AdapterConfig(kind="dora", rank=2, targets=every)), base)
+        form.write(drawn(opened.model, dora(every)), base)
     named = re.findall(r"'(\w+)'", str(told.value).partition("adapter.targets=")[2])
     assert named == ["q_proj", "o_proj"]
-    form.write(drawn(opened.model, AdapterConfig(kind="dora", rank=2, targets=tuple(named))), base)
+    form.write(drawn(opened.model, dora(named)), base)
     with pytest.raises(PeftError, match=r"since it takes the layer for one of .*set adapter=merge$"):
-        form.write(drawn(opened.model, AdapterConfig(kind="dora", rank=2, targets=every[2:])), base)
+        form.write(drawn(opened.model, dora(every[2:])), base)
 
 
 def test_a_damaged_adapter_is_read_once_its_files_are_as_the_message_says(runs: Path, tmp_path: Path) -> None:
