@@ -19,16 +19,16 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     torch looks kept code up by the graph and its inputs. These do not say what shapes our own operators give, which
     may be others in another version of Trivium, so code is looked up by a digest of the model's sources, too.
     """
-    torch.compiler.config.cache_key_tag = os.environ.get(TAG, "") + digest_of_sources()
+    torch.compiler.config.cache_key_tag = os.environ.get(TAG, "") + digest_of_sources(Path(__file__).parent)
     for block in blocks:
         # Not `block.compile()`, which compiles hooks too: one waits for the block's weights.
         vars(block)["forward"] = torch.compile(block.forward)
 
 
 @cache
-def digest_of_sources() -> str:
-    """Computes a digest of the names and contents of all sources of this package."""
-    folder, digest = Path(__file__).parent, hashlib.sha256()
+def digest_of_sources(folder: Path) -> str:
+    """Computes a digest of the names and contents of all sources of a package."""
+    digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from pretrain.parallel.engine import Engine
 from tests.parallel.workers.training import make_trainer
 
 SLEEPING = 3600.0  # seconds; the watchdog ends the rank long before
-LONGER = 4.0  # seconds that the first evaluation may take, and no step
+LONGER = 15.0  # seconds that the first evaluation may take, and no step
 
 
 def hang(fault: str, at: int, victim: int, **options: Any) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def hang(fault: str, at: int, victim: int, **options: Any) -> dict[str, Any]:
     def slow(heldout: HeldoutLoss, engine: Engine) -> Any:
         found = measure(heldout, engine)
         if fault == "evaluates longer" and engine.mesh.rank == victim:
-            time.sleep(LONGER)
+            _wait_for_a_verdict(Path(options["run_dir"]))
         return found
 
     def faulty(engine: Engine, *args: Any, **kwargs: Any) -> Any:
@@ -35,6 +36,13 @@ def hang(fault: str, at: int, victim: int, **options: Any) -> dict[str, Any]:
     setattr(Engine, "_context", faulty)  # noqa: B010 - the rank's process ends after this run
     trainer = make_trainer(at={}, **options)
     return {"status": trainer.fit()}
+
+
+def _wait_for_a_verdict(run_dir: Path) -> None:
+    """Waits until a watchdog has decided whether the run hangs: sooner or later, by how long its steps took."""
+    end = time.monotonic() + LONGER
+    while time.monotonic() < end and not any(run_dir.glob("hang/*/verdict.json")):
+        time.sleep(0.05)
 
 
 def _fail(fault: str, engine: Engine) -> None:

@@ -1,5 +1,6 @@
 """Compiled code that is kept belongs to the sources that it was compiled from."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,15 +28,29 @@ class Spare(nn.Module):
         return spare_rows(x) * 2
 
 
+@pytest.mark.full
 def test_code_of_other_sources_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiles a block twice with an operator whose output has other shapes the second time."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
     for version, width in enumerate((4, 5)):
         torch._dynamo.reset()
-        monkeypatch.setattr(compiling, "digest_of_sources", lambda version=version: f"version {version}")
+        monkeypatch.setattr(compiling, "digest_of_sources", lambda _, version=version: f"version {version}")
         monkeypatch.setitem(WIDTH, "now", width)
         block = Spare()
         compiling.compile_blocks([block])
         assert block(torch.ones(3, 2)).tolist() == [[2, 2]] * 3 + [[0, 0]] * (width - 3)
     torch._dynamo.reset()
+
+
+def test_kept_code_is_looked_up_by_the_contents_of_all_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    monkeypatch.setenv(compiling.TAG, "mine ")
+    compiling.compile_blocks([])
+    sources = Path(compiling.__file__).parent
+    assert torch.compiler.config.cache_key_tag == f"mine {compiling.digest_of_sources(sources)}"
+    copies = [shutil.copytree(sources, tmp_path / name) for name in ("same", "other")]
+    with (copies[1] / "moe" / "experts.py").open("a") as changed:
+        changed.write("# another version\n")
+    same, other = map(compiling.digest_of_sources, copies)
+    assert same == compiling.digest_of_sources(sources) != other
