@@ -1,6 +1,7 @@
 """Compiled code that is kept belongs to the sources that it was compiled from."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,17 @@ class Spare(nn.Module):
         return spare_rows(x) * 2
 
 
+@pytest.fixture(autouse=True)
+def tag_of_this_test() -> Iterator[None]:
+    """Restores what kept code is looked up by."""
+    with torch.compiler.config.patch(cache_key_tag=""):
+        yield
+
+
 @pytest.mark.full
 def test_code_of_other_sources_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiles a block twice with an operator whose output has other shapes the second time."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
     for version, width in enumerate((4, 5)):
         torch._dynamo.reset()
         monkeypatch.setattr(compiling, "digest_of_sources", lambda _, version=version: f"version {version}")
@@ -44,7 +51,6 @@ def test_code_of_other_sources_is_not_taken(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_kept_code_is_looked_up_by_the_contents_of_all_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
     monkeypatch.setenv(compiling.TAG, "mine ")
     compiling.compile_blocks([])
     sources = Path(compiling.__file__).parent
