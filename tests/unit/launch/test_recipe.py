@@ -295,10 +295,13 @@ def test_a_config_that_is_no_toml_is_one_sentence_before_anything_runs(
     stages: list[RecipeStage], tmp_path: Path
 ) -> None:
     config = tmp_path / "two.toml"
-    for content, fault in ((b"[optimizer\n", r"valid TOML: .*; correct it"), (b"\xff", "UTF-8 at byte 0; save it")):
+    for content, fault in (
+        (b"[optimizer\n", r" is not valid TOML: .*; correct it"),
+        (b"\xff", " is not UTF-8 at byte 0"),
+    ):
         config.write_bytes(content)
         two = dataclasses.replace(stages[1], command=(*stages[1].command, str(config)), trains=True)
-        with pytest.raises(ConfigError, match=rf"config file {config} is not {fault}"):
+        with pytest.raises(ConfigError, match=rf"config file {config}{fault}"):
             run([two], tmp_path)
     config.write_bytes(b"[optimizer]\n")
     assert run([two], tmp_path)[0] == 0
