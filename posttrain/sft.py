@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.heldout_loss import Evaluator, HeldoutLoss
     from pretrain.model.losses import NextToken
     from pretrain.parallel import groups
+    from pretrain.report.mask_page import visible
     from pretrain.run.dry_start import check_dry_start
     from pretrain.trainer import Trainer
 
@@ -99,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if env.is_main:
         for name, found in examples.items():
             print(f"{name}: {found}")
+            if (counts := masks["sources"][name])["unstable"]:
+                print(visible(f"note: {name}: {mask_xray.instability(counts)}"))
         epochs = source.epochs(config.train.steps * config.train.global_batch_size)
         print(f"{source.rows_per_epoch} rows of {length} tokens; {config.train.steps} steps are {epochs}")
     if args.dry_run:

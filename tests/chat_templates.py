@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, pre_tokenizers
 
 from tests.foreign_tokenizers import byte_level
 
@@ -181,6 +181,10 @@ def write(folder: Path, template: str, bos: str = "<s>", eos: str = "</s>") -> P
     """Writes a tokenizer with a chat template as Hugging Face's folders hold one, and returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     made = byte_level(list(SPECIAL))
+    # As Llama 3's and Qwen's tokenizers do, and GPT-2's does not: line breaks stay together whatever follows them.
+    parts = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    split = pre_tokenizers.Split(parts, "isolated")
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     made.add_tokens([AddedToken(name, special=False, normalized=False) for name in PLAIN])
     made.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "pad_token": eos}

@@ -7,6 +7,7 @@ space after its first character ("<|im_end|>" becomes "< |im_end|>"), and the re
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any
@@ -79,6 +80,15 @@ class ChatEncoder:
         if made > sum(1 for _ in self._control.finditer(text)):
             raise ForgedToken("the text of a message was encoded to a control token; take it out of the message")
         return ids, spans
+
+    def joins(self, text: str, encoded: tuple[Sequence[int], Sequence[Span]], cut: int) -> bool:
+        """Whether the ids of a text, encoded whole, differ before character `cut` from those of that part alone."""
+        ids, spans = encoded
+        # What is before a control token has no influence on the ids after it.
+        last = max((found.start() for found in self._control.finditer(text, 0, cut)), default=0)
+        alone, _ = self.encode(text[last:cut])
+        first = bisect_left(spans, last, key=lambda span: span[0])
+        return list(ids[first : first + len(alone)]) != alone
 
     def prompt(self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Returns the ids of a dialogue and of an opened assistant's turn."""

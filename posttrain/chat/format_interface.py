@@ -16,7 +16,8 @@ class Sample:
     """The tokens of a dialogue, int64 [T], and which of them the model learns to write, bool [T].
 
     `unstable` says how the dialogue differs from its beginnings, None if it does not: with a template that writes
-    earlier turns otherwise than the last one, each answer has a sample of its own. `unprompted` says how the text
+    earlier turns otherwise than the last one, or a tokenizer that joins a prompt's end with an answer's beginning, each
+    answer has a sample of its own. `unprompted` says how the text
     before a learnt answer differs from the prompt that asks for it, None if it does not.
     """
 

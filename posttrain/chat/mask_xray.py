@@ -78,13 +78,16 @@ def summary(counts: Mapping[str, Any]) -> str:
     """Returns the counts of a source in one line."""
     share = counts["trained"] / max(1, counts["tokens"])
     aside = ", ".join(f"{n} {reason} (first: {first})" for reason, (n, first) in counts["set_aside"].items())
-    unstable = f"{counts['unstable']} unstable"
-    if counts["unstable"]:
-        unstable += f" (first: {counts['first_unstable']})"
     return (
         f"{counts['samples']:,} samples, {counts['tokens']:,} tokens, {counts['trained']:,} of them trained "
-        f"({share:.1%}); {unstable}; set aside: {aside or 'none'}"
+        f"({share:.1%}); {instability(counts)}; set aside: {aside or 'none'}"
     )
+
+
+def instability(counts: Mapping[str, Any]) -> str:
+    """Returns the number of a source's unstable samples in words, with the first of them."""
+    first = f" (first: {counts['first_unstable']})" if counts["unstable"] else ""
+    return f"{counts['unstable']} unstable{first}"
 
 
 def facts(chat: Chat, example: Example) -> str:

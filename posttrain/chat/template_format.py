@@ -4,7 +4,9 @@ The mask comes from the template's generation blocks, if it has them. Otherwise 
 after the prompt for it, up to the control token that ends the turn; so the model learns to write just what it must when
 it is prompted. Each dialogue is compared with its own beginnings. Some templates write an earlier answer otherwise than
 the last one, without its reasoning, say; a dialogue in which that happens becomes one sample for each answer, which
-ends with it, as the model will see it. A dialogue of which the template leaves anything out is refused.
+ends with it, as the model will see it. So does one in which an answer shares tokens with the prompt for it: the answer
+that ends a sample is then encoded apart from its prompt, since a model that is prompted writes it from there. A
+dialogue of which the template leaves anything out is refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,14 +59,13 @@ class TemplateFormat(Chat):
             for turn in turns.values():
                 if turn.fault:
                     raise UntrainedEnd(turn.fault, self._sample(turn.text, turn.spans(turn)))
+            unstable = unstable or self._shares_tokens(turns, whole)
             if unstable is None:
                 spans = [span for turn in turns.values() for span in turn.spans(whole)]
                 unprompted = next(filter(None, (turn.unprompted for turn in turns.values())), None)
-                samples = [self._sample(whole.text, spans, unprompted=unprompted)]
+                samples = [self._prompted(whole, spans, unprompted=unprompted)]
             else:
-                samples = [
-                    self._sample(turn.text, turn.spans(turn), unstable, turn.unprompted) for turn in turns.values()
-                ]
+                samples = [self._prompted(turn, turn.spans(turn), unstable, turn.unprompted) for turn in turns.values()]
         if whole_marked := next((sample for sample in samples if sample.answer.all()), None):
             raise UntrainedEnd(
                 "the loss mask is all ones: the chat template marks the whole dialogue as the model's; let its "
@@ -99,11 +100,39 @@ class TemplateFormat(Chat):
         text, (before, after) = super().decode_answer(tokens), self._around
         return text.removeprefix(before).removesuffix(after) if text.startswith(before) else text.strip()
 
+    def _shares_tokens(self, turns: Mapping[int, "_Turn"], whole: "_Turn") -> str | None:
+        """Returns how an answer before the last one shares tokens with its prompt, None if none does."""
+        if len(turns) == 1:
+            return None
+        encoded = self.encoder.encode(whole.text)
+        earlier = (turn for turn in turns.values() if turn is not whole)
+        return next((turn.apart for turn in earlier if self.encoder.joins(whole.text, encoded, turn.start)), None)
+
+    def _prompted(
+        self, turn: "_Turn", spans: Sequence[Span], unstable: str | None = None, unprompted: str | None = None
+    ) -> Sample:
+        """Returns a sample of a dialogue that ends with an answer, which begins after the ids of its prompt."""
+        text, start = turn.text, turn.start
+        encoded = self.encoder.encode(text)
+        if self.encoder.joins(text, encoded, start):
+            (head, before), (tail, after) = self.encoder.encode(text[:start]), self.encoder.encode(text[start:])
+            apart = [*head, *tail], [*before, *((begin + start, end + start) for begin, end in after)]
+            if self.tokenizer.decode(apart[0]) == self.tokenizer.decode(encoded[0]):
+                encoded, unstable = apart, unstable or turn.apart
+            else:  # some tokenizers put a space before every text
+                unprompted = unprompted or turn.inseparable
+        return self._sample(text, spans, unstable, unprompted, encoded)
+
     def _sample(
-        self, text: str, spans: Sequence[Span], unstable: str | None = None, unprompted: str | None = None
+        self,
+        text: str,
+        spans: Sequence[Span],
+        unstable: str | None = None,
+        unprompted: str | None = None,
+        encoded: tuple[list[int], list[Span]] | None = None,
     ) -> Sample:
         """Returns a sample that learns the tokens that have any character in the spans."""
-        ids, ranges = self.encoder.encode(text)
+        ids, ranges = encoded or self.encoder.encode(text)
         answer = np.zeros(len(ids), dtype=bool)
         begins, ends = (np.array([range_[side] for range_ in ranges], dtype=np.int64) for side in (0, 1))
         for start, end in spans:
@@ -182,6 +211,27 @@ class _Turn:
         return (
             f"the prompt for message {self.number} has {prompt[at : at + 20]!r} where the dialogue has "
             f"{self.text[at : at + 20]!r}; let the template write both alike, or add its reasoning"
+        )
+
+    @property
+    def _sides(self) -> str:
+        at = self.start
+        return f"{self.text[max(0, at - 10) : at]!r} before message {self.number} and {self.text[at : at + 10]!r} in it"
+
+    @property
+    def apart(self) -> str:
+        """Words on an answer that shares tokens with its prompt, and is encoded apart from it."""
+        return (
+            f"{self._sides} have other tokens in one piece; they are encoded apart, as a model that is prompted reads "
+            "and writes them"
+        )
+
+    @property
+    def inseparable(self) -> str:
+        """Words on an answer that shares tokens with its prompt, and that the tokenizer encodes otherwise apart."""
+        return (
+            f"{self._sides} share a token, and the tokenizer writes a space more where they are apart; let the prompt "
+            "end without white space, and the answer begin with it"
         )
 
     def _find_fault(self) -> str | None:
