@@ -32,6 +32,11 @@ class GateConfig(Section):
         high = float("inf") if self.at_most is None else self.at_most
         return low <= value <= high
 
+    def shown(self, value: float) -> str:
+        """Returns `value` with as many digits, 4 or more, as tell on which side of the bounds it is."""
+        texts = (f"{value:.{digits}g}" for digits in range(4, 18))
+        return next((text for text in texts if self.passes(float(text)) == self.passes(value)), repr(value))
+
     def __str__(self) -> str:
         bounds = [f"at least {self.at_least:g}"] if self.at_least is not None else []
         return " and ".join(bounds + ([f"at most {self.at_most:g}"] if self.at_most is not None else []))

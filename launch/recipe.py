@@ -28,7 +28,7 @@ from configs.run_lock import locked
 from configs.signals import STOPPED, status_of
 from launch import tee
 from launch.processes import die_with_parent
-from launch.recipe_report import show, show_comparison, show_specimens, write_html
+from launch.recipe_report import show, show_comparison, show_specimens, stopped, write_html
 from launch.recipe_stages import RecipeStage, Specimen, check_configs, specimens_of, stages_of
 
 DEMO = Path("configs/recipes/demo.toml")
@@ -127,7 +127,7 @@ def run_stages(
     """Runs `stages` in order, up to the first failure or missed gate, and writes their record to recipe.json.
 
     With `only`, it runs the stage of that name alone, for which those before it must be finished. After the last stage,
-    shows the table and the models' `specimens`, and writes the page.
+    shows the table and the models' `specimens`, and writes the page; after a missed gate, that of the stages so far.
 
     Returns the exit status of the stage that failed or was interrupted, 1 after a missed gate, else 0.
     """
@@ -159,7 +159,8 @@ def run_stages(
             _print_failure(stage, status, log, console)
             return status
         if missed := stage.missed_gates():
-            _print_missed(stage, missed, console)
+            page = write_html(title, stages[:number], times, [], directory, missed, stages[number:])
+            _print_missed(stage, missed, page, console)
             return 1
         if only and number < len(stages):
             return 0
@@ -245,11 +246,11 @@ def _print_stale(stage: RecipeStage, changed: Sequence[str], console: Console) -
     )
 
 
-def _print_missed(stage: RecipeStage, missed: Sequence[str], console: Console) -> None:
+def _print_missed(stage: RecipeStage, missed: Sequence[str], page: Path, console: Console) -> None:
     console.print(
-        f"\nStage {stage.title} is finished, but misses its gates: {'; '.join(missed)}. Its result stays in "
-        f"{stage.output}. Change its config or overrides, remove that folder and run the same command again to repeat "
-        f"the stage; or lower the bounds of stages.{stage.name}.gates and run the same command again to go on with it.",
+        f"\n{stopped(stage, missed)} Its result stays in {stage.output}, and the report so far is {page}. Change the "
+        "stage's config or overrides, remove its folder and run the same command again to repeat it; or lower the "
+        f"bounds of stages.{stage.name}.gates and run the same command again to go on with it.",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -110,11 +110,14 @@ def write_html(
     times: Mapping[str, Mapping[str, Any]],
     written: Iterable[tuple[Specimen, str]],
     directory: Path,
+    missed: Sequence[str] = (),
+    left: Sequence[RecipeStage] = (),
 ) -> Path:
     """Writes `directory`/report.html and returns its path.
 
     The page holds the tables of results, gates and origins, the texts that the models wrote, and the stages' own
-    reports.
+    reports. `missed` are the gates for which the recipe stopped after the last of `stages`, and `left` the stages that
+    did not run.
     """
     rows, frames = [], []
     whole, begun = sum(times[stage.name]["seconds"] for stage in stages) or 1.0, 0.0
@@ -122,10 +125,9 @@ def write_html(
         seconds = times[stage.name]["seconds"]
         came_in, out = stage.describe(stage.output)
         link = os.path.relpath(stage.where_to_look, directory)
-        about = f"<p class=about>{html.escape(stage.about)}</p>" if stage.about else ""
         cells = "".join(f"<td>{html.escape(text)}</td>" for text in (came_in, out))
         rows.append(
-            f'<tr><td>{html.escape(stage.title)}{about}</td>{cells}<td class="n">{duration(seconds)}<div class="share" '
+            f'<tr><td>{_named(stage)}</td>{cells}<td class="n">{duration(seconds)}<div class="share" '
             f'style="margin-left: {100 * begun / whole:.1f}%; width: {100 * seconds / whole:.1f}%"></div></td>'
             f'<td><a href="{html.escape(link)}">{html.escape(link)}</a></td></tr>'
         )
@@ -135,9 +137,11 @@ def write_html(
                 f'<details><summary>{html.escape(stage.title)}</summary><iframe src="{html.escape(link)}" '
                 f'loading="lazy" title="{html.escape(stage.title)}"></iframe></details>'
             )
+    rows += [f"<tr><td>{_named(stage)}</td><td></td><td>did not run</td><td></td><td></td></tr>" for stage in left]
     head = "".join(f"<th>{name}</th>" for name in ("stage", "went in", "came out", "time", "where to look"))
     body = [
         f"<h1>{html.escape(title)}</h1>",
+        *([f"<p><b>{html.escape(stopped(stages[-1], missed))}</b></p>"] if missed else []),
         f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>',
         *_gates_html(stages),
         *_comparison_html(comparison(stages)),
@@ -150,6 +154,16 @@ def write_html(
     return path
 
 
+def _named(stage: RecipeStage) -> str:
+    """Returns a stage's title, and what it is for, as HTML."""
+    return html.escape(stage.title) + (f"<p class=about>{html.escape(stage.about)}</p>" if stage.about else "")
+
+
+def stopped(stage: RecipeStage, missed: Sequence[str]) -> str:
+    """Returns the words on a recipe that stopped after a stage, whose gates `missed` describes."""
+    return f"Stage {stage.title} is finished, but misses its gates: {'; '.join(missed)}. The recipe stopped there."
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a table of texts as HTML."""
     cells = ("".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows)
@@ -160,7 +174,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _gates_html(stages: Sequence[RecipeStage]) -> list[str]:
     """Returns the table of the gates and its heading, as HTML; an empty list if no stage has one."""
     rows = [
-        [stage.title, gate.metric, f"{value:.3g}", str(gate), "passed" if gate.passes(value) else "missed"]
+        [stage.title, gate.metric, gate.shown(value), str(gate), "passed" if gate.passes(value) else "missed"]
         for stage in stages
         for gate, value in stage.measured_gates()
     ]

@@ -134,7 +134,7 @@ class RecipeStage:
     def missed_gates(self) -> list[str]:
         """Describes each gate that the result does not pass. Raises ConfigError if a gate is on no measurement."""
         return [
-            f"{gate.metric} is {value:.4g}, and {gate} is asked"
+            f"{gate.metric} is {gate.shown(value)}, and {gate} is asked"
             for gate, value in self.measured_gates()
             if not gate.passes(value)
         ]

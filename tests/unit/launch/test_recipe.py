@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -253,8 +254,16 @@ def test_a_missed_gate_stops_the_recipe_and_says_what_to_do(stages: list[RecipeS
     status, text = run(gated(at_least=0.5), tmp_path)
     assert status == 1
     assert "misses its gates: sort answers.sampled is 0.4, and at least 0.5 is asked." in text
+    page = (tmp_path / "report.html").read_text()
+    stopped = "Stage one is finished, but misses its gates: sort answers.sampled is 0.4, and at least 0.5 is asked."
+    assert f"<b>{stopped} The recipe stopped there.</b>" in page
+    assert f"{stopped} The recipe stopped there. Its result stays in {tmp_path}/one, and the report so far is" in text
+    assert "<td>0.4</td><td>at least 0.5</td><td>missed</td>" in page
+    assert re.findall(r"<td>(\w+)</td><td></td><td>did not run</td>", page) == ["two", "three"]
+    assert GateConfig(metric="loss", at_most=0.5).shown(0.500004) == "0.500004"  # "0.5" would have passed
     assert "stages.one.gates" in text and (tmp_path / "calls").read_text() == "one one "  # two was not started
     assert run(gated(at_least=0.3, at_most=0.4), tmp_path)[0] == 0
+    assert "did not run" not in (tmp_path / "report.html").read_text()
     assert run(gated(at_most=0.3), tmp_path)[0] == 1
     loss = dataclasses.replace(stages[0], gates=(GateConfig(metric="loss", at_most=2.0),))
     assert run([loss], tmp_path)[0] == 0
