@@ -63,7 +63,7 @@ def find(text: str, kinds: Collection[Kind] = KINDS, private_ips: bool = False) 
     that are not public.
     """
     found: list[PersonalSpan] = []
-    if not text.isascii() and _WIDE.search(text):
+    if not text.isascii() and WIDE.search(text):
         text = text.translate(_NARROW)  # character by character, so positions stay the same
     candidates = _candidate_spans(text)
     for kind, finder in _FINDERS.items():
@@ -85,9 +85,14 @@ def mask(text: str) -> str:
     return _CUT_OFF.sub("…", "".join([*parts, text[position:]]))
 
 
-# Full-width forms, as Chinese, Japanese and Korean texts have them, stand for ASCII characters.
-_WIDE = re.compile("[\uff10-\uff19\uff20]|@[^\\s@]{1,64}\uff0e")
+# Full-width forms, as Chinese, Japanese and Korean texts have them, stand for ASCII characters, and so do the digits of
+# Arabic, Persian, Hindi, Bengali and Thai.
+_ZEROS = "\u0660\u06f0\u0966\u09e6\u0e50"
+WIDE = re.compile(
+    f"[\uff0b\uff10-\uff19\uff20{''.join(f'{zero}-{chr(ord(zero) + 9)}' for zero in _ZEROS)}]|@[^\\s@]{{1,64}}\uff0e"
+)
 _NARROW = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+_NARROW |= {ord(zero) + digit: 0x30 + digit for zero in _ZEROS for digit in range(10)}
 
 # Matches the beginning of an address, a number, a token or a key at the end of a text.
 _CUT_OFF = re.compile(r"(?:[!-~]*@[!-~]*|[+(]?[0-9][0-9 .()\-:]{4,}|[A-Za-z0-9_\-+/=.]{8,}|-----BEGIN [^\0]*)\Z")
@@ -95,15 +100,20 @@ _CUT_OFF = re.compile(r"(?:[!-~]*@[!-~]*|[+(]?[0-9][0-9 .()\-:]{4,}|[A-Za-z0-9_\
 # --- e-mail -------------------------------------------------------------------------------------------------------
 
 # Letters of alphabets whose words have spaces between them; of other scripts, a sentence could not be told from a name.
-_LETTERS = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0386-\u0481\u048a-\u052f"
-_LOCAL = re.compile(rf"[{_LETTERS}0-9_](?:[{_LETTERS}0-9._%+\-]{{0,62}}[{_LETTERS}0-9_+\-])?\Z")
+# With them go accents as characters of their own, and characters that are not seen: soft hyphens and joiners.
+_LETTERS = (
+    "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0386-\u0481\u048a-\u052f\u1e00-\u1fff"
+    "\u0300-\u036f\u00ad\u200b-\u200d\u2060"
+)
+_IRISH = rf"(?<=\b[oO])['\u2019](?=[{_LETTERS}])"  # of other apostrophes, a name's could not be told from a quotation's
+_LOCAL = re.compile(rf"[{_LETTERS}0-9_](?:(?:[{_LETTERS}0-9._%+\-]|{_IRISH}){{0,62}}[{_LETTERS}0-9_+\-])?\Z")
 _LABEL = rf"[{_LETTERS}0-9](?:[{_LETTERS}0-9\-]{{0,61}}[{_LETTERS}0-9])?"
 _TOP = rf"(xn--[A-Za-z0-9\-]{{2,59}}|[{_LETTERS}]{{2,24}})(?![{_LETTERS}0-9_\-(\[=])"
 _DOMAIN = re.compile(rf"(?![0-9]+\.[0-9]+\.)(?:{_LABEL}\.)+{_TOP}")  # name@1.3.0.tgz is a version
 _DOT_WORD = r"(?:\s?[(\[{]\s?(?:dot|DOT|\.)\s?[)\]}]\s?|\s(?:dot|DOT)\s)"
 _SPELLED_DOMAIN = re.compile(rf"\s?(?:{_LABEL}(?:\.|{_DOT_WORD}))+{_TOP}")
 # The sign itself, as URLs and HTML escape it, and what people write in its place to hide an address from programs.
-_AT_SIGNS = ("@", "%40", "&#64;", "&#x40;")
+_AT_SIGNS = ("@", "%40", "%2540", "&#64;", "&#064;", "&#x40;", "&commat;", "\\u0040")
 _AT_WORDS = tuple(
     f"{left}{at}{right}" for left, right in ("()", "[]", "{}") for at in ("at", " at ", "AT", " AT ", "@")
 )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from configs.cuts import KINDS, Kind
-from data_pipeline.personal_data.find import PLACEHOLDERS, find
+from data_pipeline.personal_data.find import PLACEHOLDERS, WIDE, find
 
 _ESCAPE = re.compile(r"%([0-7][0-9A-Fa-f])")
 _APART = str.maketrans("/=&?;|,\\", "\n" * 8)  # no kind of personal data contains a line end
@@ -28,7 +28,7 @@ _EXACT = 2.0**53  # a float can hold every integer below it
 _MOST_ESCAPED = 3  # how often a character may be escaped, as in a URL within a URL
 # Every find contains one of these, so that most short strings are dismissed quickly.
 _POSSIBLE = re.compile(
-    r"@|&#(?:64|x40);|[(\[{] ?(?:at|AT) ?[)\]}]"
+    r"@|&#(?:0?64|x40);|&commat;|\\u0040|[(\[{] ?(?:at|AT) ?[)\]}]"
     r"|[\"']|PRIVATE KEY|[0-9](?:[^0-9A-Za-z/\n]{0,3}[0-9]){6}|\+[0-9]|[0-9]\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]"
     r"|[0-9A-Fa-f]:[0-9A-Fa-f]{0,4}:|A[KS]IA|gh[pousr]_|github_pat|glpat-|xox|hooks\.slack|AIza|[rs]k_live|sk-|hf_|npm_"
     r"|pypi-|SG\.|eyJ"
@@ -100,7 +100,7 @@ class Hiding:
         parts = _ENDING.sub("\n", plain.translate(_APART))
         spans: list[tuple[int, int, Kind]] = []
         for looked_at, at in ((text, range(len(text) + 1)), *([(parts, origins)] if parts != text else [])):
-            if _POSSIBLE.search(looked_at):
+            if _POSSIBLE.search(looked_at) or (not looked_at.isascii() and WIDE.search(looked_at)):
                 for start, end, kind in find(label + looked_at, self.kinds, self.private_ips):
                     if end > len(label):
                         spans.append((at[max(start - len(label), 0)], at[end - len(label)], kind))

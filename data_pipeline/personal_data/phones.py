@@ -41,7 +41,7 @@ _INTERNATIONAL = re.compile(
 _DIALLED = re.compile(
     rf"(?<![A-Za-z0-9_.,+\-/=)])(?<![0-9][{_SPACES}])"
     rf"(?:00[{_SPACES}]?|011[{_SPACES}{_DASHES}])(?!1)(?:{_CALLING_CODES})"
-    rf"(?:[{_SPACES}.{_DASHES}]\(?[0-9]{{1,8}}\)?){{2,6}}{_EXTENSION}(?![A-Za-z0-9_]|[{_SPACES}.,/{_DASHES}]?[0-9])"
+    rf"(?:(?:[{_SPACES}.{_DASHES}]|(?<=\)))\(?[0-9]{{1,8}}\)?){{2,6}}{_EXTENSION}(?![A-Za-z0-9_]|[{_SPACES}.,/{_DASHES}]?[0-9])"
 )
 
 # NANPA's rules: neither ends in 11, which are service numbers, and no area code has a 9 in the middle.
@@ -68,15 +68,16 @@ _ANY = re.compile(
 )
 # Words for telephone, mobile and fax; those that mean other things as well count only with a full stop or a colon.
 _PHONE_BEFORE = re.compile(
-    r"(?i)(?:(?<![^\W_])(?:tel|telephone|phone|mobile|mob|cell ?phone|cell(?=\s?[:：])|ph|fax|whatsapp|hotline"
-    r"|telefon|telefax|telefono|teléfono|téléphone|tél|telefone|handy|telf|tfno|móvil|celular|mobil|tlf|tfn|puh|puhelin"
+    r"(?i)(?:(?:(?<![^\W_])(?:tel|telephone|phone|mobile|mob|cell ?phone|cell(?=\s?[:：])|ph|fax|whatsapp|hotline"
+    r"|telefon|telefax|telefonos?|teléfonos?|téléphone|tél|telefone|handy|telf|tfno|móvil|celular|mobil|tlf|tfn|puh|puhelin"
     r"|tel\. ?kom|telp|telepon|điện thoại|s?đt|тел(?=\.|:)|телефон[ау]?|факс|моб(?=\.|:)|мобильный|τηλ|τηλέφωνο|φαξ"
     r"|direct (?:line|dial)|whats(?=:)|fone|cel(?=[.:])|telemóvel|telefoon|telefoni|telefón|telefonszám"
-    r"|telefonní(?: číslo)?|tālrunis|ponsel|cellulare|portable(?=\s?:)|komórka"
-    r"|contact(?= (?:no|nr|number)\b))(?:[ _]?(?:no|nr|number))?\b(?: is\b)?"
+    r"|(?:telefon|handy|mobil|ruf)n(?:ummer|r)|natel|mobiel|telefonní(?: číslo)?|tālrunis|ponsel|cellulare"
+    r"|portable(?=\s?:)|komórka|contact(?= (?:no|nr|number)\b))(?:[ _]?(?:no|nr|number)|\.?-?(?:no|nr))?\b(?: is\b)?"
     r"|电话|手机|传真|热线|微信|联系方式|電話|手機|傳真|熱線|聯絡方式|携帯|ファックス|ファクス|전화|휴대폰|핸드폰|팩스|연락처"
-    r"|טלפון|נייד|פקס|هاتف|تلفون|جوال|فاكس|โทรศัพท์|โทรสาร|โทร)(?:号码|号|码|番号|番號|號碼|번호)?"
-    r"[\s.:：#=\"']{0,4}\+?\(?\Z"
+    r"|טלפון|נייד|פקס|هاتف|تلفون|جوال|فاكس|โทรศัพท์|โทรสาร|โทร|تلفن|फ़ोन|फोन|मोबाइल|ফোন|মোবাইল|தொலைபேசி)"
+    r"(?:号码|号|码|番号|番號|號碼|번호| नंबर)?|[☎☏✆📞📱📠]\ufe0f?)(?: ?\([^\W\d]{1,16}\))?"
+    r"[\s.:：#=\"']{0,4}\+?\(?\Z|wa\.me/\Z"
 )
 # Words before a number which say that it is not a telephone number.
 _OTHER_BEFORE = re.compile(

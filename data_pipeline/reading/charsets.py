@@ -2,7 +2,7 @@
 
 Labels and their meanings are those of the WHATWG Encoding Standard (encoding.spec.whatwg.org, section 4.2): euc-kr
 means windows-949, iso-8859-1 means windows-1252, gb2312 means gb18030. Three things differ from the standard. Labels
-that browsers refuse for security reasons (hz-gb-2312, iso-2022-kr) are decoded, since no script of a page is run here;
+that browsers refuse for security reasons (hz-gb-2312, iso-2022-kr, utf-7) are decoded, since no script is run here;
 further names that Python knows (uhc, cp850, utf-32) are accepted; and windows-1258, which writes tone marks as separate
 characters, is composed (NFC). Hebrew in visual order is not reordered, and x-user-defined means windows-1252, as the
 HTML standard has it for a page's own declaration.
@@ -21,7 +21,7 @@ MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
 WIDE = ("utf-16", "utf-32")
-STATEFUL = ("iso2022", "hz")  # the meaning of a byte depends on the escape sequences before it
+STATEFUL = ("iso2022", "hz", "utf-7")  # the meaning of a byte depends on the escape sequences before it
 # One line per codec: Python's name of the codec, then the labels that stand for it.
 _LABELS = """
 utf-8: unicode-1-1-utf-8 unicode11utf8 unicode20utf8 utf-8 utf8 x-unicode20utf8
@@ -75,7 +75,7 @@ _FURTHER = frozenset(
         *("cp863", "cp864", "cp865", "cp869", "cp1125", "johab", "koi8-t", "kz1048", "ptcp154", "utf-32", "utf-32-le"),
         *("utf-32-be", "mac-greek", "mac-iceland", "mac-latin2", "mac-turkish", "mac-croatian", "mac-romanian"),
         *("mac-arabic", "mac-farsi", "cp856", "cp1006", "hp-roman8", "shift_jis_2004", "shift_jisx0213"),
-        *("euc_jis_2004", "euc_jisx0213", "iso2022_jp_2", "iso2022_jp_3", "iso2022_jp_2004"),
+        *("euc_jis_2004", "euc_jisx0213", "iso2022_jp_2", "iso2022_jp_3", "iso2022_jp_2004", "utf-7"),
     }
 )
 # Names that Macintosh browsers wrote, for which Python has others.
@@ -90,8 +90,18 @@ _NULS: dict[tuple[bool, ...], str] = {
     (False, True, True, True): "utf-32-le",
     (True, True, True, False): "utf-32-be",
 }
-# Two code points at which Python's koi8-u has box drawings and the standard has Belarusian letters.
-_BELARUSIAN = {0x255D: 0x045E, 0x256C: 0x040E}
+# Characters that Python's codecs give where the standard's tables have others.
+_JAPANESE = str.maketrans("〜‖−¢£¬", "～∥－￠￡￢")
+_CORRECTED = {
+    "koi8-u": str.maketrans("╝╬", "ўЎ"),
+    "gb18030": str.maketrans(  # the table of 2000, which Python has, gives private-use characters for these
+        "".join(map(chr, (*range(0xE78D, 0xE797), 0xE7C7, 0xE816, 0xE817, 0xE818, 0xE81E, 0xE826, 0xE82B, 0xE82C)))
+        + "".join(map(chr, (0xE831, 0xE832, 0xE83B, 0xE843, 0xE854, 0xE855, 0xE864))),
+        "︐︒︑︓︔︕︖︗︘︙ḿ𠂇𠂉𠃌龴龵龶龷𡗗龸𢦏龹龺𤇾龻",
+    ),
+    "big5hkscs": str.maketrans("•､‾∼♁☉¥¢£", "‧﹑¯～⊕⊙￥￠￡"),
+    **dict.fromkeys(("euc_jp", "iso2022_jp_ext"), _JAPANESE),
+}
 # Private-use characters to which Python's cp932 decodes the four bytes that Shift_JIS leaves undefined.
 _NO_SHIFT_JIS = re.compile("[\uf8f0-\uf8f3]")
 
@@ -168,8 +178,8 @@ def _decoded(content: bytes, charset: str, errors: str) -> str:
     text = content.decode(charset, errors)
     if charset == "cp1258":
         text = unicodedata.normalize("NFC", text)
-    elif charset == "koi8-u":
-        text = text.translate(_BELARUSIAN)
+    elif corrections := _CORRECTED.get(charset):
+        text = text.translate(corrections)
     return text.lstrip("\ufeff")
 
 
@@ -199,6 +209,8 @@ def _handle_as_browsers(error: UnicodeError) -> tuple[str, int]:
         return chr(pair[0]), error.start + 1
     if error.encoding == "gb18030" and pair[0] == 0x80:
         return "€", error.start + 1
+    if error.encoding == "charmap" and pair[0] == 0xCA:  # in windows-1255, also where a page calls it iso-8859-8
+        return "\u05ba", error.start + 1
     if len(pair) == 2:
         if error.encoding == "big5hkscs":
             return _or_replaced(pair, "cp950", error)

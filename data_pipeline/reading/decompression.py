@@ -15,7 +15,7 @@ from typing import BinaryIO
 import zstandard
 
 from configs.sources import ExtractConfig
-from data_pipeline.reading.input_records import Advance
+from data_pipeline.reading.input_records import NOT_READ, Advance
 
 BLOCK = 1 << 16
 # Expansion is judged only above this many bytes of content: a short repetitive file is no zip bomb.
@@ -79,7 +79,8 @@ class _Zstd:
         try:
             content = self._frame.decompress(fed)
         except zstandard.ZstdError as error:
-            raise _Stop("zstd_window_too_large" if "too much memory" in str(error) else "corrupt_zstd") from None
+            reasons = {"too much memory": "zstd_window_too_large", "Dictionary": NOT_READ}
+            raise _Stop(next((reasons[why] for why in reasons if why in str(error)), "corrupt_zstd")) from None
         left = len(self._frame.unused_data) if self._frame.eof else 0
         return content, data[len(fed) - left :], self._frame.eof
 

@@ -146,8 +146,10 @@ def whole(text: str, notes: set[str]) -> str:
         text.encode()
         return text
     except UnicodeEncodeError:
-        notes.add(SURROGATES)
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        joined = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        if joined.count("\ufffd") > text.count("\ufffd"):
+            notes.add(SURROGATES)
+        return joined
 
 
 def _of_bytes(content: bytes) -> str:

@@ -29,8 +29,11 @@ _BROTLI_FEED = 1 << 12
 _CONTROLS = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 _TEXT_BYTES = 1024
 _CHUNK_HEAD = re.compile(rb"\s*([0-9A-Fa-f]{1,15})[\t ]*(?:;[^\r\n]{0,4096})?(\r?\n|\Z)")
-# A size that is not written as the standard says, with 0x or a sign or before a bare carriage return.
-_ODD_CHUNK_HEAD = re.compile(rb"\s*(?:(?:0x|[+-])[0-9A-Fa-f]{1,15}[\t ]*[\r\n]|[0-9A-Fa-f]{1,15}[\t ]*\r[^\n])")
+# A size that is not written as the standard says: with 0x or a sign, before a bare carriage return or with an extension
+# that holds one.
+_ODD_CHUNK_HEAD = re.compile(
+    rb"\s*(?:(?:0x|[+-])[0-9A-Fa-f]{1,15}[\t ]*[\r\n]|[0-9A-Fa-f]{1,15}[\t ]*(?:\r[^\n]|;[^\n<]*\n))"
+)
 _PADDING = b"\0 \r\n"  # what servers and archives put after a compressed body
 _LAST_ZEROS = 4
 _COMPRESSED = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd")
@@ -48,18 +51,23 @@ class CodingError(ValueError):
 def decode_body(body: bytes, response: Response, limits: ExtractConfig) -> bytes:
     """Undoes the codings of `body` that the headers name or its first bytes show; raises CodingError if it cannot."""
     transfer, content = _names(response.all("transfer-encoding")), _names(response.all("content-encoding"))
-    body = _join_chunks(body, "chunked" in transfer)
-    with contextlib.suppress(CodingError):
-        while (inner := _join_chunks(body, declared=False)) != body:  # a proxy or archive has made chunks of chunks
-            body = inner
+    body = _join_inner(_join_chunks(body, "chunked" in transfer))
     for coding in reversed([*content, *(name for name in transfer if name != "chunked")]):
         decode = _DECODERS.get(coding)
         decoded = decode(body, limits) if decode else None
         if decoded is None and not _reads_like_text(body) and not body.startswith(_COMPRESSED):
             raise CodingError("bad_content_encoding" if decode else "unknown_content_encoding")
-        body = body if decoded is None else decoded
+        body = body if decoded is None else _join_inner(decoded)
     if body.startswith(_COMPRESSED):  # compressed, though no header says so
-        body = _decompress(body, limits) or b""
+        body = _join_inner(_decompress(body, limits) or b"")
+    return body
+
+
+def _join_inner(body: bytes) -> bytes:
+    """Joins chunks that no header speaks of: a proxy or archive has made chunks of chunks, or compressed them."""
+    with contextlib.suppress(CodingError):
+        while (inner := _join_chunks(body, declared=False)) != body:
+            body = inner
     return body
 
 

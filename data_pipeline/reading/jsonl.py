@@ -81,7 +81,7 @@ def parse(content: bytes, notes: set[str]) -> Any:
     else:
         with contextlib.suppress(orjson.JSONDecodeError):
             value = orjson.loads(content)
-            if not (isinstance(value, dict) and any(map(_may_be_rounded, value.values()))):
+            if not _may_be_rounded(value):
                 return value
 
     def constant(name: str) -> float:
@@ -92,5 +92,14 @@ def parse(content: bytes, notes: set[str]) -> Any:
 
 
 def _may_be_rounded(value: Any) -> bool:
-    """Whether `value` may stand for an integer beyond 64 bits, which orjson rounds to a float."""
-    return isinstance(value, float) and abs(value) >= 1 << 63
+    """Whether `value` may hold an integer beyond 64 bits, which orjson rounds to a float."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+        elif isinstance(one, float) and abs(one) >= 1 << 63:
+            return True
+    return False

@@ -7,6 +7,7 @@ one page; writers keep pages near 1 MB. Values that JSON cannot represent become
 supported.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ _BATCH_BYTES = 8 << 20
 _BATCH_ROWS = 1000
 _DELTA_ROWS = 16  # of columns in which a few bytes can stand for a long value
 _RATIO_FLOOR = 1 << 20  # bytes; expansion is judged only above this size, as in `decompression`
+_OUT_OF_RANGE = "<value out of range"  # what pyarrow writes in place of a date beyond its calendar
 
 
 def read_parquet(
@@ -219,7 +221,8 @@ def _value(scalar: Any, notes: set[str]) -> Any:
         return _value(scalar.value, notes)
     if isinstance(scalar, pa.MapScalar):
         pairs = [[_value(pair["key"], notes), _value(pair["value"], notes)] for pair in scalar.values]
-        return dict(pairs) if all(isinstance(key, str) for key, _ in pairs) else pairs
+        names = {key for key, _ in pairs if isinstance(key, str)}
+        return dict(pairs) if len(names) == len(pairs) else pairs
     if isinstance(scalar, pa.ListScalar):  # includes large and fixed-size lists
         return [_value(item, notes) for item in scalar.values]
     if isinstance(scalar, pa.StructScalar):
@@ -227,7 +230,10 @@ def _value(scalar: Any, notes: set[str]) -> Any:
     if isinstance(scalar, pa.StringScalar):
         return scalar.as_buffer().to_pybytes().decode("utf-8", "replace")
     if pa.types.is_timestamp(scalar.type) or pa.types.is_time64(scalar.type):  # Python's types have no nanoseconds
-        return scalar.cast(pa.string()).as_py()
+        with contextlib.suppress(pa.ArrowException):  # of a time zone that is unknown here
+            if not (shown := scalar.cast(pa.string()).as_py()).startswith(_OUT_OF_RANGE):
+                return shown
+        return f"{scalar.value} {scalar.type.unit}"
     if pa.types.is_duration(scalar.type):
         return f"{scalar.value} {scalar.type.unit}"
     try:

@@ -3,7 +3,8 @@
 Reading goes on after a damaged member, and after damage within an uncompressed file. Only the beginning of a record
 above `extract.max_record_bytes` is held in memory. `http_body` decodes bodies as their HTTP headers say (chunks, gzip,
 deflate, zstd, br), within the limits on expansion, and `page_decoding` turns pages into text. A response without a type
-counts as a page if it begins like HTML. Continuation records are not supported.
+counts as a page if it begins like HTML. A record in segments is set aside as a cut one, and so is a record whose length
+is wrong. Pages that a crawler cut short are kept and counted.
 """
 
 from collections.abc import Iterator
@@ -22,13 +23,14 @@ from data_pipeline.reading.http_response import (
     mime_type,
     parse_response,
 )
-from data_pipeline.reading.input_records import Advance, FoundFile, Record, sample
+from data_pipeline.reading.input_records import SAMPLE_BYTES, Advance, FoundFile, Record, sample
 from data_pipeline.reading.page_decoding import fill_page
 
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 _PAGE_RECORDS = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
 _ANY = WarcRecordType.any_type
 _BLOCK = 1 << 16
+TRUNCATED = "cut short by the crawler (WARC-Truncated)"
 _MARK, _HEAD_END = b"WARC/1.", b"\r\n\r\n"
 
 
@@ -60,6 +62,7 @@ def _records(member: Member, limits: ExtractConfig) -> Iterator[Record]:
     """
     stream: Any = member  # FastWARC needs only read and tell
     bad: Record | None = None
+    page: Record | None = None  # the last one, until what follows shows that its length was right
     going = True
     while going:
         going = False
@@ -67,24 +70,31 @@ def _records(member: Member, limits: ExtractConfig) -> Iterator[Record]:
         try:
             for entry in ArchiveIterator(stream, record_types=_ANY, parse_http=False, stream_detect=False):
                 position = member.offset + entry.stream_pos
+                if page:
+                    yield page
+                    page = None
                 if bad:
                     bad.size = position - bad.position
                     yield bad
                     bad = None
                 last = position, entry.content_length
                 if entry.record_type & _PAGE_RECORDS:
-                    yield _record(entry, position, limits)
+                    page = _record(entry, position, limits)
         except (OSError, ValueError) as error:
-            if last and not bad and (end := _end_of(member, *last)) is not None:
-                following = member.pass_padding(end)
-                if following < 0:
-                    return
-                if following > end and member.goes_on_with(_MARK, following):
-                    going = True
-                    continue
+            end = _end_of(member, *last) if last and not bad else None
+            following = -1 if end is None else member.pass_padding(end)
+            if end is not None and following < 0:
+                break
+            if end is not None and following > end and member.goes_on_with(_MARK, following):
+                going = True
+                continue
+            if page and last and not page.reason and (end is None or following == end):
+                page.reason, page.html, page.text = "cut_record", False, page.text[:SAMPLE_BYTES]
             after = sum(last) if last else member.offset  # the byte up to which nothing is damaged
             bad = bad or Record(after, 0, str(error), reason="bad_warc")
             going = member.skip_to(_MARK, after + 1)
+    if page:
+        yield page
     if bad:
         yield bad
 
@@ -115,7 +125,9 @@ def _record(entry: Any, position: int, limits: ExtractConfig) -> Record:
     if is_type_unknown(kind):
         kind = mime_type(entry.headers.get("WARC-Identified-Payload-Type") or "")
     plain = entry.record_type == WarcRecordType.conversion and kind == "text/plain"
-    if stored < entry.content_length or "Content-Length" not in entry.headers:
+    if entry.headers.get("WARC-Truncated"):
+        record.notes.add(TRUNCATED)
+    if stored < entry.content_length or "Content-Length" not in entry.headers or "WARC-Segment-Number" in entry.headers:
         record.reason = "cut_record"
     elif not response.has_page():
         record.reason = "http_error"

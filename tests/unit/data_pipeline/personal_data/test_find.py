@@ -38,6 +38,24 @@ def kinds(text: str, **settings: bool) -> list[tuple[str, str]]:
             "to=jane%40uni-bonn.de or jane&#64;uni-bonn.de",
             [("email", "jane%40uni-bonn.de"), ("email", "jane&#64;uni-bonn.de")],
         ),
+        (
+            "nguyễn.văn@uni-bonn.de, jose\u0301@uni-bonn.de, ja\u00adne@uni\u200b-bonn.de",
+            [
+                ("email", "nguyễn.văn@uni-bonn.de"),
+                ("email", "jose\u0301@uni-bonn.de"),
+                ("email", "ja\u00adne@uni\u200b-bonn.de"),
+            ],
+        ),
+        (
+            "f'jane@uni-bonn.de', c.o’neil@uni-bonn.de",
+            [("email", "jane@uni-bonn.de"), ("email", "c.o’neil@uni-bonn.de")],
+        ),
+        (
+            "jane&commat;uni-bonn.de, jane%2540uni-bonn.de",
+            [("email", "jane&commat;uni-bonn.de"), ("email", "jane%2540uni-bonn.de")],
+        ),
+        ("jane&#064;uni-bonn.de", [("email", "jane&#064;uni-bonn.de")]),
+        (r'"jane\u0040uni-bonn.de"', [("email", r"jane\u0040uni-bonn.de")]),
         ("jane (at) uni-bonn (dot) de", [("email", "jane (at) uni-bonn (dot) de")]),
         (
             "jane[AT]uni-bonn.de, jane {at} uni dot de",
@@ -169,6 +187,8 @@ def test_what_a_record_says_beside_its_text() -> None:
         "day": 20240229,
         "url": "http://a.org/?m=<EMAIL>&x",
     }
+    wide = {"a": "jane＠uni-bonn．de", "b": "電話：０３－５５５５－０１５３", "phone": "٠٢٥٥٥٠١٥٣"}
+    assert Hiding().value(wide) == {"a": "<EMAIL>", "b": "電話：<PHONE>", "phone": "<PHONE>"}
     for name in ("phone", "phones", "contact_phone", "homePhone", "phone_number", "phone_2"):
         for number in (2125550153, 2125550153.0, "2125550153", [2125550153]):
             shown = Hiding().value({name: number})[name]

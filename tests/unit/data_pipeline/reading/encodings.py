@@ -120,6 +120,7 @@ ENCODED = [
     ("iso-2022-kr", "iso2022_kr", KOREAN),
     ("uhc", "cp949", KOREAN + " 똠방각하"),  # this label and the next are not in the standard
     ("cp852", "cp852", POLISH),
+    ("utf-7", "utf-7", RUSSIAN),
 ]
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -232,6 +233,37 @@ def test_damage_in_an_uncompressed_warc_costs_one_record(tmp_path: Path) -> None
     assert [record.metadata["url"][-2:].strip("/") for record in records if not record.reason] == [
         str(n) for n in range(40) if n != 20
     ]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("wrong", [-60, 40])
+def test_a_warc_record_of_a_wrong_length_is_no_whole_page(
+    tmp_path: Path, pack: Callable[[bytes], bytes], wrong: int
+) -> None:
+    pages = [gzip.decompress(member) for member in warc([PAGE.format(n).encode() for n in range(3)])]
+    length = int(re.findall(rb"\r\nContent-Length: (\d+)", pages[1])[0])
+    pages[1] = pages[1].replace(b"Content-Length: %d" % length, b"Content-Length: %d" % (length + wrong))
+    records = read(tmp_path / "a.warc", b"".join(map(pack, pages)), "warc")
+    assert [record.reason for record in records if record.reason != "bad_warc"] == ["", "cut_record", ""]
+    assert [record.html for record in records if record.reason] == [False] * (len(records) - 2)
+
+
+def test_segments_of_a_warc_record_are_no_whole_pages_and_cut_pages_are_counted(tmp_path: Path) -> None:
+    page = gzip.decompress(warc([PAGE.encode()])[0])
+    (segment,) = read(tmp_path / "a.warc", page.replace(b"\r\n", b"\r\nWARC-Segment-Number: 1\r\n", 1), "warc")
+    assert segment.reason == "cut_record"
+    (cut,) = read(tmp_path / "a.warc", page.replace(b"\r\n", b"\r\nWARC-Truncated: length\r\n", 1), "warc")
+    assert (cut.reason, cut.notes) == ("", {"cut short by the crawler (WARC-Truncated)"})
+
+
+def test_zstandard_with_a_dictionary_is_not_called_damaged(tmp_path: Path) -> None:
+    samples = [b"%d of %s" % (number, SOUND) for number in range(500)]
+    dictionary = zstandard.train_dictionary(1000, samples)
+    content = zstandard.ZstdCompressor(dict_data=dictionary).compress(SOUND)
+    stored = dictionary.as_bytes()
+    stored = b"\x5d\x2a\x4d\x18" + len(stored).to_bytes(4, "little") + stored  # as WARC files carry theirs
+    for packed in (content, stored + content):
+        assert reasons(read(tmp_path / "a.jsonl.zst", packed)) == ["unsupported_compression"]
 
 
 def test_nuls(tmp_path: Path) -> None:

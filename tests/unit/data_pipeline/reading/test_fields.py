@@ -108,6 +108,9 @@ def columns() -> dict[str, tuple[pa.Array, Any]]:
         "list": (pa.array([[b"\xff", None], None, []]), ["ff", None]),
         "struct": (pa.array([{"a": {"b": decimal.Decimal("2.5")}}, None, None]), {"a": {"b": "2.5"}}),
         "map": (pa.array([[("k", 1)], None, []], pa.map_(pa.string(), pa.int32())), {"k": 1}),
+        "twice": (pa.array([[("k", 1), ("k", 2)], None, []], pa.map_(pa.string(), pa.int32())), [["k", 1], ["k", 2]]),
+        "nowhere": (pa.array([1, 2, None], pa.timestamp("us", "Nowhere/Town")), "1 us"),
+        "beyond": (pa.array([2**62, 2, None], pa.timestamp("ms")), f"{2**62} ms"),
         "numbered": (pa.array([[(1, 2)], None, []], pa.map_(pa.int32(), pa.int32())), [[1, 2]]),
         "uuid": (pa.array([one.bytes] * 3, pa.uuid()), str(one)),
         "dictionary": (pa.array(["a", "b", None]).dictionary_encode(), "a"),
@@ -213,12 +216,14 @@ def test_what_json_forbids_and_writers_write_is_mended(tmp_path: Path) -> None:
             '{"text": "half \ud83d as bytes"}'.encode("utf-8", "surrogatepass"),
             b'{"text": "big", "id": 123456789012345678901234567890, "n": -9999999999999999999999}',
             b'{"text": "whole \\ud83d\\ude00"}',
+            b'{"text": "nested", "metadata": {"a": [1, {"b": 123456789012345678901234567890}]}}',
+            '{"text": "pair \ud83d\ude00 as bytes"}'.encode("utf-8", "surrogatepass"),
             b'{"text": "nan", "n": nan}',
             b'{"text": "lat\xe9"}',
             b"[" * 100_000,
         )
     )
-    assert [one.reason for one in records] == ["", "", "", "", "", "bad_json", "invalid_utf8", "bad_json"]
+    assert [one.reason for one in records] == ["", "", "", "", "", "", "", "bad_json", "invalid_utf8", "bad_json"]
     assert records[0].metadata["fields"] == {"n": "NaN", "i": ["-Infinity"]} and records[0].notes == {NOT_FINITE}
     assert (records[1].text, records[1].id) == ("half \ufffd", "\ufffd") and records[1].notes == {SURROGATES}
     assert records[1].metadata["record"] == {"\ufffd": "😀"}
@@ -226,6 +231,8 @@ def test_what_json_forbids_and_writers_write_is_mended(tmp_path: Path) -> None:
     assert records[3].id == "123456789012345678901234567890"
     assert records[3].metadata["fields"] == {"n": "-9999999999999999999999"}
     assert records[4].text == "whole 😀" and not records[4].notes
+    assert records[5].metadata == {"record": {"a": [1, {"b": "123456789012345678901234567890"}]}}
+    assert records[6].text == "pair 😀 as bytes" and not records[6].notes  # nothing was replaced
 
 
 def check(path: Path, **keys: Any) -> None:

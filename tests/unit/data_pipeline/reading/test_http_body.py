@@ -54,6 +54,10 @@ def chunked(body: bytes, size: int = 100) -> bytes:
             {"Transfer-Encoding": "gzip, chunked", "Content-Encoding": "br"},
         ),
         (zipped(zlib.compress(PAGE)), {"Content-Encoding": "deflate, gzip"}),
+        # Chunks within a compressed body.
+        (zipped(chunked(PAGE)), {"Content-Encoding": "gzip", "Transfer-Encoding": "chunked"}),
+        (brotli.compress(chunked(PAGE)), {"Content-Encoding": "br"}),
+        (zipped(chunked(PAGE)), {}),
         # Headers name codings that the archive has undone.
         (PAGE, {"Content-Encoding": "gzip", "Transfer-Encoding": "chunked"}),
         (PAGE, {"Content-Encoding": "deflate"}),
@@ -85,6 +89,7 @@ def test_a_body_is_decoded_as_its_headers_say(body: bytes, headers: dict[str, st
         (zipped(PAGE)[:40], {"Content-Encoding": "gzip"}, "bad_content_encoding"),
         (chunked(PAGE)[:110], {"Transfer-Encoding": "chunked"}, "bad_content_encoding"),
         (chunked(PAGE)[:117] + b"zz\r\n", {"Transfer-Encoding": "chunked"}, "bad_content_encoding"),
+        (chunked(PAGE).replace(b"=value", b'="\r"'), {"Transfer-Encoding": "chunked"}, "bad_content_encoding"),
         (b"\x8b\x02\x80", {"Content-Encoding": "br"}, "bad_content_encoding"),
         (brotli.compress(os.urandom(500))[:200], {"Content-Encoding": "br"}, "bad_content_encoding"),
         (brotli.compress(PAGE) + os.urandom(5000), {"Content-Encoding": "br"}, "bad_content_encoding"),

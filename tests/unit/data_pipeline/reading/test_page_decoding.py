@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.extraction.extractors import main_text
-from data_pipeline.reading.charsets import charset_of
+from data_pipeline.reading.charsets import charset_of, decode, decode_whole
 from data_pipeline.reading.input_records import Record
 from data_pipeline.reading.page_decoding import declared_charset, decode_page
 from tests.unit.data_pipeline.reading.encodings import (
@@ -140,6 +140,21 @@ def test_the_order_of_those_that_name_an_encoding() -> None:
 )
 def test_declarations(head: str, charset: str) -> None:
     assert declared_charset(head.encode()) == charset
+
+
+@pytest.mark.parametrize(
+    ("label", "content", "text"),
+    [
+        ("big5", "a145a1e3a1f2a247", "‧～⊕￡"),
+        ("gbk", "a6d9a8bcfe51fe59fea0", "︐ḿ𠂇龴龻"),
+        ("euc-jp", "a1c1a1dd", "～－"),
+        ("koi8-u", "aebe", "ўЎ"),
+        ("windows-1255", "eec5e5ca", "מֵוֺ"),
+    ],
+)
+def test_characters_for_which_python_has_others_than_browsers(label: str, content: str, text: str) -> None:
+    assert decode(bytes.fromhex(content), charset_of(label)) == text
+    assert decode_whole(bytes.fromhex(content), charset_of(label)) == text
 
 
 def test_names_that_are_no_character_encoding() -> None:
