@@ -1,10 +1,12 @@
 """The extract stage: reads the files of all sources and writes their texts in shards."""
 
+import json
 import math
 import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from configs.data import DataConfig
 from configs.loader import plain
@@ -24,9 +26,10 @@ from data_pipeline.reading import InputUnit, SourceReader, find_units
 from data_pipeline.reading.ids import roots_of
 from data_pipeline.reading.input_records import BROKEN, UNDECODABLE
 from data_pipeline.reading.keys import check_keys
-from data_pipeline.reading.names import openable
+from data_pipeline.reading.names import openable, printable
 from data_pipeline.reading.source_files import is_remote
 
+_HASHES = "inputs.json"  # hashes of the source files, kept so that unchanged files are not read for them again
 FAILED = "extract.failed"  # folder of the ledger and rejected records of an attempt with too many of them
 
 
@@ -40,9 +43,10 @@ def extract_stage(context: RunContext) -> Stage:
     units = input_units(config)
     check_keys(units, config.extract)
     Blocklist.load(config.extract.blocklist)
+    inputs = inputs_hash(config, units, context.run_dir / _HASHES)
     return Stage(
         "extract",
-        partial(_extract, context, units),
+        partial(_extract, context, units, inputs),
         {
             "sources": {name: plain(source) | {"rules": None} for name, source in config.sources.items()},
             "extract": plain(config.extract),
@@ -50,7 +54,7 @@ def extract_stage(context: RunContext) -> Stage:
             "canaries": as_input(config.canaries),
         },
         ("reading", "canaries.plant", "extraction.extract", "extraction.unique", "core.shards"),
-        inputs=inputs_hash(config, units, context.run_dir / "inputs.json"),
+        inputs=inputs,
         packages=(
             *("datatrove", "fastwarc", "resiliparse", "trafilatura", "ftfy", "orjson", "pyarrow", "zstandard"),
             "brotli",
@@ -81,8 +85,25 @@ def inputs_hash(config: DataConfig, units: Sequence[InputUnit], cache: Path) -> 
     return digest([contents, others]) if others else contents
 
 
-def _extract(context: RunContext, units: list[InputUnit], folder: Path, logs: Path) -> Tally:
+def _check_unchanged(context: RunContext, units: Sequence[InputUnit], inputs: str, before: dict[str, Any]) -> None:
+    """Raises ValueError if a local file has changed since `inputs` was computed: the texts may be of either content.
+
+    `before` are the kept hashes of that time.
+    """
+    cache = context.run_dir / _HASHES
+    if inputs_hash(context.config, units, cache) != inputs:
+        after = json.loads(cache.read_text())
+        changed = [name for name, entry in before.items() if after.get(name, {}).get("sha256") != entry["sha256"]]
+        others = f" and {len(changed) - 1:,} more" if len(changed) > 1 else ""
+        raise ValueError(
+            f"{''.join(map(printable, changed[:1]))}{others} changed while the extract stage read its input; run the "
+            "same command again when nothing writes there any more, or name a copy as the source's files"
+        )
+
+
+def _extract(context: RunContext, units: list[InputUnit], inputs: str, folder: Path, logs: Path) -> Tally:
     """Runs the stage: writes texts to shards, makes ids unique, and checks the share of broken records."""
+    hashes = json.loads((context.run_dir / _HASHES).read_text())
     config = context.config
     tallies = str(logs / "tallies")
     steps = [
@@ -94,6 +115,7 @@ def _extract(context: RunContext, units: list[InputUnit], folder: Path, logs: Pa
         TextWriter(str(folder), "${source}/${shard}", shard_record),
     ]
     context.pipeline("extract", logs, steps, len(units), sum(unit.size for unit in units))
+    _check_unchanged(context, units, inputs, hashes)
     _make_ids_unique(context, units, folder, logs)
     mask_samples(folder)
     tally = Tally.load_all(Path(tallies))

@@ -3,14 +3,20 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
-from configs.loader import ConfigError
+from configs.data import DataConfig
+from configs.loader import ConfigError, load
 from data_pipeline.command import main
 from data_pipeline.core import stage
+from data_pipeline.core.run_context import RunContext
 from data_pipeline.core.stage import file_hashes
+from data_pipeline.extraction.extract_stage import extract_stage
 from tests.data_runs import write_inputs
 
 
@@ -61,3 +67,38 @@ def test_a_file_replaced_in_place_is_seen(tmp_path: Path, monkeypatch: pytest.Mo
             assert file_hashes([file], cache) in seen
             assert bool(json.loads(cache.read_text())[str(file)]["mark"]) == (settled == 0)
         assert len(seen) == 3
+
+
+class Meanwhile:
+    """Stands for an executor: what happens while tasks run, of which there are none."""
+
+    workers = 1
+
+    def __init__(self, happens: Callable[[], Any]) -> None:
+        self.happens = happens
+
+    def perform(self, *arguments: Any) -> None:
+        self.happens()
+
+
+def test_files_that_change_while_they_are_read_are_not_taken_for_what_they_were(tmp_path: Path) -> None:
+    config, first, second = write_inputs(tmp_path), tmp_path / "prose-0.jsonl", tmp_path / "prose-1.jsonl"
+
+    def work(happens: Callable[[], Any]) -> None:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        for name in ("folder", "logs"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        context = RunContext(load(DataConfig, config), tmp_path / "run", Console(quiet=True), Meanwhile(happens))
+        extract_stage(context).work(tmp_path / "folder", tmp_path / "logs")
+
+    def both() -> None:
+        first.write_bytes(first.read_bytes() + b"\n")
+        second.unlink()
+
+    for happens, named in (
+        (lambda: first.write_text("{}"), "prose-0.jsonl"),
+        (both, "prose-0.jsonl and 1 more"),
+    ):
+        with pytest.raises(ValueError, match=f"/{named} changed while the extract stage read its input; run the same"):
+            work(happens)
+        work(lambda: None)  # the same command again
