@@ -218,6 +218,11 @@ def _file_fault(error: Exception) -> str | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" for {error.filename}" if error.filename else ""
         return f"no space is left on disk{where}; make room, then {signals.AGAIN}"
+    if error.errno in (errno.EIO, errno.ESTALE, errno.EFBIG):
+        what = error.filename2 or error.filename or "a file"
+        return f"{what} cannot be read or written ({error.strerror}); see to its disk, then {signals.AGAIN}"
+    if error.errno == errno.EISDIR and error.filename:
+        return f"{error.filename2 or error.filename} is a folder, and should be a file; remove or rename it"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
         if error.errno == errno.EROFS:
             return f"{error.filename} is on a read-only file system; name another file or folder"

@@ -30,9 +30,9 @@ class VerifyConfig(Section):
 class ExportConfig(Section):
     """The root of an export's config: a training run to a Hugging Face directory."""
 
-    run: str
+    run: str = Field(min_length=1)
     """The folder of the run whose model is exported."""
-    out: str
+    out: str = Field(min_length=1)
     """The folder to write; it appears there only once all checks have passed."""
     step: int | str = "latest"
     """The step whose checkpoint is exported, or "latest"."""

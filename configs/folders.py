@@ -17,8 +17,10 @@ REASONS = {
 }
 _PROBE_BYTES = 4096
 # Names in the folder of a training run.
-RUN_FOLDERS = ("checkpoints", "rollouts", "reference", "tensorboard", "compiled")
-RUN_FILES = ("metrics.jsonl", "config.toml", "env.json", "history.json", "report.html", ".lock")
+RUN_FOLDERS = ("checkpoints", "base", "rollouts", "reference", "tensorboard", "compiled", "profile", "hang")
+RUN_FILES = ("metrics.jsonl", "config.toml", "env.json", "history.json", "time.json", "report.html", ".lock")
+RUN_FILES += ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "loss_mask.json")
+RUN_FILES += ("samples.jsonl", "rewinds.json", "tracking.json", "local.json", "mirror_id")
 
 
 def check_writable(folder: str | Path, key: str, value: str | Path | None = None) -> None:
@@ -51,8 +53,11 @@ def check_can_hold(run_dir: Path, name: str) -> None:
 def check_run_dir(run_dir: str | Path) -> None:
     """Checks that a training run can write to its folder and to what is in it already. Raises ConfigError naming it.
 
-    A file in place of a folder, or the other way round, would else be found at the first save, hours later.
+    A file in place of a folder, or the other way round, would else be found at the first save, hours later; and in a
+    folder of something else, each would write over the other's files.
     """
+    if other := _other_owner(Path(run_dir)):
+        raise ConfigError(f"run.dir = {str(run_dir)!r} is {other}; name a folder of the run's own")
     check_writable(run_dir, "run.dir")
     for name in RUN_FOLDERS:
         if (folder := Path(run_dir, name)).exists():
@@ -60,6 +65,19 @@ def check_run_dir(run_dir: str | Path) -> None:
     for name in RUN_FILES:
         if (file := Path(run_dir, name)).is_dir():
             raise ConfigError(f"run.dir = {str(run_dir)!r}: {file} is a folder; name another run.dir, or remove it")
+
+
+def _other_owner(folder: Path) -> str:
+    """Says what `folder` belongs to if that is no training run, "" else."""
+    if (folder / "ledger.json").is_file():
+        return "the folder of a data run"
+    if stage := next((one for one in (folder, *folder.absolute().parents) if (one / "stage.json").is_file()), None):
+        return f"in {stage}, a stage of a data run, which is replaced as a whole when it is made again"
+    if (folder / "plan.json").is_file():
+        return "the folder of a data plan"
+    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return "a Hugging Face folder"
+    return ""
 
 
 def _reason(folder: Path, error: OSError) -> str:

@@ -88,7 +88,7 @@ class RecipeConfig(Section):
 
     title: str = "Trivium recipe"
     """The heading of the table and of the page."""
-    dir: str
+    dir: str = Field(min_length=1)
     """The folder of all stages' results, of recipe.json and of report.html."""
     ranks: int = Field(default=1, ge=1)
     """The number of ranks of training stages, on this machine."""

@@ -11,7 +11,7 @@ from configs.train import ParallelConfig, Precision
 class SampleRun(Section):
     """The folder of the samples, and the seed of their random numbers."""
 
-    dir: str
+    dir: str = Field(min_length=1)
     """The folder of all samples and of the dialogues that are kept, relative to the working directory."""
     seed: int = Field(default=1234, ge=0)
     """The seed of the problems that are drawn and of the completions."""

@@ -3,6 +3,7 @@
 `configs.layout` checks that degrees of parallelism, model and batch fit each other and the world size.
 """
 
+import os
 from enum import StrEnum
 from typing import Literal
 
@@ -19,10 +20,15 @@ from configs.tracking import TrackingConfig
 class TrainRunConfig(Section):
     """The folder of a training run, and the seed of its random numbers."""
 
-    dir: str
+    dir: str = Field(min_length=1)
     """The folder for checkpoints, metrics and reports, relative to the working directory."""
     seed: int = Field(default=1234, ge=0)
     """The seed of initial weights, dropout, the order of data and sampled completions."""
+
+    @property
+    def name(self) -> str:
+        """The name of the run in its output: that of its folder, also where it is given as "."."""
+        return os.path.basename(os.path.abspath(self.dir))
 
 
 class Precision(StrEnum):

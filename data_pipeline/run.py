@@ -103,7 +103,7 @@ def run(
     do not add up.
     """
     run_dir = Path(config.run.dir)
-    check_writable(run_dir, "run.dir")
+    _check_run_dir(run_dir)
     with sole_user(run_dir):
         quiet(None)
         with undo_if_refused(run_dir):
@@ -289,6 +289,13 @@ def _print_counts(done: PublishedStage, number: int, count: int, console: Consol
         )
 
 
+def _check_run_dir(run_dir: Path) -> None:
+    """Raises ConfigError if a data run cannot write to its folder, or if that belongs to a training run."""
+    if (run_dir / "metrics.jsonl").is_file():
+        raise ConfigError(f"run.dir = {str(run_dir)!r} is the folder of a training run; name one of the data run's own")
+    check_writable(run_dir, "run.dir")
+
+
 def dry_run(config: DataConfig, console: Console, executor: Executor, only: str = "", until: str = "") -> None:
     """Prints for every stage whether it would run or be skipped and, once there are tokens, the mixture's forecast.
 
@@ -297,7 +304,7 @@ def dry_run(config: DataConfig, console: Console, executor: Executor, only: str 
     """
     run_dir = Path(config.run.dir)
     if run_dir.exists():
-        check_writable(run_dir, "run.dir")
+        _check_run_dir(run_dir)
     done = set()
     if (run_dir / "config.toml").is_file():  # a run has been here
         stages = recipe(RunContext(config, run_dir, console, executor))

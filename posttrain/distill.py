@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     bootstrap.begin("posttrain.distill")
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
 from configs.distill import DistillConfig
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             mesh,
             evaluators,
             student.lineage,
-            title=Path(config.run.dir).name,
+            title=config.run.name,
             resume=args.resume,
             profiled=profiled,
         ).fit()

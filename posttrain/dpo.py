@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     bootstrap.begin("posttrain.dpo")
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
 from configs.folders import check_run_dir
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             mesh,
             evaluators,
             initial.lineage,
-            title=Path(config.run.dir).name,
+            title=config.run.name,
             resume=args.resume,
             profiled=profiled,
         ).fit()

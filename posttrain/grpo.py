@@ -11,7 +11,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     bootstrap.begin("posttrain.grpo")
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
 from configs.folders import check_run_dir, check_writable
@@ -82,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             ],
             initial.lineage,
-            title=Path(config.run.dir).name,
+            title=config.run.name,
             resume=args.resume,
             profiled=profiled,
         )

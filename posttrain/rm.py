@@ -11,7 +11,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     bootstrap.begin("posttrain.rm")
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
@@ -82,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             mesh,
             [HeldoutJudgement(examples.kind, heldout, loss)],
             initial.lineage,
-            title=Path(config.run.dir).name,
+            title=config.run.name,
             resume=args.resume,
             profiled=profiled,
         ).fit()

@@ -12,7 +12,6 @@ if __name__ == "__main__":  # before the imports below, which take seconds
     bootstrap.begin("posttrain.sft")
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from configs.cli import TRAINING_OPTIONS, entrypoint, parse_args, profiled_steps
 from configs.folders import check_run_dir
@@ -115,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.task and task:
         evaluators.append(TaskAccuracy(task, chat, seed, config.task.eval_prompts))
     with groups.joined(env, layout, config.parallel.backend) as mesh:
-        title, lineage = Path(config.run.dir).name, initial.lineage
+        title, lineage = config.run.name, initial.lineage
         return Trainer(
             config,
             initial.model,

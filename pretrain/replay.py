@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from configs import run_history
 from configs.cli import command_parser, entrypoint
 from configs.files import write_atomic
 from configs.layout import SEQ_LENGTH, Layout
@@ -89,9 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _spans(run: Path, step: int) -> "list[DataSpan]":
     """Returns the run's data spans up to the one with step `step`. Raises ConfigError if there is no such step."""
-    from pretrain.run import history
-
-    spans = history.read(run)
+    spans = run_history.read(run)
     if not spans or any(one["plan"] is None for one in spans) or "data" not in spans[-1].get("config", {}):
         raise ConfigError(f"{run} is not the folder of a pretraining run; name one, such as runs/demo/pretrain")
     last = _last_step(run)
@@ -153,7 +152,7 @@ def _config(run: Path, spans: "Sequence[DataSpan]") -> PretrainConfig:
         "spikes": {**spikes, "action": "log" if spikes.get("action") == "rewind" else spikes.get("action", "log")}
         | {"pass_over": ranges},
     }
-    return validate(PretrainConfig, tree, origin=f"{run}/history.json")
+    return validate(PretrainConfig, tree, origin=f"{run}/{run_history.FILE}")
 
 
 def _layout(config: PretrainConfig, world: int, run: Path, step: int) -> Layout:

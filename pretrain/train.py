@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with groups.joined(env, layout, config.parallel.backend) as mesh:
         try:
-            name, plan = Path(config.run.dir).name, choice.plan
+            name, plan = config.run.name, choice.plan
             heldout = _heldout(plan, config.eval.rows, mesh)
             if heldout and mesh.is_main and (bare := [s for s in plan.sources if not plan.heldout_rows(s)]):
                 print(
@@ -135,7 +135,7 @@ def make_trainer(
         mesh,
         heldout,
         _lineage(choice.plan, config, initial),
-        Path(config.run.dir).name,
+        config.run.name,
         resume=resume,
         profiled=profiled,
     )

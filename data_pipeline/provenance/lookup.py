@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from configs import run_history
 from configs.loader import ConfigError
 from configs.sealed import CHECKPOINT
 from data_pipeline.core.checked_parquet import read_parquet
@@ -188,11 +189,10 @@ def plans(run_dir: Path, run: Sequence[DataSpan]) -> dict[str, Plan]:
 
 
 def data_spans(run: Path) -> list[DataSpan]:
-    """Reads the spans of a training run from its history.json; raises ConfigError if it was trained on no plan."""
-    path = run / "history.json"
-    if not path.is_file():
-        raise ConfigError(f"--run {run}: there is no {path}; name the run.dir of a pretraining run")
-    entries = json.loads(path.read_text(encoding="utf-8"))
+    """Reads the spans of a training run from its history; raises ConfigError if it was trained on no plan."""
+    entries = run_history.read(run)
+    if not entries:
+        raise ConfigError(f"--run {run}: there is no {run / run_history.FILE}; name the run.dir of a pretraining run")
     if any(entry["plan"] is None for entry in entries):
         raise ConfigError(f"--run {run} was not trained on a plan; name the run.dir of a pretraining run")
     kept = kept_plan_paths(run)

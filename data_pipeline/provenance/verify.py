@@ -48,10 +48,10 @@ def parts_of(folder: Path) -> list[VerifiedPart]:
         return own
     stages = sorted(path.parent for path in folder.glob(f"*/{STAGE_MANIFEST}"))
     if not stages:
-        where = "a training run; name its data run" if (folder / "metrics.jsonl").is_file() else "no data run"
+        is_training = (folder / "metrics.jsonl").is_file()
+        what = "a training run" if is_training else f"no data run: no folder in it has a {STAGE_MANIFEST}"
         raise ConfigError(
-            f"{folder} is {where}: no folder in it has a {STAGE_MANIFEST}; name the run.dir of `trivium data run`, its "
-            "config, or the folder of a plan"
+            f"{folder} is {what}; name the run.dir of `trivium data run`, its config, or the folder of a plan"
         )
     parts = [_stage_part(stage) for stage in stages]
     named = {stage.name for stage in stages}

@@ -1,5 +1,10 @@
 """Rollouts that are replayed: whether they fit the run, and what of them is as if it had just been sampled."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.differences import changes, flat, words
 from configs.loader import ConfigError
 from configs.model import ModelConfig
 from posttrain.rl.phases import Phases
@@ -8,6 +13,28 @@ from posttrain.rl.rollout_file import Recorded
 from posttrain.rl.rollout_rows import check_experts
 
 SAMPLED = ("tokens", "labels", "mask", "lengths", "prompts", "scores", "stopped", "rollout_logprobs")
+
+
+def check_middle(checkpoint: Path, manifest: Mapping[str, Any], phases: Phases, settled: Mapping[str, Any]) -> None:
+    """Raises ConfigError if a run cannot go on in the middle of a rollout with its settings.
+
+    The rest of the rollout's updates need the batch size, and what it was sampled and scored by: the values of
+    `settled`, by config keys.
+    """
+    number = phases.rollout_of(manifest["step"])
+    until = f"at least until step {(number + 1) * phases.steps}"
+    batch = manifest.get("source", {}).get("batch")
+    if batch != phases.batch_size:
+        raise ConfigError(
+            f"{checkpoint} is in the middle of rollout {number}, whose minibatches have {batch} samples, and "
+            f"train.global_batch_size = {phases.batch_size}; set it back to {batch}, {until}"
+        )
+    before = {key: value for key, value in flat(manifest.get("config", {})).items() if key in settled}
+    if changed := words(changes(before, {key: settled[key] for key in before})):
+        raise ConfigError(
+            f"{checkpoint} is in the middle of rollout {number}, which was sampled and scored with other settings: "
+            f"{'; '.join(changed)}; set back what differs, {until}"
+        )
 
 
 def check_replayed(

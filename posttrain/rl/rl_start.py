@@ -80,8 +80,16 @@ def opened(
     plays = environment is not None or config.task.kind == "verifiers"
     most = None if plays else longest + task.max_new_tokens - 1  # the last token is a label
     drawing = group, section.temperature, config.run.seed, environment, most
-    sampling = SamplingPlan(task, initial.chat, *drawing, method=name)
+    sampling = SamplingPlan(task, initial.chat, *drawing, method=name, settled=_settled(config, section, name))
     return OpenedRun(initial, sampling, dialect, layout, _policy(config, initial), said)
+
+
+def _settled(config: GRPOConfig | PPOConfig, section: GRPOSection | PPOSection, name: str) -> dict[str, Any]:
+    """Returns the settings, by key, that a rollout is sampled by and that its advantages are computed with."""
+    own = ("temperature", "dialect", "gamma", "gae_lambda")
+    found = {f"{name}.{key}": getattr(section, key) for key in own if hasattr(section, key)}
+    scored = ("kl", "overlong_buffer", "overlong_penalty", *(("kl_coef",) * (config.rl.kl == "reward")))
+    return found | {f"rl.{key}": getattr(config.rl, key) for key in scored}
 
 
 def _policy(config: GRPOConfig | PPOConfig, initial: InitialChatModel) -> PolicyCopy:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,7 @@ from posttrain.rl.logprob_check import LogprobCheck
 from posttrain.rl.phases import Phases
 from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.reference_policy import ReferencePolicy
-from posttrain.rl.replaying import as_sampled, check_replayed, check_staleness
+from posttrain.rl.replaying import as_sampled, check_middle, check_replayed, check_staleness
 from posttrain.rl.rollout import METRICS, PART, Rollout
 from posttrain.rl.rollout_file import Recorded
 from posttrain.rl.rollout_rows import RolloutRow, rollout_rows
@@ -71,7 +71,8 @@ class SamplingPlan:
     """The task whose prompts are sampled, and how; `seed` and the number of a sample fix its prompt and its draws.
 
     `longest` is the number of tokens that a prompt and its completion may have, None in an environment, where only an
-    episode itself shows it, and `method` the section of the config that has `group_size`.
+    episode itself shows it, and `method` the section of the config that has `group_size`. `settled` are the settings,
+    by their keys, that cannot change before all updates on a rollout are done.
     """
 
     task: Task
@@ -82,6 +83,7 @@ class SamplingPlan:
     environment: EnvironmentConfig | None = None
     longest: int | None = None
     method: str = "grpo"
+    settled: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def make(self) -> Callable[[], Environment] | None:
@@ -175,12 +177,7 @@ class RolloutSource(BatchSource):
         if self.phases.begins(step):
             return
         number = self.phases.rollout_of(step)
-        if state.get("batch") != self.phases.batch_size:
-            raise ConfigError(
-                f"{checkpoint} is in the middle of rollout {number}, whose minibatches have {state.get('batch')} "
-                f"samples, and train.global_batch_size = {self.phases.batch_size}; set it back to "
-                f"{state.get('batch')}, at least until step {(number + 1) * self.phases.steps}"
-            )
+        check_middle(checkpoint, manifest, self.phases, self.sampling.settled)
         folder = storage.run_of(checkpoint) / ROLLOUTS
         before = number * self.phases.steps
         earlier_ones = "to begin again" if before == 0 else "to go on from before this rollout"
@@ -284,7 +281,7 @@ class RolloutSource(BatchSource):
                 last, count = self._next_prompt - 1, int(metrics["unscorable"][1])
                 raise Failure(
                     f"task {self.sampling.task.name!r} could score none of the {count} completions of prompts "
-                    f"{last + 1 - len(is_equal)} to {last}; mend its reward before training"
+                    f"{last + 1 - len(is_equal)} to {last}; mend its reward, and run the same command again"
                 )
             drawn, equal = drawn + len(is_equal), equal + int(is_equal.sum())
             if self.settings.max_draws == 1:

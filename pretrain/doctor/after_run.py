@@ -17,15 +17,15 @@ from pretrain.logs.metrics_file import read_metrics
 def after_run(run_dir: Path) -> Iterator[Finding]:
     """Yields findings about how a training run ended, from the files in its folder."""
     config, fault = _config(run_dir)
-    steps = config.get("train", {}).get("steps", 0)
+    saved = storage.steps(run_dir)
+    steps = (config if "train" in config else _saved_config(run_dir)).get("train", {}).get("steps", 0)
     if fault:
         yield warning(fault, "the run writes it again when it goes on")
     metrics = read_metrics(run_dir / "metrics.jsonl")
     logged = [record for record in metrics.records if "loss" in record]
-    last = logged[-1]["step"] if logged else 0
+    last = max([*saved, *(record["step"] for record in logged)], default=0)  # either may be damaged
     if metrics.warning:
         yield warning(metrics.warning, "the run sets them aside when it goes on")
-    saved = storage.steps(run_dir)
     yield from _checkpoints(run_dir, saved, last)
     skipped = [record["step"] for record in logged if "skipped" in record]
     if skipped:
@@ -93,6 +93,14 @@ def _last_hang(run_dir: Path) -> dict[str, Any] | None:
             continue
     hangs = [told for _, told in sorted(found, key=lambda pair: pair[0]) if told.get("hangs")]
     return hangs[-1] if hangs else None
+
+
+def _saved_config(run_dir: Path) -> dict[str, Any]:
+    """Returns the config in a run's newest checkpoint, {} if there is none or it is damaged."""
+    try:
+        return dict(storage.read_manifest(storage.directory(run_dir, storage.steps(run_dir)[-1]))["config"])
+    except (IndexError, KeyError, storage.CheckpointError):
+        return {}
 
 
 def _config(run_dir: Path) -> tuple[dict[str, Any], str]:

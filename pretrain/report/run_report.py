@@ -8,12 +8,14 @@ module imports no torch.
 
 import html
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeGuard
 
+from configs import run_history
 from configs.cli import command_parser, entrypoint
 from configs.differences import flat
 from configs.files import write_atomic
@@ -83,12 +85,14 @@ def write(run_dir: str | Path) -> Path:
         _ranks(run_dir),
         _composition(run_dir),
     ]
-    body += [mask_page.section(run_dir), _time(goodput.read(run_dir)), _history(history.read(run_dir))]
+    body += [mask_page.section(run_dir), _time(goodput.read(run_dir)), _history(run_history.read(run_dir))]
     if config.is_file():
         text = html.escape(config.read_text(encoding="utf-8", errors="backslashreplace"))
         body.append(f"<h2>Config</h2><details><summary>config.toml, resolved</summary><pre>{text}</pre></details>")
     path = run_dir / "report.html"
-    write_atomic(path, page(f"{run_dir.name}: Trivium run", body, mask_page.STYLE).encode())
+    write_atomic(
+        path, page(f"{os.path.basename(os.path.abspath(run_dir))}: Trivium run", body, mask_page.STYLE).encode()
+    )
     return path
 
 

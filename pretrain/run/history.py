@@ -24,11 +24,11 @@ from configs import files, loader
 from configs.differences import Changes, changes, words
 from configs.loader import ConfigError
 from configs.model import ModelConfig
+from configs.run_history import FILE
 from configs.section import Section
 from configs.train import OptimizerConfig, ScheduleConfig, TrainerConfig, TrainSection
 from pretrain.schedule import learning_rate
 
-FILE = "history.json"
 DataSpan = dict[str, Any]
 
 # Beginnings of keys that are no settings of the training, or whose change shows in the data's fingerprint.
@@ -149,19 +149,6 @@ def _data_changes(before: DataSpan, after: DataSpan) -> list[str]:
     # Distillation has the facts of its plan below `data`.
     settings = {key.removeprefix("data."): found[key] for key in found if key.startswith(("mixture.", "data.mixture."))}
     return words(settings) or [f"other data than of {before['plan']}" if before["plan"] else "other data"]
-
-
-def read(run_dir: Path) -> list[DataSpan]:
-    """Reads the history in a run's folder; an empty list if there is none. Raises ConfigError for a damaged file."""
-    path = run_dir / FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        if isinstance(found, list) and all(isinstance(one, dict) and "first_step" in one for one in found):
-            return list(found)
-        said = "it is no list of data spans"
-    except ValueError as error:
-        said = f"it is not JSON: {error}"
-    raise ConfigError(f"{path} is damaged ({said}); remove it: the run's own command writes it again when it goes on")
 
 
 def write(run_dir: Path, data_spans: Sequence[DataSpan]) -> None:

@@ -170,7 +170,7 @@ class Trackers:
             before = self._runs.get(name, {})
             settings = {
                 "tracker": name,
-                "name": run_dir.name,
+                "name": run_dir.absolute().name,
                 "run_dir": str(run_dir.absolute()),
                 "config": known,
                 "run": before.get("run") if before.get("settings") == own else None,

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from configs import run_history
 from configs.sealed import CHECKPOINT
 from pretrain import inspection
 from pretrain.checkpoint import storage
-from pretrain.run import history
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
 from tests.parallel.runs import metrics
@@ -104,7 +104,7 @@ def test_what_changes_is_told_and_kept_and_does_something(
         (first, second) = manifest["data_spans"]
         assert first["config"] == storage.read_manifest(storage.directory(run, 2))["config"]
         assert second["config"] == manifest["config"] and second["first_step"] == 2
-        assert history.read(run) == manifest["data_spans"]
+        assert run_history.read(run) == manifest["data_spans"]
         assert words.replace(">", "&gt;") in (run / "report.html").read_text(encoding="utf-8")
         if not number:
             assert inspection.main([str(run)]) == 0

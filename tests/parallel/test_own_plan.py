@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from configs import run_history
 from data_pipeline.provenance import replan
 from pretrain.checkpoint import storage
-from pretrain.run import history
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
 from tests.parallel.runs import metrics, trained_on
@@ -71,7 +71,7 @@ def test_a_longer_plan_goes_on_as_the_same_data(ranks: RanksOf, data: Path, tmp_
     more = re.findall(r"raise mixture\.samples in the data config .* by (\d+) and run `trivium data run` again", said)
     longer = publish(data, samples=12 + int(more[0]))
     assert train(ranks, run, data / "plan", 5)["status"] == 0
-    assert list(dict.fromkeys(one["data"] for one in history.read(run))) == [first, longer]
+    assert list(dict.fromkeys(one["data"] for one in run_history.read(run))) == [first, longer]
     assert train(ranks, tmp_path / "straight", data / "plan", 5)["status"] == 0
     assert losses(run) == losses(tmp_path / "straight")
     # Steps before the change are traced in the earlier plan.
@@ -143,7 +143,7 @@ def test_a_run_goes_on_with_its_own_plan(ranks: RanksOf, data: Path, tmp_path: P
         publish(data, **changes)
     assert train(ranks, run, data / "plan", 3)["status"] == 0
     assert losses(run) == losses(tmp_path / "straight")
-    assert {one["data"] for one in history.read(run)} == {first}
+    assert {one["data"] for one in run_history.read(run)} == {first}
     # Its own plan has no more samples. The remedies are a plan that continues from the checkpoint, and a longer plan.
     publish(data, weights={"code": 1.0}, samples=40)
     said = train(ranks, run, data / "plan", 5)["error"]

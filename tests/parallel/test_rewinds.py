@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from configs import run_history
 from data_pipeline.provenance.lookup import DataSpan, steps
 from pretrain.checkpoint import storage
 from pretrain.health import rewind_history
 from pretrain.logs import goodput
-from pretrain.run import history
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
 from tests.parallel.runs import assert_same_state, metrics
@@ -70,7 +70,7 @@ def test_a_run_after_a_rewind_is_one_that_passes_over_the_samples(
     assert after == metrics(other) and len(after) >= 5
     assert_same_state(storage.directory(rewound, 9), storage.directory(other, 9))
     # What the history says of steps and samples is what the ranks asked their source for.
-    spans = [_span(one) for one in history.read(rewound)]
+    spans = [_span(one) for one in run_history.read(rewound)]
     assert [(one.first_step, one.first_sample) for one in spans] == [(0, 0), (5, first(7))]
     last = answers[0]["asked"]
     assert last[-1] <= first(11) and not set(range(first(5), first(7))) & set(answer["asked"])

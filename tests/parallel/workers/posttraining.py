@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from configs.loader import ConfigError
+from configs.loader import ConfigError, Failure
 from data_pipeline.tokens.tokenizer import file_name
 from posttrain.preference import reference_logprobs
 from posttrain.preference.group_packing import PackedRow
@@ -36,13 +36,14 @@ def precision_of_copy(model: dict[str, Any]) -> list[str]:
 
 
 def command(module: str, argv: list[str]) -> dict[str, Any]:
-    """Runs a command; returns its exit status, its output, and the message if it refused its config (status 2)."""
+    """Runs a command; returns its exit status, its output, and the message if it refused its config or failed."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         try:
             status = importlib.import_module(module).main(argv)
-        except ConfigError as error:
-            return {"status": 2, "said": said.getvalue(), "error": str(error)}
+        except (ConfigError, Failure) as error:
+            status = 2 if isinstance(error, ConfigError) else 1
+            return {"status": status, "said": said.getvalue(), "error": str(error)}
     return {"status": status, "said": said.getvalue(), "error": ""}
 
 

@@ -14,7 +14,10 @@ from configs import cli
 from configs.cli import entrypoint
 from configs.folders import check_run_dir, check_writable
 from configs.loader import ConfigError, Failure
+from configs.train import TrainRunConfig
+from data_pipeline.command import main as data_run
 from export import publishing
+from export.huggingface import main as export
 from posttrain import dpo, grpo, ppo, rm, sft
 from pretrain import train
 from pretrain.proof import prove as prove
@@ -61,13 +64,49 @@ def test_a_file_in_place_of_a_runs_folder_is_found_at_the_start(tmp_path: Path, 
     check_run_dir(tmp_path)
 
 
-def test_a_folder_in_place_of_a_runs_file_is_found_at_the_start(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl is a folder; name another run\.dir, or remove it"):
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tokenizer.model", "time.json"])
+def test_a_folder_in_place_of_a_runs_file_is_found_at_the_start(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=rf"{name} is a folder; name another run\.dir, or remove it"):
         check_run_dir(tmp_path)
     check_run_dir(tmp_path / "another")
-    (tmp_path / "metrics.jsonl").rmdir()
+    (tmp_path / name).rmdir()
     check_run_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("ledger.json", "is the folder of a data run; name a folder of the run's own"),
+        ("../stage.json", "a stage of a data run, which is replaced as a whole when it is made again; name a folder"),
+        ("plan.json", "is the folder of a data plan; name a folder of the run's own"),
+        ("model.safetensors", "is a Hugging Face folder; name a folder of the run's own"),
+    ],
+)
+def test_a_training_run_does_not_write_into_a_folder_of_something_else(file: str, words: str, tmp_path: Path) -> None:
+    taken = tmp_path / "taken/here"
+    taken.mkdir(parents=True)
+    (taken / "config.json").touch()
+    check_run_dir(taken)
+    (taken / file).touch()
+    with pytest.raises(ConfigError, match=words):
+        check_run_dir(taken)
+    check_run_dir(tmp_path / "own")
+
+
+def test_a_data_run_does_not_write_into_a_folder_of_a_training_run(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    folder = f"run.dir={tmp_path}"
+    with pytest.raises(ConfigError, match="is the folder of a training run; name one of the data run's own"):
+        data_run(["configs/data/demo.toml", "--dry-run", folder])
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_empty_name_is_not_the_working_directory() -> None:
+    for main, argv in ((train.main, "configs/pretrain/demo.toml run.dir="), (export, "configs/export/demo.toml out=")):
+        with pytest.raises(ConfigError, match=r"(run\.dir|out) = '': string should have at least 1 character"):
+            main(argv.split())
+    assert TrainRunConfig(dir=".").name == TrainRunConfig(dir="configs/..").name == Path.cwd().name
 
 
 def test_the_folder_of_an_exported_or_imported_model(tmp_path: Path) -> None:
@@ -128,6 +167,8 @@ def test_a_folder_of_another_user(tmp_path: Path, mode: int) -> None:
     [
         (errno.EACCES, "runs/a/report.html is closed to this user; name another, or have its permissions changed"),
         (errno.EROFS, "runs/a/report.html is on a read-only file system; name another file or folder"),
+        (errno.EIO, "runs/a/report.html cannot be read or written (Input/output error); see to its disk, then run the"),
+        (errno.EISDIR, "runs/a/report.html is a folder, and should be a file; remove or rename it"),
         (errno.ENOSPC, "no space is left on disk for runs/a/report.html; make room, then run the same command again"),
     ],
 )

@@ -187,7 +187,7 @@ def test_one_key_can_be_asked_for(kind: str, prefix: str, line: str) -> None:
         (["--new", "rewards"], "choose one of: data"),
         (["--explain", "pretrain", "lr"], "did you mean optimizer.lr?"),
         (["--explain", "pretrain", "optimiser.lr"], "did you mean optimizer.lr?"),
-        (["--explain", "export", "xyzzy"], "begin with: run, out"),
+        (["--explain", "export", "xyzzy"], "its sections and keys begin with: run, out"),
         (["--new", "pretrain", "optimizer"], "leave out 'optimizer'"),
     ],
 )

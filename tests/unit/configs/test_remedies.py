@@ -85,6 +85,105 @@ def test_whatever_is_suggested_for_a_pretraining_layout_is_legal() -> None:
     assert suggested > 150 and several > 50
 
 
+LATENT = ["model.attention.latent={ kv_rank = 8, nope_head_dim = 8, rope_head_dim = 8, v_head_dim = 8 }"]
+LATENT += ["model.num_kv_heads=6"]
+EXPERTS = ["model.moe.num_experts=8"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "sentence", "mended"),
+    [
+        (
+            1,
+            ["model.head_dim=7"],
+            "7 is odd, and rotary embedding turns pairs; set model.head_dim=8",
+            ["model.head_dim=8"],
+        ),
+        (
+            1,
+            [*LATENT, "model.head_dim=8"],
+            "model.head_dim follows from model.attention.latent; leave model.head_dim out",
+            ["model.head_dim=none"],
+        ),
+        (
+            1,
+            [*LATENT, "model.attention.sinks=true"],
+            "model.attention.latent has no qkv_bias, qk_norm, sinks, temperature or output_gate; leave those keys of",
+            ["model.attention.sinks=false"],
+        ),
+        (
+            1,
+            ["model.position={ kind = 'none', scaling.kind = 'linear', scaling.factor = 2.0 }"],
+            "model.position.scaling is for rotary positions, not none; leave it out",
+            ["model.position.scaling=none"],
+        ),
+        (
+            1,
+            ["model.head.outputs=2"],
+            "model.head.outputs = 2 is for model.head.kind = 'scalar'; leave it out",
+            ["model.head.outputs=1"],
+        ),
+        (
+            1,
+            [*EXPERTS, "model.moe.dense_layers=[9]"],
+            "model.moe.dense_layers names layer 9, and layers are 0 to 3",
+            ["model.moe.dense_layers=[3]"],
+        ),
+        (
+            1,
+            [*EXPERTS, "model.moe.weigh=input"],
+            "model.moe.weigh = 'input' multiplies the input of one expert a token, and model.moe.top_k = 2; set model",
+            ["model.moe.top_k=1"],
+        ),
+        (
+            1,
+            [*EXPERTS, "model.moe.shared_gate=true"],
+            "model.moe.shared_gate needs shared experts; set model.moe.num_shared_experts=1 or leave it out",
+            ["model.moe.num_shared_experts=1"],
+        ),
+        (1, [*EXPERTS, "model.moe.top_k=9"], "num_experts = 8; set model.moe.top_k=8 or less", ["model.moe.top_k=8"]),
+        (
+            1,
+            ["optimizer.betas=[0.9]"],
+            "optimizer.betas has too few values; one more is",
+            ["optimizer.betas=[0.9, 0.9]"],
+        ),
+        (
+            8,
+            [*EXPERTS, "parallel.tp=2", "parallel.ep=8", "train.micro_batch_size=4"],
+            "does not divide dp * cp = 4 * 1 = 4, the ranks that experts are spread over",
+            ["parallel.ep=4"],
+        ),
+        (
+            1,
+            ["parallel.vpp=2"],
+            "parallel.vpp = 2 interleaves the stages of a pipeline, and parallel.pp = 1 is no pipeline",
+            ["parallel.vpp=1"],
+        ),
+        (
+            2,
+            ["parallel.pp=2", "parallel.vpp=2", "train.micro_batch_size=16"],
+            "interleaves micro-batches in groups of parallel.pp = 2, and a step has 1 on each data-parallel rank",
+            ["train.micro_batch_size=8"],
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_and_mended(
+    ranks: int, overrides: list[str], sentence: str, mended: list[str]
+) -> None:
+    def run(changed: list[str]) -> None:
+        tree = tomllib.loads(starter("pretrain"))
+        for override in changed:
+            loader._apply(tree, override)
+        config = validate(PretrainConfig, loader.without_none(PretrainConfig, tree))
+        Layout.of(ranks, config.parallel, config.model, config.train, given=(SEQ_LENGTH,))
+
+    with pytest.raises(ConfigError) as raised:
+        run(overrides)
+    assert sentence in str(raised.value)
+    run([*overrides, *mended])
+
+
 @pytest.mark.parametrize(
     ("kind", "override", "sentence"),
     [

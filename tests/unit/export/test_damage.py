@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from configs import run_history
 from configs.checkpoint_folders import check_named
 from configs.initial import InitConfig
 from configs.loader import ConfigError
+from configs.sealed import CHECKPOINT
 from export import import_hf
 from export.model_source import open_source
 from export.publishing import RECORD, check_export, publish
@@ -17,7 +19,6 @@ from posttrain.initial_chat_model import InitialChatModel
 from pretrain.checkpoint import storage
 from pretrain.checkpoint.lineage import Lineage
 from pretrain.doctor.after_run import after_run
-from pretrain.run import history
 from pretrain.run.initial_model import InitialModel
 from tests.tiny_models import tiny, write_imported
 
@@ -120,22 +121,31 @@ def test_a_checkpoint_without_manifest_is_none_that_a_message_names(run: Path) -
             check_named(InitConfig(checkpoint=str(run / named)))
         (other,) = re.findall(r"set init\.checkpoint=(\S+)", str(told.value))
         check_named(InitConfig(checkpoint=other))
+    with pytest.raises(ConfigError, match=r"is a check.* and leave init\.run out \(as an override: init\.run=\)"):
+        check_named(InitConfig(run=str(storage.directory(run, 0))))
     (storage.directory(run, 0) / storage.MANIFEST).unlink()
     with pytest.raises(ConfigError, match=r"no checkpoint of \S+ has a manifest\.json; name another run's"):
         check_named(InitConfig(checkpoint=str(run / "checkpoints/step_3")))
 
 
 def test_a_damaged_history_or_config_is_named(run: Path) -> None:
-    file = run / history.FILE
+    file = run / run_history.FILE
     for content in ("[{", "{}x", '["a"]', '{"a": 1}', "3", "null"):
         file.write_text(content)
-        with pytest.raises(ConfigError, match=r"is damaged \(it is n.*\); remove it: the run's own command writes it"):
-            history.read(run)
+        with pytest.raises(ConfigError, match=r"is damaged \(it is n.*\); remove it: the newest checkpoint has the h"):
+            run_history.read(run)
     file.unlink()
-    assert history.read(run) == []
+    manifest = storage.directory(run, 0) / storage.MANIFEST
+    values = CHECKPOINT.read(manifest.read_bytes(), manifest)
+    assert run_history.read(run) == values.get("data_spans", [])
+    values |= {"data_spans": [{"first_step": 0}], "config": {"train": {"steps": 5}}}
+    manifest.write_bytes(CHECKPOINT.write(values))
+    (run / "checkpoints/step_9").mkdir()
+    assert run_history.read(run) == [{"first_step": 0}]
+    (run / "checkpoints/step_9").rmdir()
     (run / "config.toml").write_text("x = [")
     found = [str(one) for one in after_run(run)]
-    assert "config.toml is damaged" in found[0] and "it ended at step 0, by" in found[-1], found
+    assert "config.toml is damaged" in found[0] and "it ended at step 0 of 5, by" in found[-1], found
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])

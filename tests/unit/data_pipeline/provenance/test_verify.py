@@ -102,7 +102,9 @@ def test_what_is_no_data_run_is_refused(config: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is no data run: no folder in it has a stage\.json"):
         verify.main([str(tmp_path)])
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(ConfigError, match="is a training run; name its data run"):
+    with pytest.raises(
+        ConfigError, match=r"is a training run; name the run\.dir of `trivium data run`, its config, or"
+    ):
         verify.main([str(tmp_path)])
     with pytest.raises(ConfigError, match="does not exist; run: trivium data run"):
         verify.main([str(config), f"run.dir={tmp_path / 'absent'}"])

@@ -88,5 +88,5 @@ def test_a_run_ends_only_if_nothing_of_a_rollout_can_be_scored(
     rollout, metrics = source(chat, tmp_path, max_draws=2, replay_experts=False)._sampled()
     assert rollout.scores.tolist() == [*useful, *[0.0] * 4] and metrics["unscorable"] == (8, 16) and not drawn
     drawn += [[nan] * 8]
-    with pytest.raises(Failure, match=r"could score none of the 8 .* prompts 0 to 1; mend its reward before training"):
+    with pytest.raises(Failure, match=r"could score none of the 8 .* prompts 0 to 1; mend its reward, and run the"):
         source(chat, tmp_path, replay_experts=False)._sampled()
