@@ -193,14 +193,14 @@ def entrypoint(
             on_error(f"error: {error}")
         status = 1
     except KeyboardInterrupt:
-        if prints_errors:
-            print(f"interrupted; {signals.AGAIN}", file=sys.stderr)
-        status = signals.INTERRUPTED
+        status = _interrupted(prints_errors)
     except SystemExit:  # raised by --help
         signals.flush()
         raise
     except Exception as error:
         signals.let_a_signal_pass()
+        if signals.was_interrupted():
+            signals.exit(_interrupted(prints_errors))
         if (said := _file_fault(error)) is not None:
             print(f"error: {said}", file=sys.stderr)
             if on_error is not None:
@@ -209,6 +209,12 @@ def entrypoint(
             traceback.print_exc()
         status = 1
     signals.exit(status)
+
+
+def _interrupted(prints_errors: bool) -> int:
+    if prints_errors:
+        print(f"interrupted; {signals.AGAIN}", file=sys.stderr)
+    return signals.INTERRUPTED
 
 
 def _file_fault(error: Exception) -> str | None:

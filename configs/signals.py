@@ -225,6 +225,11 @@ def run() -> None:
         _watch.work()
 
 
+def was_interrupted() -> bool:
+    """Whether Ctrl-C raised KeyboardInterrupt, which other code may have caught, and failed by it later."""
+    return _watch is not None and _watch._raised
+
+
 def let_a_signal_pass() -> None:
     """Waits, in a rank that failed before all had done their first step, for a signal that may have ended another rank.
 

@@ -203,6 +203,18 @@ def test_a_command_that_swallows_its_interruption_is_ended() -> None:
     )
 
 
+def test_a_failure_that_an_interruption_caused_is_no_failure() -> None:
+    script = (
+        "from configs.cli import entrypoint\ndef main(argv):\n try:\n  print('up'); time.sleep(60)\n"
+        " except BaseException: raise ImportError('half imported')\nentrypoint(main, [])\n"
+    )
+    assert ended(start(script, saves=False), signal.SIGINT) == (
+        130,
+        "",
+        "interrupted; run the same command again to go on\n",
+    )
+
+
 def test_while_it_is_imported_any_command_ends_at_once() -> None:
     assert ended(start("print('up')\n" + BUSY, saves=False), signal.SIGINT)[0] == 130
 
