@@ -18,9 +18,11 @@ REASONS = {
 _PROBE_BYTES = 4096
 # Names in the folder of a training run.
 RUN_FOLDERS = ("checkpoints", "base", "rollouts", "reference", "tensorboard", "compiled", "profile", "hang")
-RUN_FILES = ("metrics.jsonl", "config.toml", "env.json", "history.json", "time.json", "report.html", ".lock")
-RUN_FILES += ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "loss_mask.json")
-RUN_FILES += ("samples.jsonl", "rewinds.json", "tracking.json", "local.json", "mirror_id")
+RUN_FILES: tuple[str, ...] = (
+    *("metrics.jsonl", "config.toml", "env.json", "history.json", "time.json", "report.html", ".lock", "mirror_id"),
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "loss_mask.json"),
+    *("samples.jsonl", "rewinds.json", "tracking.json", "local.json"),
+)
 
 
 def check_writable(folder: str | Path, key: str, value: str | Path | None = None) -> None:

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from configs.loader import toml
 from tests.parallel.harness import RanksOf
 from tests.parallel.matrix import MODELS
@@ -14,6 +16,7 @@ WORKER = "tests.parallel.workers.posttraining:command"
 REWARD = {"kind": "function", "function": "tests.parallel.workers.mended_reward:score"}
 
 
+@pytest.mark.full
 def test_a_reward_that_scores_nothing_is_mended_and_the_run_goes_on(ranks: RanksOf, tmp_path: Path) -> None:
     """Begins from a model that has learned to answer everything by one word, so that no completion is cut.
 
