@@ -201,8 +201,12 @@ def entrypoint(
         signals.let_a_signal_pass()
         if signals.was_interrupted():
             signals.exit(_interrupted(prints_errors))
-        if (said := _file_fault(error)) is not None:
-            print(f"error: {said}", file=sys.stderr)
+        of_all_ranks = isinstance(error, FloatingPointError)
+        if (said := _not_finite(error) or _file_fault(error)) is not None:
+            if of_all_ranks and not prints_errors:
+                time.sleep(TURN_SECONDS)
+            else:
+                print(f"error: {said}", file=sys.stderr)
             if on_error is not None:
                 on_error(f"error: {said}")
         elif not (isinstance(error, BrokenPipeError) and signals.nobody_reads()):
@@ -217,6 +221,17 @@ def _interrupted(prints_errors: bool) -> int:
     return signals.INTERRUPTED
 
 
+def _not_finite(error: Exception) -> str | None:
+    """Says why a training run ended at numbers that are not finite, None for other errors.
+
+    A checkpoint from before the end may have weights that no lower rate can save.
+    """
+    if not isinstance(error, FloatingPointError):
+        return None
+    more = ", without the newest checkpoint if it ends there again" if "lower optimizer.lr" in str(error) else ""
+    return f"{error}{more}"
+
+
 def _file_fault(error: Exception) -> str | None:
     """Says in a sentence which file or folder the system keeps from being written or read, None for other errors."""
     if not isinstance(error, OSError):
@@ -224,6 +239,8 @@ def _file_fault(error: Exception) -> str | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" for {error.filename}" if error.filename else ""
         return f"no space is left on disk{where}; make room, then {signals.AGAIN}"
+    if error.errno == errno.ENAMETOOLONG and error.filename:
+        return f"the file system takes no name as long as {error.filename}; give a shorter one"
     if error.errno in (errno.EIO, errno.ESTALE, errno.EFBIG):
         what = error.filename2 or error.filename or "a file"
         return f"{what} cannot be read or written ({error.strerror}); see to its disk, then {signals.AGAIN}"

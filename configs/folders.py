@@ -31,6 +31,9 @@ def check_writable(folder: str | Path, key: str, value: str | Path | None = None
     Raises ConfigError if that fails; the message names `key` and its `value`, by default the folder.
     """
     folder = Path(folder)
+    if (whole := os.path.expanduser(os.path.expandvars(folder))) != str(folder):
+        named = str(folder if value is None else value)
+        raise ConfigError(f"{key} = {named!r}: ~ and variables are a shell's, and not read here; write {whole}")
     try:
         there = next((path for path in (folder, *folder.parents) if path.exists()), Path())
         with tempfile.TemporaryFile(dir=there) as probe:  # without a name, so that the folder's own time stays

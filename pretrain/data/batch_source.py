@@ -281,9 +281,11 @@ def check_samples(
     stage = "last mixture stage"
     if source.following is not None:
         stage = f"mixture stage {Path(source.location or '').name}"
-        go_on += "" if unused else f", or train to step {most} and then go on with data.plan={source.following}"
+        go_on += (
+            "" if unused or most < 1 else f", or train to step {most} and then go on with data.plan={source.following}"
+        )
     without = f", of which {passed:,} are passed over" if passed else ""
-    fewer = f"set train.steps={most}, or " if most else ""
+    fewer = f"set train.steps={most}, or " if most >= max(step, 1) else ""
     raise ConfigError(
         f"train.steps = {train.steps} needs {lacking:,} samples more than {source.location or 'the data'} has, which "
         f"are {source.num_samples:,}{without}; {fewer}raise mixture.samples in the data config (of its {stage}, "

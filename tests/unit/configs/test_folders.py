@@ -102,6 +102,31 @@ def test_a_data_run_does_not_write_into_a_folder_of_a_training_run(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_what_only_a_shell_expands_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("~/run", "$HOME/run", "${HOME}/run"):
+        with pytest.raises(ConfigError, match="~ and variables are a shell's, and not read here; write ") as refused:
+            check_run_dir(name)
+        written = str(refused.value).rpartition("write ")[2]
+        assert written == str(tmp_path / "home/run")
+        check_run_dir(written)
+    check_run_dir("$no_such_variable/~run")
+
+
+def test_numbers_that_are_not_finite_end_a_command_by_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(_: Sequence[str] | None) -> int:
+        raise FloatingPointError("step 2: the loss is not finite; lower optimizer.lr and run the command again")
+
+    with pytest.raises(SystemExit) as ended:
+        entrypoint(main, [])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        "error: step 2: the loss is not finite; lower optimizer.lr and run the command again, without the newest "
+        "checkpoint if it ends there again\n"
+    )
+
+
 def test_an_empty_name_is_not_the_working_directory() -> None:
     for main, argv in ((train.main, "configs/pretrain/demo.toml run.dir="), (export, "configs/export/demo.toml out=")):
         with pytest.raises(ConfigError, match=r"(run\.dir|out) = '': string should have at least 1 character"):
@@ -167,6 +192,7 @@ def test_a_folder_of_another_user(tmp_path: Path, mode: int) -> None:
     [
         (errno.EACCES, "runs/a/report.html is closed to this user; name another, or have its permissions changed"),
         (errno.EROFS, "runs/a/report.html is on a read-only file system; name another file or folder"),
+        (errno.ENAMETOOLONG, "the file system takes no name as long as runs/a/report.html; give a shorter one"),
         (errno.EIO, "runs/a/report.html cannot be read or written (Input/output error); see to its disk, then run the"),
         (errno.EISDIR, "runs/a/report.html is a folder, and should be a file; remove or rename it"),
         (errno.ENOSPC, "no space is left on disk for runs/a/report.html; make room, then run the same command again"),
