@@ -6,16 +6,18 @@ and samples the parts that are not there yet; other filters are applied to the s
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from configs.differences import changes, words
+from configs.differences import changes, flat, words
 from configs.files import write_atomic
 from configs.loader import ConfigError
 
 FOLDER, FACTS = "samples", "samples.json"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,22 @@ def check_facts(run_dir: Path, before: Mapping[str, Any], now: Mapping[str, Any]
     moved = ("model.path", "checkpoint")  # paths of what is known by its SHA-256
     found = {key: change for key, change in found.items() if key != "problems" and not _ends(key, moved)}
     if found:
+        said = "; ".join(_said(key, pair, flat(before), flat(now)) for key, pair in found.items())
         raise ConfigError(
-            f"run.dir = {str(run_dir)!r} has samples that were drawn otherwise: {'; '.join(words(found))}; undo the "
-            "change, or choose another run.dir (the filters of [keep] alone may change)"
+            f"run.dir = {str(run_dir)!r} has samples that were drawn otherwise: {said}; undo the change, or choose "
+            "another run.dir (the filters of [keep] alone may change)"
         )
+
+
+def _said(key: str, pair: tuple[Any, Any], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Says what a fact was and is; of one that is known by its SHA-256, what it is a hash of."""
+    if not all(one is None or _SHA256.fullmatch(str(one)) for one in pair):
+        return words({key: pair})[0]
+    name = key.removesuffix(".sha256")
+    paths = [str(facts.get(f"{name}.path", "")) for facts in (before, now)]
+    if paths[0] == paths[1]:
+        return f"the {name.replace('_', ' ')} {paths[0]} has another content".replace("  ", " ")
+    return f"{name} {paths[0]} -> {paths[1]}"
 
 
 def _ends(key: str, names: Sequence[str]) -> bool:

@@ -172,6 +172,16 @@ def test_samples_that_were_drawn_otherwise_are_not_mixed(tmp_path: Path) -> None
     check_facts(tmp_path, before, {"seed": 1, "problems": 9, "model": {"sha256": "a", "path": "moved"}})
     with pytest.raises(ConfigError, match=r"seed 1 -> 2.*choose another run\.dir"):
         check_facts(tmp_path, before, before | {"seed": 2})
+    old, new = "a" * 64, "b" * 64
+    before = {"model": {"sha256": old, "path": "one"}, "tokenizer": old, "chat_template": old, "rewards": {"f": old}}
+    for changed, words in (
+        ({"model": {"sha256": new, "path": "two"}}, "model one -> two"),
+        ({"model": {"sha256": new, "path": "one"}}, "the model one has another content"),
+        ({"tokenizer": new}, "the tokenizer has another content"),
+        ({"chat_template": None}, "the chat template has another content"),
+    ):
+        with pytest.raises(ConfigError, match=f"were drawn otherwise: {words}; undo the change, or choose another"):
+            check_facts(tmp_path, before, before | changed)
 
 
 def test_prompts_of_files_have_no_scores(tmp_path: Path, chat: ChatFormat) -> None:
