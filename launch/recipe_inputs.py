@@ -13,6 +13,7 @@ from configs.config_kind import kind_of_command
 from configs.files import file_sha256
 from configs.layout import Layout
 from configs.loader import ConfigError, load, read_overridden
+from configs.method_layout import check_method
 from configs.model import ModelConfig
 from configs.reference import schema_of
 from configs.section import Section
@@ -41,8 +42,8 @@ def check_config(command: str, config: str, overrides: Sequence[str], key: str) 
 def check_layout(config: Section, ranks: int, made: Mapping[str, ModelConfig], key: str) -> ModelConfig | None:
     """Returns the model that a stage trains. Raises ConfigError, naming the stage's `key`, if `ranks` do not fit it.
 
-    `made` has the models of earlier stages by folder. The result is None if the model is not known yet, and then only
-    the stage itself checks its layout.
+    They must fit the stage's method too, and its way to sample. `made` has the models of earlier stages by folder. The
+    result is None if the model is not known yet, and then only the stage itself checks its layout.
     """
     init = getattr(config, "init", None)
     run = init.run if init and init.run else ""
@@ -52,7 +53,7 @@ def check_layout(config: Section, ranks: int, made: Mapping[str, ModelConfig], k
         return None
     groups = getattr(config, "grpo", None) or getattr(config, "ppo", None)
     try:
-        Layout.of(ranks, parallel, model, train, groups.group_size if groups else 1)
+        check_method(config, Layout.of(ranks, parallel, model, train, groups.group_size if groups else 1))
     except ConfigError as error:
         raise ConfigError(f"{key} on {ranks} ranks: {error}") from None
     return model

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.rl.rl_start import opened
     from posttrain.rl.rollout_source import RolloutSource
     from posttrain.rl.task_accuracy import TaskAccuracy
-    from posttrain.rl.text_rows import TextRows, check_text_rows
+    from posttrain.rl.text_rows import TextRows
     from pretrain.parallel import groups
     from pretrain.run.dry_start import check_dry_start
     from pretrain.trainer import Trainer
@@ -54,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ppo.text_plan:
         rows = PretrainingText.open(ppo.text_plan, "ppo.text_plan", initial, config.train.seq_length)
         text = TextRows(rows, ppo.text_rows, ppo.text_coef)
-        check_text_rows(text.count, run.layout, config.train.micro_batch_size)
     critic = Critic(initial.model.with_values(), begins, ppo, config.rl, task.max_new_tokens)
     source = RolloutSource(
         run.sampling,

@@ -12,6 +12,7 @@ from configs.cli import entrypoint
 from configs.config_kind import command_for
 from configs.distill import DistillConfig
 from configs.layout import Layout
+from configs.method_layout import check_method
 from configs.model import ModelConfig
 from configs.preference import PreferenceConfig
 from configs.reward_model import RewardModelConfig
@@ -65,15 +66,9 @@ def opened(config: Any, world: int) -> tuple[ModelConfig, Layout]:
 
 def opened_policy(config: GRPOConfig | PPOConfig, model: ModelConfig, given: Sequence[str], world: int) -> Layout:
     """Returns the layout of a run of RL. Raises ConfigError if its way to sample, or its method, does not fit it."""
-    from posttrain.rl.rl_start import check_layout
-
     section = config.ppo if isinstance(config, PPOConfig) else config.grpo
     layout = Layout.of(world, config.parallel, model, config.train, section.group_size, given)
-    check_layout(config, section, "ppo" if isinstance(config, PPOConfig) else "grpo", layout)
-    if isinstance(config, PPOConfig) and config.ppo.text_plan:
-        from posttrain.rl.text_rows import check_text_rows
-
-        check_text_rows(config.ppo.text_rows, layout, config.train.micro_batch_size)
+    check_method(config, layout)
     return layout
 
 

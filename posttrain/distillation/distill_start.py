@@ -8,6 +8,7 @@ from typing import Any
 from configs.distill import DistillConfig
 from configs.layout import Layout
 from configs.loader import ConfigError
+from configs.method_layout import check_method
 from configs.tasks import DemonstrationConfig
 from launch.environment import ClusterEnvironment
 from posttrain.chat import mask_xray
@@ -18,7 +19,6 @@ from posttrain.distillation.teacher import OpenedTeacher, check_length, check_te
 from posttrain.initial_chat_model import InitialChatModel
 from posttrain.records import Records
 from posttrain.rejection.prompts import open_task
-from posttrain.rl.policy_copy import check_way
 from posttrain.tasks.demonstrations import read_demonstrations
 from posttrain.tasks.lengths import check_answers, check_rows
 from posttrain.tasks.preflight import check_task
@@ -68,7 +68,7 @@ def opened(config: DistillConfig, resume: str, env: ClusterEnvironment) -> Opene
         check_template(config, teacher, student.chat.template)
     sampling = None
     if config.distill.on_policy and task is not None:
-        check_way(config.distill.sampler, layout, config.adapter, "distill")
+        check_method(config, layout)
         settings = config.distill
         sampling = StudentSampling(
             task, student.chat, settings.on_policy, settings.sampling_temperature, config.run.seed, longest

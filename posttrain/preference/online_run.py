@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from configs.layout import Layout
 from configs.loader import ConfigError
+from configs.method_layout import check_method
 from configs.preference import PreferenceConfig
 from posttrain.initial_chat_model import InitialChatModel
 from posttrain.preference.online_source import OnlinePreferenceSource, check_room
-from posttrain.rl.policy_copy import PolicyCopy, check_way
+from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.reference_policy import check_reference
 from posttrain.rl.rl_start import source_state
 from posttrain.rl.rollout_source import SamplingPlan
@@ -40,7 +41,7 @@ def opened_online(config: PreferenceConfig, initial: InitialChatModel, layout: L
         check_room(longest, task.max_new_tokens, train.seq_length)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    check_way(online.sampler, layout, config.adapter, "online")
+    check_method(config, layout)
     if config.preference.has_reference and not (config.adapter and config.adapter.merges):
         check_reference(initial.pin)
     if is_main:

@@ -12,13 +12,10 @@ With vLLM every rank has a whole copy, too, from which it gives the weights to t
 """
 
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 
-from configs.adapters import AdapterConfig
-from configs.layout import Layout
-from configs.loader import ConfigError
+from configs.method_layout import Way
 from posttrain.rl.text_sampler import DecoderSampler, TextSampler
 from posttrain.rl.vllm_sampler import VLLMSampler
 from pretrain.checkpoint.state import gathered_weights
@@ -29,26 +26,6 @@ from pretrain.parallel import zero
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
 from pretrain.parallel.split_decoder import SplitDecoder
-
-Way = Literal["whole", "split"]
-
-
-def check_way(way: Way, layout: Layout, adapter: AdapterConfig | None, section: str = "rl") -> None:
-    """Raises ConfigError if completions cannot be sampled in this way at this layout, or with these adapters.
-
-    `section` is that of the config whose `sampler` is the way.
-    """
-    if way == "split" and adapter is not None and adapter.base != "full":
-        raise ConfigError(
-            f"{section}.sampler = 'split' samples with the slices that are trained, and those of adapter.base = "
-            f"{adapter.base!r} are in 4 bits; set {section}.sampler=whole"
-        )
-    if way == "split" and (layout.pp > 1 or layout.cp > 1 or layout.sp or layout.zero == 3):
-        raise ConfigError(
-            f"{section}.sampler = 'split' samples with the slices of tensor and expert parallel alone, and the layout "
-            f"is {layout}; set {section}.sampler=whole, or parallel.pp=1, parallel.cp=1, parallel.sp=false and "
-            "parallel.zero=1"
-        )
 
 
 class PolicyCopy:

@@ -7,13 +7,14 @@ from typing import Any
 
 from configs.layout import GROUP_SIZE, Layout
 from configs.loader import ConfigError
+from configs.method_layout import check_method
 from configs.rl import GRPOConfig, GRPOSection, PPOConfig, PPOSection
 from launch.environment import ClusterEnvironment
 from posttrain.algorithms.dialects import Dialect
 from posttrain.initial_chat_model import InitialChatModel
 from posttrain.rl import rollout_file
 from posttrain.rl.method import chosen_dialect
-from posttrain.rl.policy_copy import PolicyCopy, check_way
+from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.reference_policy import check_reference
 from posttrain.rl.rollout_source import SamplingPlan
 from posttrain.rl.vllm_sampler import VLLMSampler, check_vllm
@@ -62,7 +63,7 @@ def opened(
     check_rows(task, longest, config.train.seq_length, config.parallel, answer)
     given = (*initial.given, GROUP_SIZE) if initial.continues else initial.given
     layout = Layout.of(env.world_size, config.parallel, initial.model, config.train, group, given)
-    check_layout(config, section, name, layout)
+    check_method(config, layout)
     if config.rl.kl != "none" and not (config.adapter and config.adapter.merges):
         check_reference(initial.pin)
     dialect = chosen_dialect(section.dialect, section, name)
@@ -105,22 +106,6 @@ def _policy(config: GRPOConfig | PPOConfig, initial: InitialChatModel) -> Policy
     architecture = (initial.lineage.imported or {}).get("architecture")
     room = config.train.seq_length + 1  # the last token is a label
     return PolicyCopy(vllm=VLLMSampler(config.rl.vllm, initial.model, architecture, room, config.run.dir))
-
-
-def check_layout(config: GRPOConfig | PPOConfig, section: GRPOSection | PPOSection, name: str, layout: Layout) -> None:
-    """Raises ConfigError if the way to sample, or the method `name`, does not go with the layout."""
-    if isinstance(config, PPOConfig) and config.parallel.zero > 1:
-        raise ConfigError(
-            f"parallel.zero = {config.parallel.zero}: policy and critic are two models in one process, which train at "
-            "ZeRO stage 1; set parallel.zero=1"
-        )
-    if config.rl.sampler != "vllm":
-        check_way(config.rl.sampler, layout, config.adapter)
-    if section.dialect == "gspo" and config.parallel.cp > 1:
-        raise ConfigError(
-            f"parallel.cp = {config.parallel.cp} divides sequences, whose whole probability ratio {name}.dialect = "
-            "'gspo' takes; set parallel.cp=1, or another dialect"
-        )
 
 
 def source_state(initial: InitialChatModel) -> dict[str, Any]:

@@ -9,22 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configs.layout import Layout
-from configs.loader import ConfigError
 from data_pipeline.mixture.rows import Row
 from posttrain.pretraining_text import PretrainingText
 from posttrain.rl.policy_loss import PTX
 from posttrain.rl.rollout_rows import RolloutRow
-
-
-def check_text_rows(count: int, layout: Layout, micro_batch_size: int) -> None:
-    """Raises ConfigError if `count` rows of text in each step do not fill micro-batches on every data-parallel rank."""
-    parts = layout.dp * micro_batch_size
-    if count % parts:
-        raise ConfigError(
-            f"ppo.text_rows = {count} do not fill micro-batches on every data-parallel rank; set a multiple of "
-            f"{parts}, such as ppo.text_rows={-(-count // parts) * parts}"
-        )
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from configs.loader import ConfigError, Failure
+from configs.method_layout import Way
 from data_pipeline.tokens.tokenizer import file_name
 from posttrain.preference import reference_logprobs
 from posttrain.preference.group_packing import PackedRow
-from posttrain.rl.policy_copy import PolicyCopy, Way
+from posttrain.rl.policy_copy import PolicyCopy
 from pretrain.checkpoint.lineage import Lineage
 from tests.parallel.workers.layouts import make_engine, rows
 from tests.parallel.workers.training import save_now

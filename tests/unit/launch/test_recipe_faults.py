@@ -89,3 +89,26 @@ def test_a_later_stage_is_held_against_its_ranks_and_the_model_that_reaches_it(t
     assert refused([*batch, "parallel.pp=4"]).startswith("stages.b on 4 ranks: parallel.pp * parallel.vpp = 4 * 1 = 4")
     batch[1] = "train.micro_batch_size=4"
     assert refused(batch).startswith("stages.b on 4 ranks: train.global_batch_size = 8 is not a multiple of dp")
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "sets", "ranks", "words"),
+    [
+        ("ppo", "demo_ppo", ["ppo.text_plan=x", "ppo.text_rows=3"], 2, r"ppo\.text_rows = 3 do not fill micro-batches"),
+        ("ppo", "demo_ppo", ["parallel.zero=2"], 2, r"policy and critic are two models in one process, .*ZeRO stage 1"),
+        ("grpo", "demo_grpo", ["rl.sampler=split", "parallel.sp=true", "parallel.tp=2"], 2, r"rl\.sampler = 'split'"),
+        ("grpo", "demo_grpo", ["grpo.dialect=gspo", "parallel.cp=2"], 2, r"grpo\.dialect = 'gspo' takes; set parallel"),
+    ],
+)
+def test_a_later_stage_is_held_against_its_method(
+    command: str, config: str, sets: list[str], ranks: int, words: str, tmp_path: Path
+) -> None:
+    stages = {
+        "a": {"command": "train", "config": "configs/pretrain/demo.toml"},
+        "b": {"command": command, "config": f"configs/posttrain/{config}.toml", "set": ["init.run={a}", *sets]},
+    }
+    tree = {"dir": str(tmp_path), "ranks": ranks, "stages": stages}
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match=rf"^stages\.b on {ranks} ranks: .*{words}"):
+            recipe.run_recipe(validate(RecipeConfig, tree), dry_run)
+    assert not list(tmp_path.iterdir())

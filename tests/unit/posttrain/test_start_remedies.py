@@ -10,11 +10,11 @@ import pytest
 
 from configs.layout import Layout
 from configs.loader import ConfigError, validate
+from configs.method_layout import check_text_rows
 from configs.model import ModelConfig
 from configs.sealed import CHECKPOINT
 from configs.train import ParallelConfig, TrainSection
 from posttrain import rehearse
-from posttrain.rl.text_rows import check_text_rows
 from tests.remedies import GONE, refused, ways
 from tests.untrained_models import MODEL, dry_runs, write_untrained
 
