@@ -1,4 +1,4 @@
-"""What methods that sample, and text beside rollouts, ask of a layout; checked before any model is opened."""
+"""Checks of a layout for methods that sample, and for text beside rollouts; they need no model."""
 
 from typing import Any, Literal
 

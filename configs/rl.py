@@ -18,6 +18,9 @@ ROLLOUTS_ONLY = (  # an option of commands that sample: name, default, help
 )
 
 
+OVER_ROLLOUT = ("reinforce_pp", "reinforce_pp@verl")  # dialects that compare rewards over the whole rollout
+
+
 class EnvironmentConfig(Section):
     """Tools that the model may call before it answers, each call in a turn of its own."""
 
@@ -63,7 +66,8 @@ class RLSection(Section):
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     """The estimator of the divergence; left out, it is k1 in the reward and k3 in the loss."""
     max_draws: int = Field(default=1, ge=1)
-    """How often the prompts of a rollout may be drawn to replace groups of equal rewards (dynamic sampling); 1: off."""
+    """How often the prompts of a rollout may be drawn to replace groups of equal rewards (dynamic sampling); 1: off.
+    For methods that compare rewards within groups alone."""
     overlong_buffer: int = Field(default=0, ge=0)
     """The number of tokens before task.max_new_tokens over which overlong_penalty rises from 0; 0: no penalty."""
     overlong_penalty: float = Field(default=1.0, gt=0)
@@ -159,6 +163,15 @@ def checked_rollouts(chosen: str, settings: "GRPORollouts") -> int:
         remedy = "set rl.record=FOLDER" if settings.record is None else "leave rl.replay out"
         raise ConfigError(f"--rollouts-only samples rollouts and writes them into rl.record, and {key}; {remedy}")
     return int(chosen)
+
+
+def check_draws(settings: RLSection, key: str, dialect: str, learns: str, remedy: str) -> None:
+    """Raises ValueError if groups of equal rewards are to be replaced, from which the method `learns`."""
+    if settings.max_draws > 1:
+        raise ValueError(
+            f"rl.max_draws = {settings.max_draws} replaces groups of equal rewards, and {key} = {dialect!r} learns "
+            f"from them, as it compares {learns}; set rl.max_draws=1{remedy}"
+        )
 
 
 class PolicySection(Section):
@@ -261,12 +274,15 @@ class GRPOConfig(TrainerConfig):
         return self
 
     @model_validator(mode="after")
-    def _divergence_can_be_charged(self) -> "GRPOConfig":
+    def _method_suits_rollouts_and_task(self) -> "GRPOConfig":
         if self.grpo.dialect == "gdpo" and self.rl.kl == "reward":
             raise ValueError(
                 "grpo.dialect = 'gdpo' normalises each reward by itself, and rl.kl = 'reward' would charge the "
                 "divergence in none of them; set rl.kl=loss"
             )
+        if self.grpo.dialect in OVER_ROLLOUT:
+            learns, remedy = "rewards over the whole rollout", ", or grpo.dialect=reinforce_pp_baseline"
+            check_draws(self.rl, "grpo.dialect", self.grpo.dialect, learns, remedy)
         check_task(self.rl, self.task)
         return self
 
@@ -333,6 +349,7 @@ class PPOConfig(TrainerConfig):
     """Rollouts and what is done with them, with the defaults of PPO."""
 
     @model_validator(mode="after")
-    def _penalty_begins_within_completions(self) -> "PPOConfig":
+    def _rollouts_suit_method_and_task(self) -> "PPOConfig":
+        check_draws(self.rl, "ppo.dialect", self.ppo.dialect, "each reward with the critic's value", "")
         check_task(self.rl, self.task)
         return self

@@ -35,6 +35,7 @@ class Dialect:
     advantages: Callable[[TokenBatch], Tensor]  # [B, S]
     policy: Callable[[TokenBatch], TokenLoss]
     aggregation: Aggregation
+    over_rollout: bool = False  # rewards are compared over the whole rollout, so that equal groups may have a gradient
     by_reward: bool = False  # several rewards are compared each by itself, so that equal sums may have a gradient
 
     def loss(self, batch: TokenBatch, max_length: int) -> tuple[Tensor, TokenLoss]:
@@ -128,9 +129,12 @@ DIALECTS: dict[str, Dialect] = {
     "dapo": Dialect("Yu et al. 2025, arXiv 2503.14476", _VERL, partial(ppo_clip, high=DAPO_CLIP_HIGH), _MEAN),
     "rloo": Dialect("Ahmadian et al. 2024, arXiv 2402.14740", _groups(AdvantageDialect.RLOO), ppo_clip, _MEAN),
     "reinforce_pp": Dialect(
-        "Hu 2025, arXiv 2501.03262; OpenRLHF", partial(from_batch, baseline=False, ddof=0), ppo_clip, _MEAN
+        *("Hu 2025, arXiv 2501.03262; OpenRLHF", partial(from_batch, baseline=False, ddof=0), ppo_clip, _MEAN),
+        over_rollout=True,
     ),
-    "reinforce_pp@verl": Dialect("verl", partial(from_batch, baseline=False, ddof=1), ppo_clip, _MEAN),
+    "reinforce_pp@verl": Dialect(
+        "verl", partial(from_batch, baseline=False, ddof=1), ppo_clip, _MEAN, over_rollout=True
+    ),
     "reinforce_pp_baseline": Dialect(
         "Hu 2025, arXiv 2501.03262; OpenRLHF", partial(from_batch, baseline=True, ddof=0), ppo_clip, _MEAN
     ),

@@ -143,8 +143,8 @@ class Critic:
         return {"value_loss": sums.mean_loss, "value_grad_norm": sums.grad_norm, **sums.metrics}
 
     def equal_groups(self, rollout: Rollout) -> np.ndarray:
-        """Returns bool [groups], True for those of several samples whose rewards are all equal."""
-        return rollout.equal_groups() & (rollout.group_size > 1)  # the critic compares a single sample with its value
+        """Returns bool [groups], True for those without a score: rewards are compared with values, not in groups."""
+        return rollout.unscored_groups()
 
     def __call__(self, rollout: Rollout, engine: Engine) -> Rollout:
         """Returns the rollout with the critic's values, and the advantages and returns that follow from them."""

@@ -39,8 +39,13 @@ class GroupCredit:
     def equal_groups(self, rollout: Rollout) -> np.ndarray:
         """Returns bool [groups], True for those that the dialect learns nothing from, as their rewards are all equal.
 
-        A dialect that compares several rewards each by itself learns from groups whose sums alone are equal.
+        A dialect that compares several rewards each by itself learns from groups whose sums alone are equal, and one
+        that compares the whole rollout from all that are scored, unless all rewards are equal.
         """
+        if self.dialect.over_rollout:
+            rewards, scored = rollout.rewards()
+            alike = bool(equal_groups(rewards.view(1, -1), scored.view(1, -1))) and self.settings.kl != "reward"
+            return np.full(len(rewards), True) if alike else rollout.unscored_groups()
         if len(self.weights) < 2 or not self.dialect.by_reward:
             return rollout.equal_groups()
         rewards_PGK, scored_PGK, _ = self._by_reward(rollout)

@@ -81,6 +81,10 @@ class Rollout:
         """Returns bool [groups], True for those that no advantage can be drawn from, as their rewards are all equal."""
         return equal_groups(*self.rewards()).numpy()
 
+    def unscored_groups(self) -> np.ndarray:
+        """Returns bool [groups], True for those of which no completion could be scored."""
+        return ~self.rewards()[1].any(1).numpy()
+
     def completion_lengths(self) -> np.ndarray:
         """Returns the number of sampled tokens of each completion [N]."""
         return self.mask.sum(1)

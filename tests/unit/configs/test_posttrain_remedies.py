@@ -111,6 +111,24 @@ def recipe(**stage: Any) -> dict[str, Any]:
             "needs ppo.temperature = 1, which is that of text, not 0.5; set it to 1",
             PPO | {"ppo": {"text_rows": 2, "text_plan": "a", "temperature": 1.0}},
         ),
+        *(
+            (
+                GRPOConfig,
+                PPO | {"rl": {"max_draws": 2}, "grpo": {"dialect": "reinforce_pp"}},
+                r"learns from them, as it compares rewards over the whole rollout; set rl\.max_draws=1, or grpo\.d",
+                PPO | right,
+            )
+            for right in (
+                {"rl": {"max_draws": 1}, "grpo": {"dialect": "reinforce_pp"}},
+                {"rl": {"max_draws": 2}, "grpo": {"dialect": "reinforce_pp_baseline"}},
+            )
+        ),
+        (
+            PPOConfig,
+            PPO | {"rl": {"max_draws": 2}},
+            r"ppo\.dialect = 'ppo' learns from them, .* each reward with the critic's value; set rl\.max_draws=1",
+            PPO,
+        ),
         (RewardConfig, {"pattern": "a"}, "says nothing of kind 'exact'; leave it out", {}),
         (RewardConfig, {"kind": "regex"}, "set pattern as well", {"kind": "regex", "pattern": "a"}),
         (RewardConfig, {"kind": "reward_model"}, "set model as well", {"kind": "reward_model", "model": "a"}),

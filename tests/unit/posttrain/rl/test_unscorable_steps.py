@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.loader import Failure
-from configs.rl import RLSection
+from configs.rl import OVER_ROLLOUT, RLSection
 from configs.train import TrainSection
 from posttrain.algorithms.aggregation import Aggregation
 from posttrain.algorithms.dialects import DIALECTS
@@ -72,10 +72,29 @@ def test_a_step_of_which_nothing_could_be_scored_has_no_gradient(
     assert sorted([*unknown, *known]) == list(range(SAMPLES))
 
 
-def test_a_critic_learns_from_groups_of_one_sample() -> None:
-    critic, rollout = Critic.__new__(Critic), made([1.0, 1.0, 0.0, 1.0])
-    assert critic.equal_groups(Rollout(rollout.arrays, 1)).tolist() == [False] * 4
-    assert critic.equal_groups(Rollout(rollout.arrays, 2)).tolist() == [True, False]
+def test_a_critic_learns_from_every_group_with_a_score() -> None:
+    critic, rollout = Critic.__new__(Critic), made([1.0, 1.0, float("nan"), float("nan")])
+    assert critic.equal_groups(Rollout(rollout.arrays, 1)).tolist() == [False, False, True, True]
+    assert critic.equal_groups(Rollout(rollout.arrays, 2)).tolist() == [False, True]
+
+
+def test_a_dialect_over_the_whole_rollout_learns_from_groups_of_equal_rewards() -> None:
+    """Holds what counts as nothing to learn from against the advantages themselves, with and without a baseline."""
+    nan = float("nan")
+    for dialect, scores, expected in (
+        ("reinforce_pp", [1.0, 1.0, 0.0, 0.0], [False, False]),
+        ("reinforce_pp@verl", [1.0, 1.0, nan, nan], [True, True]),
+        ("reinforce_pp", [1.0, 0.0, nan, nan], [False, True]),
+        ("reinforce_pp_baseline", [1.0, 1.0, 1.0, 0.0], [True, False]),
+        ("grpo@trl", [1.0, 1.0, 0.0, 0.0], [True, True]),
+    ):
+        credit = GroupCredit(DIALECTS[dialect], RLSection(), 4)
+        rollout = Rollout(made(scores).arrays | {"prompts": np.array([0, 0, 1, 1])}, 2)
+        assert credit.equal_groups(rollout).tolist() == expected, dialect
+        if dialect != "reinforce_pp_baseline":  # its last step is a mean over tokens, which is not that over samples
+            advantages = credit(rollout, None).advantages  # type: ignore[arg-type]
+            assert [not advantages[first : first + 2].any() for first in (0, 2)] == expected, dialect
+    assert {name for name, one in DIALECTS.items() if one.over_rollout} == set(OVER_ROLLOUT)
 
 
 def test_a_run_ends_only_if_nothing_of_a_rollout_can_be_scored(
