@@ -30,7 +30,7 @@ from data_pipeline.reading.input_records import SAMPLE_BYTES, Record
 
 # How a page's encoding was found.
 MARKED, HEADER, DECLARED = "byte order mark", "HTTP header", "the page's declaration"
-BY_BYTES, GUESSED = "being valid UTF-8", "a guess"
+BY_BYTES, BY_NULS, GUESSED = "being valid UTF-8", "the NULs of UTF-16 or UTF-32", "a guess"
 
 _DECLARED_WITHIN = 1 << 16
 _ESCAPES = (b"\x1b$", b"~{")  # escape sequences of ISO-2022 and HZ, which otherwise look like ASCII
@@ -123,7 +123,7 @@ def _candidates(content: bytes, content_type: str, markup: bool) -> Iterator[tup
     if marked := marked_charset(content):
         yield marked, MARKED
     if wide := _wide(content):
-        yield wide, BY_BYTES
+        yield wide, BY_NULS
     named = header_charset(content_type)
     if named and (b"\0" in content[:_WIDE_PROBE] or not named.startswith(WIDE)):
         yield named, HEADER
@@ -171,7 +171,7 @@ def _is_believed(text: str, charset: str, known_by: str, bad: int) -> bool:
     """Tells whether so few characters of `text` failed (`bad`) that its charset is accepted, by our limits."""
     beyond_ascii = len(text) if charset.startswith(WIDE) else len(text) - len(text.encode("ascii", "ignore"))
     good = beyond_ascii - bad
-    if known_by == BY_BYTES:
+    if known_by in (BY_BYTES, BY_NULS):
         return bad <= _TOLERATED_SHARE * good
     return bad <= good and (charset == "utf-8" or bad <= max(_TOLERATED, _TOLERATED_SHARE * good))
 

@@ -107,6 +107,7 @@ def test_the_order_of_those_that_name_an_encoding() -> None:
         (cyrillic.encode("koi8-r"), "text/html; charset=no-such", "the page's declaration"),
         (cyrillic.encode("koi8-r"), "text/html; charset=", "the page's declaration"),
         (page(RUSSIAN).encode(), "", "being valid UTF-8"),
+        (page(RUSSIAN).encode("utf-16-le"), "text/html; charset=utf-8", "the NULs of UTF-16 or UTF-32"),
         (page(RUSSIAN, META.format("koi-none")).encode("cp1251"), "", "a guess"),
     ):
         found = decode_page(content, kind)
