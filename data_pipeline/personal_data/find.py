@@ -94,9 +94,6 @@ WIDE = re.compile(
 _NARROW = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _NARROW |= {ord(zero) + digit: 0x30 + digit for zero in _ZEROS for digit in range(10)}
 
-# Matches the beginning of an address, a number, a token or a key at the end of a text.
-_CUT_OFF = re.compile(r"(?:[!-~]*@[!-~]*|[+(]?[0-9][0-9 .()\-:]{4,}|[A-Za-z0-9_\-+/=.]{8,}|-----BEGIN [^\0]*)\Z")
-
 # --- e-mail -------------------------------------------------------------------------------------------------------
 
 # Letters of alphabets whose words have spaces between them; of other scripts, a sentence could not be told from a name.
@@ -116,6 +113,11 @@ _SPELLED_DOMAIN = re.compile(rf"\s?(?:{_LABEL}(?:\.|{_DOT_WORD}))+{_TOP}")
 _AT_SIGNS = ("@", "%40", "%2540", "&#64;", "&#064;", "&#x40;", "&commat;", "\\u0040")
 _AT_WORDS = tuple(
     f"{left}{at}{right}" for left, right in ("()", "[]", "{}") for at in ("at", " at ", "AT", " AT ", "@")
+)
+# Matches the beginning of an address, a number, a token or a key at the end of a text.
+_CUT_OFF = re.compile(
+    rf"(?:[!-~{_LETTERS}]*[@\uff20][!-~{_LETTERS}]*|[+(\uff0b\uff08]?\d[\d .()\-:\uff0d\uff08\uff09]{{4,}}"
+    r"|[A-Za-z0-9_\-+/=.]{8,}|-----BEGIN [^\0]*)\Z"
 )
 _RESERVED_DOMAINS = re.compile(r"(?i)(?:^|\.)(?:example(?:\.(?:com|org|net|edu))?|test|invalid|local|localhost)\Z")
 _FILE_TYPES = {"png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "html", "json", "xml", "txt", "pdf", "zip"}
