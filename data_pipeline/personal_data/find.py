@@ -116,7 +116,7 @@ _AT_WORDS = tuple(
 )
 # Matches the beginning of an address, a number, a token or a key at the end of a text.
 _CUT_OFF = re.compile(
-    rf"(?:[!-~{_LETTERS}]*[@\uff20][!-~{_LETTERS}]*|[+(\uff0b\uff08]?\d[\d .()\-:\uff0d\uff08\uff09]{{4,}}"
+    rf"(?:[!-~{_LETTERS}]*[@\uff20][!-~\uff01-\uff5e{_LETTERS}]*|[+(\uff0b\uff08]?\d[\d .()\-:\uff0d\uff08\uff09]{{4,}}"
     r"|[A-Za-z0-9_\-+/=.]{8,}|-----BEGIN [^\0]*)\Z"
 )
 _RESERVED_DOMAINS = re.compile(r"(?i)(?:^|\.)(?:example(?:\.(?:com|org|net|edu))?|test|invalid|local|localhost)\Z")

@@ -164,7 +164,11 @@ def test_masked_text_shows_nothing() -> None:
 def test_what_a_sample_cuts_off_is_masked_as_well() -> None:
     whole = [("write to ", "jane.doe@uni-bonn.de"), ("number ", "+44 207 154 1707"), ("卡号", "4539 1488 0343 6467")]
     whole += [("key ", "gh" + "p_" + R36), ("here: ", PEM)]
-    whole += [("письмо ", "иван@почта-россии.рф"), ("電話：", "０９０－１２３４－５６７８"), ("here ", "jane＠uni-bonn．de")]
+    whole += [
+        ("письмо ", "иван@почта-россии.рф"),
+        ("電話：", "０９０－１２３４－５６７８"),
+        ("here ", "jane＠uni-bonn．de"),
+    ]
     for before, secret in whole:
         for end in range(10, len(secret)):
             shown = mask(before + secret[:end])
