@@ -95,7 +95,7 @@ def disk(config: TrainerConfig, parameters: int | None) -> Iterator[Finding]:
         remedy = f"at most {fit} fit: set checkpoint.keep={fit - 1}{every}" if fit > 1 else "not even two fit"
         yield failure(said, f"{remedy}, make room, or name another run.dir")
     elif size / rate > SLOW_SAVE:
-        yield warning(said, f"one takes {duration(size / rate)} to write; name a faster disk, or save less often")
+        yield warning(said, f"one takes {duration(size / rate)} to write; name a run.dir on a faster disk")
     else:
         yield ok(said)
     if config.checkpoint.local_dir is not None:

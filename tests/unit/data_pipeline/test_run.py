@@ -372,3 +372,12 @@ def test_other_settings_make_other_plans_and_keep_what_a_training_run_needs(
     for fingerprint in (first.fingerprint, longer.fingerprint):
         found = find(run_dir / "plan", fingerprint)
         assert found is not None and all(np.array_equal(found.row(i).tokens, rows[i]) for i in range(60))
+
+    # Once no training run needs them, they may be removed as the message says.
+    for name in kept():
+        for path in run_dir.glob(f"{name}.*/"):
+            shutil.rmtree(path)
+    capsys.readouterr()
+    assert main([str(config), "mixture.fim.prose=0.5"]) == 0
+    assert not any(stage["fresh"] for stage in ledger(run_dir).values())
+    assert not kept() and "is kept in" not in capsys.readouterr().out

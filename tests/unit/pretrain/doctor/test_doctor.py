@@ -11,7 +11,7 @@ import pytest
 from configs.loader import ConfigError, load, validate
 from configs.train import PretrainConfig, TrainerConfig
 from launch.processes import cores
-from pretrain.doctor import doctor
+from pretrain.doctor import before_run, doctor
 from pretrain.doctor.after_run import after_run
 from pretrain.doctor.before_run import checkpoints_kept, disk, trial
 from pretrain.doctor.findings import Severity, failure, ok, warning, worst
@@ -82,6 +82,18 @@ def test_a_disk_with_no_room_at_all_is_a_failure(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     (found,) = disk(_config(tmp_path, every=10), parameters=10)
     assert found.level is Severity.FAILURE and "3.0 MB free, too little to measure its speed" in found.found
+
+
+def test_a_slow_disk_is_told_and_a_faster_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(folder: Path) -> tuple[float, float]:
+        return 1.0 if folder.name == "fast" else 2e9, 0.0  # seconds for the file that measures, seconds of the clock
+
+    monkeypatch.setattr(before_run, "_write", write)
+    for name, level in (("slow", Severity.WARNING), ("fast", Severity.OK)):
+        (tmp_path / name).mkdir()
+        (found,) = disk(_config(tmp_path / name, every=10), parameters=1000)
+        assert found.level is level
+        assert found.remedy.endswith(" to write; name a run.dir on a faster disk") or level is Severity.OK
 
 
 def test_a_run_dir_that_cannot_be_used_is_a_failure(tmp_path: Path) -> None:
