@@ -17,6 +17,7 @@ from configs.model_parts import NormConfig
 from configs.model_size import is_gated
 from pretrain.model.cache_parts import in_parts
 from pretrain.model.layer_context import LayerContext
+from pretrain.model.native import elementwise
 from pretrain.model.slices import Marks, Partial, mark
 from pretrain.model.tensor_parallel import ColumnLinear, Region, RowLinear, columns
 
@@ -48,7 +49,8 @@ class RMSNorm(Norm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
             if not torch.is_grad_enabled():
-                return _scaled(x, self.weight, self.eps)[0]
+                found = elementwise.rms_norm(x, self.weight, self.eps)
+                return _scaled(x, self.weight, self.eps)[0] if found is None else found
             return _Normalized.apply(x, self.weight, self.eps)
         return self.weight * normalized(x, self.eps).to(x.dtype)
 

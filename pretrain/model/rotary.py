@@ -12,6 +12,7 @@ import torch
 
 from configs.model_parts import PositionConfig, RopeScalingConfig
 from pretrain.model.cache_parts import in_parts
+from pretrain.model.native import elementwise
 
 
 def rotary_angles(
@@ -132,7 +133,10 @@ def rotate(x_SBND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairs: bo
         even, odd = x_SBND.unflatten(-1, (-1, 2)).unbind(-1)
         return x_SBND * cos + torch.stack((-odd, even), dim=-1).flatten(-2) * sin
     if not torch.compiler.is_compiling():
-        return _Rotated.apply(x_SBND, cos, sin) if torch.is_grad_enabled() else _turned(x_SBND, cos, sin, 1.0)
+        if torch.is_grad_enabled():
+            return _Rotated.apply(x_SBND, cos, sin)
+        found = elementwise.rotate_halves(x_SBND, cos, sin)
+        return _turned(x_SBND, cos, sin, 1.0) if found is None else found
     first, second = x_SBND.chunk(2, dim=-1)
     return x_SBND * cos + torch.cat((-second, first), dim=-1) * sin
 

@@ -1,14 +1,33 @@
 """Compiles a kernel in C++ to a library, once for each source, set of flags and processor."""
 
+import ctypes
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
+import torch
+
 COMPILERS = ("g++", "c++", "clang++")
+# Sums may be taken in the order of vectors, and a NaN stays one.
+ORDER = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")
+FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", *ORDER)
+
+
+@cache
+def plain_library(source: Path) -> ctypes.CDLL | None:
+    """Returns kernels that need nothing of torch, compiled for this processor, or None where that fails."""
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    processor = f"{platform.machine()} {sorted(torch.cpu.get_capabilities().items())}"
+    try:
+        return ctypes.CDLL(str(built(source, (*FLAGS, native), (), Path.home() / ".cache" / "trivium", processor)))
+    except (OSError, RuntimeError):  # no compiler, no home folder, or a folder that cannot be written to
+        return None
 
 
 def built(source: Path, flags: Sequence[str], libraries: Sequence[str], folder: Path, made_for: str) -> Path:

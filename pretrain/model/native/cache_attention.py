@@ -6,21 +6,17 @@ no padding, and what rows share (`SharedTokens`) only once. It needs a C++ compi
 """
 
 import ctypes
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pretrain.model.native.building import built
+from pretrain.model.native.building import plain_library
 
 SOURCE = Path(__file__).parent / "cache_attention.cpp"
-# Sums may be taken in the order of vectors, and a NaN stays one.
-ORDER = ("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros")
-FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", *ORDER)
 DTYPES = (torch.float32, torch.bfloat16)
 
 # See `attend_to_cache`.
@@ -44,6 +40,11 @@ class SharedTokens:
         _, first, of_row = np.unique(origin_B, return_index=True, return_inverse=True)
         leader_B = first[of_row]
         return cls(np.argsort(leader_B, kind="stable"), leader_B, count_B.copy())
+
+    @cached_property
+    def addresses(self) -> tuple[int, int, int]:
+        """Where the three arrays are in memory, which every layer of every step asks for."""
+        return self.order_B.ctypes.data, self.leader_B.ctypes.data, self.count_B.ctypes.data
 
 
 def kernel(dtype: torch.dtype, device: torch.device) -> Kernel | None:
@@ -70,15 +71,19 @@ def attend_to_cache(
     function = _function()
     assert function is not None, "ask `kernel` first"
     q, out = q.contiguous(), torch.empty_like(q, memory_format=torch.contiguous_format)
-    added = (None, None) if new is None else tuple(x.contiguous() for x in new)
+    whole = () if new is None else (new[0].contiguous(), new[1].contiguous())  # kept until the kernel has read them
+    added = tuple(x.data_ptr() for x in whole) or (None, None)
     rows, heads, size = q.shape
     if shared is None:
         shared = SharedTokens.of(np.arange(rows), np.zeros(rows, dtype=np.int64))
     function(
         q.data_ptr(),
-        *(None if x is None else x.data_ptr() for x in added),
-        *(x.data_ptr() for x in (keys, values, out, positions_B)),
-        *(x.ctypes.data for x in (shared.order_B, shared.leader_B, shared.count_B)),
+        *added,
+        keys.data_ptr(),
+        values.data_ptr(),
+        out.data_ptr(),
+        positions_B.data_ptr(),
+        *shared.addresses,
         rows,
         keys.shape[1],
         heads // keys.shape[1],
@@ -93,15 +98,11 @@ def attend_to_cache(
 
 @cache
 def _function() -> Callable[..., None] | None:
-    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    processor = f"{platform.machine()} {sorted(torch.cpu.get_capabilities().items())}"
-    try:
-        library = built(SOURCE, (*FLAGS, native), (), Path.home() / ".cache" / "trivium", processor)
-        found: Callable[..., None] = ctypes.CDLL(str(library)).attend_to_cache
-    except (OSError, RuntimeError):  # no compiler, no home folder, or a folder that cannot be written to
+    library = plain_library(SOURCE)
+    if library is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    typed: object = found
-    typed.argtypes = [pointer] * 10 + [number] * 5 + [ctypes.c_float] + [number] * 2  # type: ignore[attr-defined]
-    typed.restype = None  # type: ignore[attr-defined]
+    found = library.attend_to_cache
+    found.argtypes = [pointer] * 10 + [number] * 5 + [ctypes.c_float] + [number] * 2
+    found.restype = None
     return found

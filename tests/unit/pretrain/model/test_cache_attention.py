@@ -105,6 +105,7 @@ def test_without_a_compiler_or_a_folder_for_the_kernel_torchs_is_used(
     for home, compilers in ((tmp_path, ()), (tmp_path / "file", building.COMPILERS)):
         monkeypatch.setenv("HOME", str(home))
         monkeypatch.setattr(building, "COMPILERS", compilers)
+        monkeypatch.setattr(cache_attention, "plain_library", building.plain_library.__wrapped__)
         monkeypatch.setattr(cache_attention, "_function", cache(cache_attention._function.__wrapped__))
         assert cache_attention.kernel(torch.float32, torch.device("cpu")) is None
 
