@@ -19,8 +19,9 @@ from torch.distributed import ProcessGroup
 
 from posttrain.distillation.divergences import Kind, terms
 from pretrain.model.batch import Batch
-from pretrain.model.head_loss import HeadLoss, WithGradients, add_product, tokens_of_chunk
+from pretrain.model.head_loss import HeadLoss, WithGradients, tokens_of_chunk
 from pretrain.model.losses import LossFunction
+from pretrain.model.products import add_product
 
 NEVER = -1e30  # the logit of padding: its probability is 0, and differences of two such logits are no NaN
 MEASURED = 4  # values of a token: divergence, log-probabilities of the label by student and teacher, agreement
@@ -137,7 +138,7 @@ class _Chunks:
             found[part], grad_nV = self._chunk(part, None if slope_N is None else slope_N[part])
             if grad_nV is not None:
                 self.grad_x[part] = grad_nV @ self.student.weight[: self.rows]
-                add_product(total[: self.rows], grad_nV, self.x[part])
+                add_product(total[: self.rows], grad_nV.t(), self.x[part])
         if slope_N is not None:
             self.grad_weight = total.to(self.student.weight.dtype)
         return found

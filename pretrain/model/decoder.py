@@ -28,6 +28,7 @@ from pretrain.model.layer_context import LayerContext
 from pretrain.model.layers import MLP, Dropout, norm_of, recomputed
 from pretrain.model.moe import MoE
 from pretrain.model.moe.router import Router
+from pretrain.model.products import linear
 from pretrain.model.slices import Marks, mark
 from pretrain.model.tensor_parallel import ColumnLinear, Embedding, Region, WholeLinear
 from pretrain.model.value_head import ValueHead
@@ -173,7 +174,7 @@ class Decoder(nn.Module):
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         head, tied = self.model_config.head, self.tied_here
-        logits = F.linear(x, self._head_weight()) if tied or head.normalized else self.lm_head(x)
+        logits = linear(x, self._head_weight()) if tied or head.normalized else self.lm_head(x)
         return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
     def _head_weight(self) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.model import native
+from pretrain.model.products import widens
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -107,7 +108,7 @@ def attend_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document
 
 def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Computes attention of whole rows: causal without a mask, which is [queries, keys] or [B, 1, queries, keys]."""
-    if mask is None and _has_native_backward(q, k):
+    if mask is None and (_has_native_backward(q, k) or (_is_bf16_on_cpu(q) and widens() and len(q) == len(k))):
         return _on_cpu(q, k, v, torch.tensor([[0, q.shape[1], 0, q.shape[0]]]))[0]
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
     if q.is_cuda and q.dtype == torch.float32:  # the kernel that keeps no scores has no grouped heads in fp32
@@ -120,7 +121,11 @@ def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.T
 def _has_native_backward(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Returns whether gradients of attention of `q` to as many keys as it has queries are our own kernel's."""
     is_even = q.shape[-1] % 2 == 0 and len(q) == len(k)
-    return q.dtype == torch.bfloat16 and q.device.type == "cpu" and is_even and native.is_loaded()
+    return _is_bf16_on_cpu(q) and is_even and native.is_loaded()
+
+
+def _is_bf16_on_cpu(q: torch.Tensor) -> bool:
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu"
 
 
 def shared_heads(x: torch.Tensor, num_heads: int, dim: int) -> torch.Tensor:
@@ -208,7 +213,7 @@ def _on_cpu(
     """Computes blocks of documents by the kernel that SDPA takes on a CPU; also gives its logsumexp [B, N, T]."""
     out, logsumexp = _empty_outputs(q, k, v, blocks)
     for first, last, start, end in blocks.numpy():
-        part = (_block(x, first, last, start, end) for x in (q, k, v))
+        part = (_by_kernel(_block(x, first, last, start, end)) for x in (q, k, v))
         found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part, is_causal=True)
         _block(out, first, last, start, end).copy_(found)
         logsumexp[first:last, :, start:end] = sums
@@ -240,7 +245,7 @@ def _on_cpu_backward(
     gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     for first, last, start, end in blocks.numpy():
-        own_grad, *own = (_block(x, first, last, start, end) for x in (grad, q, k, v, out))
+        own_grad, *own = (_by_kernel(_block(x, first, last, start, end)) for x in (grad, q, k, v, out))
         found = backward(own_grad, *own, logsumexp[first:last, :, start:end], 0.0, True)
         for whole, part in zip(gradients, found, strict=True):
             _block(whole, first, last, start, end).copy_(part)
@@ -263,6 +268,11 @@ def _empty_gradients(
 def _block(x_TBND: torch.Tensor, first: int, last: int, start: int, end: int) -> torch.Tensor:
     """Returns the tokens of a block as the kernel takes them, [rows, heads, tokens, D]."""
     return x_TBND[start:end, first:last].permute(1, 2, 0, 3)
+
+
+def _by_kernel(x: torch.Tensor) -> torch.Tensor:
+    """Returns a block in the precision in which torch's kernel is fastest."""
+    return x.float() if x.dtype == torch.bfloat16 and widens() else x
 
 
 def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

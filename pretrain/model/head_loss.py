@@ -21,6 +21,7 @@ from pretrain.megatron import get_pg_size
 from pretrain.model.batch import Batch
 from pretrain.model.cache_parts import in_parts
 from pretrain.model.losses import LossFunction, NextToken
+from pretrain.model.products import add_product, multiply
 
 # Number of logits in a chunk: on a CPU some megabytes, which its caches hold, and on a GPU enough to keep it busy.
 CHUNK_CPU, CHUNK_GPU = 2**21, 2**26
@@ -131,15 +132,6 @@ def tokens_of_chunk(x_NH: torch.Tensor, rows: int) -> int:
     return tokens
 
 
-def add_product(total_VH: torch.Tensor, grad_nV: torch.Tensor, x_nH: torch.Tensor) -> None:
-    """Adds a chunk's part of the head's gradient, which may be of lower precision, to the total."""
-    if grad_nV.dtype == total_VH.dtype:
-        total_VH.addmm_(grad_nV.t(), x_nH)
-    else:
-        for sums, parts in in_parts(total_VH, grad_nV.t() @ x_nH):
-            sums += parts  # a CPU first makes a copy in fp32
-
-
 class _Head:
     """The products of the output head over chunks of hidden states [N, H]. Nothing here is seen by autograd."""
 
@@ -178,8 +170,8 @@ class _Head:
             logprobs_n, grad_nV = self._chunk(part, None if slope_N is None else slope_N[part])
             found.append(logprobs_n)
             if grad_nV is not None:
-                torch.mm(grad_nV, self.weight, out=self.grad_x[part])
-                add_product(total, grad_nV, self.x[part])
+                multiply(grad_nV, self.weight, self.grad_x[part])
+                add_product(total, grad_nV.t(), self.x[part])
         if slope_N is not None:
             self.grad_weight = total.to(self.weight.dtype)
         return torch.cat(found)
@@ -187,7 +179,7 @@ class _Head:
     def _chunk(self, part: slice, slope_n: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns log-probabilities, and with a slope the loss's gradient by the logits, which takes their memory."""
         x_nH, label_n = self.x[part], self.labels[part]
-        logits_nV = torch.mm(x_nH, self.weight.t(), out=self._logits[: len(x_nH)])
+        logits_nV = multiply(x_nH, self.weight.t(), self._logits[: len(x_nH)])
         # Chunks in bf16 are large, see above. Under tensor parallel each part would take all-reduces of its own.
         if self.group or logits_nV.dtype == self.wide:
             return self._rows(logits_nV, label_n, slope_n), None if slope_n is None else logits_nV

@@ -24,6 +24,7 @@ from pretrain.megatron import (
 )
 from pretrain.model import flat_collectives
 from pretrain.model.layer_context import LayerContext
+from pretrain.model.products import add_product, linear, product
 from pretrain.model.slices import Marks, Partial, TensorSplit, mark
 
 
@@ -150,7 +151,7 @@ class ColumnLinear(ColumnParallelLinear):
         return self.output_size_per_partition != self.output_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)[0] if self.is_split else F.linear(x, self.weight, self.bias)
+        return super().forward(x)[0] if self.is_split else linear(x, self.weight, self.bias)
 
 
 def columns(x: torch.Tensor, region: Region, *layers: ColumnLinear) -> tuple[torch.Tensor, ...]:
@@ -192,7 +193,7 @@ class _Columns(torch.autograd.Function):
         if region.sequence_parallel:
             x, gathering = _start_gather(x, region)
             gathering.wait()
-        return tuple(F.linear(x, weight) for weight in weights)
+        return tuple(linear(x, weight) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -203,9 +204,9 @@ class _Columns(torch.autograd.Function):
         if region.sequence_parallel and any(is_trained):
             whole, gathering = _start_gather(x, region)
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        total = flat[0] @ weights[0]
+        total = product(flat[0], weights[0])
         for grad, weight in zip(flat[1:], weights[1:], strict=True):
-            total.addmm_(grad, weight)
+            add_product(total, grad, weight)
         grad_x = total = total.view(*grads[0].shape[:-1], x.shape[-1])
         if region.sequence_parallel:
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -215,7 +216,9 @@ class _Columns(torch.autograd.Function):
         if gathering is not None:
             gathering.wait()
         rows = whole.reshape(-1, whole.shape[-1])
-        grad_weights = [grad.t() @ rows if trained else None for grad, trained in zip(flat, is_trained, strict=True)]
+        grad_weights = [
+            product(grad.t(), rows) if trained else None for grad, trained in zip(flat, is_trained, strict=True)
+        ]
         if summing is not None:
             summing.wait()
         return None, grad_x, *grad_weights
@@ -260,7 +263,7 @@ class RowLinear(RowParallelLinear):
         return self.input_size_per_partition != self.input_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)[0] if self.is_split else F.linear(x, self.weight, self.bias)
+        y = super().forward(x)[0] if self.is_split else linear(x, self.weight, self.bias)
         return y if self.adapter is None else self.adapter.added(y, self.adapter.reduced(x), self.bias)
 
 
@@ -274,7 +277,7 @@ class WholeLinear(nn.Module):
         self.adapter: Adapter | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.linear(x, self.weight)
+        y = linear(x, self.weight)
         return y if self.adapter is None else self.adapter.added(y, self.adapter.reduced(x), None)
 
 

@@ -18,6 +18,7 @@ from configs.model import LayerConfig
 from configs.model_size import is_gated
 from pretrain.model.layer_context import LayerContext
 from pretrain.model.layers import ACTIVATIONS
+from pretrain.model.products import add_product, linear, multiply, product
 from pretrain.model.slices import Marks, TensorSplit, mark
 
 ROWS_ALIGNED = 8  # CUDA's grouped product wants groups of rows that start at 16 bytes: 8 numbers in bf16
@@ -77,7 +78,7 @@ class Experts(nn.Module):
             own = _widened(given, 0, rows_of_product(len(given), given.dtype) - len(given))
             names = ("gate", "up") if is_gated(self.kind) else ("up",)
             inner = ACTIVATIONS[self.kind](*(self._projected(own, name, expert) for name in names))
-            output = inner @ self.down_proj[expert].t()
+            output = linear(inner, self.down_proj[expert])
             if "down_proj" in self.adapter:
                 output = output + self.adapter["down_proj"](inner, expert)
             output = output[: len(given)]
@@ -86,7 +87,7 @@ class Experts(nn.Module):
 
     def _projected(self, rows: torch.Tensor, name: str, expert: int) -> torch.Tensor:
         bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
-        output = F.linear(rows, getattr(self, f"{name}_proj")[expert], bias)
+        output = linear(rows, getattr(self, f"{name}_proj")[expert], bias)
         adapter = f"{name}_proj"
         return output + self.adapter[adapter](rows, expert) if adapter in self.adapter else output
 
@@ -145,14 +146,14 @@ def _by_loop(
     out, gate, up, silu, inner = _empty_outputs(x_RH, counts, gate_proj, up_proj, down_proj)
     for expert, own, filled in _spans(counts, x_RH.dtype):
         x = _filled(x_RH[own], filled)
-        torch.mm(x, gate_proj[expert].t(), out=gate[filled])
-        torch.mm(x, up_proj[expert].t(), out=up[filled])
+        multiply(x, gate_proj[expert].t(), gate[filled])
+        multiply(x, up_proj[expert].t(), up[filled])
         torch.ops.aten.silu.out(gate[filled], out=silu[filled])
         torch.mul(silu[filled], up[filled], out=inner[filled])
         if len(x) == own.stop - own.start:
-            torch.mm(inner[filled], down_proj[expert].t(), out=out[own])
+            multiply(inner[filled], down_proj[expert].t(), out[own])
         else:
-            out[own] = (inner[filled] @ down_proj[expert].t())[: own.stop - own.start]
+            out[own] = product(inner[filled], down_proj[expert].t())[: own.stop - own.start]
     return out, gate, up, silu, inner
 
 
@@ -184,17 +185,17 @@ def _by_loop_backward(
     grad_x[counts.numpy().sum() :] = 0
     for expert, own, filled in _spans(counts, x_RH.dtype):
         x, own_grad = _filled(x_RH[own], filled), _filled(grad[own], filled)
-        torch.mm(own_grad.t(), inner[filled], out=grad_down_proj[expert])
-        grad_inner = own_grad @ down_proj[expert]
+        multiply(own_grad.t(), inner[filled], grad_down_proj[expert])
+        grad_inner = product(own_grad, down_proj[expert])
         grad_up = grad_inner * silu[filled]
         grad_gate = torch.ops.aten.silu_backward(grad_inner.mul_(up[filled]), gate[filled])
-        torch.mm(grad_gate.t(), x, out=grad_gate_proj[expert])
-        torch.mm(grad_up.t(), x, out=grad_up_proj[expert])
+        multiply(grad_gate.t(), x, grad_gate_proj[expert])
+        multiply(grad_up.t(), x, grad_up_proj[expert])
         if len(x) == own.stop - own.start:
-            torch.mm(grad_gate, gate_proj[expert], out=grad_x[own])
-            grad_x[own].addmm_(grad_up, up_proj[expert])
+            multiply(grad_gate, gate_proj[expert], grad_x[own])
+            add_product(grad_x[own], grad_up, up_proj[expert])
         else:
-            both = (grad_gate @ gate_proj[expert]).addmm_(grad_up, up_proj[expert])
+            both = add_product(product(grad_gate, gate_proj[expert]), grad_up, up_proj[expert])
             grad_x[own] = both[: own.stop - own.start]
     return gradients
 
