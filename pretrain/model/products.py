@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from pretrain.model.cache_parts import in_parts
 
-LEAST_SIZE = 1  # of each of a product's three sizes; below it, widening takes longer than it saves
+LEAST_SIZE = 128  # of each of a product's three sizes; below it, widening takes longer than it saves
 
 
 def _multiplies_fp32_faster() -> bool:

@@ -82,38 +82,6 @@ def test_a_frozen_weight_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(computed) == 1 and x.grad is not None
 
 
-def test_a_weight_that_is_taken_away_between_the_passes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ZeRO-3 does: the backward pass finds the weight that is there by then."""
-    monkeypatch.setattr(products, "widens", lambda: True)
-    x, weight = drawn(128, 128, of=1).requires_grad_(), drawn(128, 128, of=2).requires_grad_()
-    y = products.linear(x, weight)
-    weight.data = drawn(128, 128, of=3)
-    y.backward(drawn(128, 128, of=4))
-    assert x.grad is not None and is_near(x.grad, drawn(128, 128, of=4).double() @ drawn(128, 128, of=3).double())
-
-
-@pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("total", [torch.bfloat16, torch.float32], ids=str)
-def test_a_product_is_written_and_added(total: torch.dtype) -> None:
-    a, b, before = drawn(160, 144, of=1), drawn(144, 136, of=2), drawn(160, 136, of=3).to(total)
-    exact = a.double() @ b.double()
-    out = torch.full((160, 200), torch.nan, dtype=torch.bfloat16)[:, :136]
-    assert products.multiply(a, b, out) is out and is_near(out, exact)
-    summed = before.clone()
-    assert products.add_product(summed, a, b) is summed
-    assert is_near(summed, before.double() + exact, roundings=2)  # of the product, and of the sum
-
-
-def test_a_frozen_weight_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "widens", lambda: True)
-    x, weight = drawn(128, 128, of=1).requires_grad_(), drawn(128, 128, of=2)
-    shapes: list[Any] = []
-    y = products.linear(x, weight)
-    monkeypatch.setattr(products, "_widened_product", lambda a, b: shapes.append((a.shape, b.shape)) or a @ b)
-    y.sum().backward()
-    assert len(shapes) == 1 and x.grad is not None
-
-
 def test_only_large_products_of_bf16_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "widens", lambda: True)
     wide = drawn(128, 128, of=1)
