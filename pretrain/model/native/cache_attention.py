@@ -43,7 +43,7 @@ class SharedTokens:
 
     @cached_property
     def addresses(self) -> tuple[int, int, int]:
-        """Where the three arrays are in memory, which every layer of every step asks for."""
+        """The addresses of the three arrays, which every layer of every step asks for."""
         return self.order_B.ctypes.data, self.leader_B.ctypes.data, self.count_B.ctypes.data
 
 

@@ -46,7 +46,7 @@ def test_a_linear_layer_and_its_gradients_are_exact_but_for_one_rounding(rows: i
 
 
 def test_a_weight_that_is_taken_away_between_the_passes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ZeRO-3 does: the backward pass finds the weight that is there by then."""
+    """Takes it away as ZeRO-3 does; the backward pass finds the weight that is there by then."""
     monkeypatch.setattr(products, "widens", lambda: True)
     x, weight = drawn(128, 128, of=1).requires_grad_(), drawn(128, 128, of=2).requires_grad_()
     y = products.linear(x, weight)
