@@ -90,10 +90,10 @@ def as_messages(value: Any, role: Any, key: str) -> list[Message]:
 
 
 def tools_of(record: dict[str, Any]) -> list[Any]:
-    """Returns the tools that a record offers, [] if none. Raises Unusable if they are no list."""
+    """Returns the tools that a record offers, [] if none. Raises Unusable if they are no list of objects."""
     tools = record.get("tools") or []
-    if not isinstance(tools, list):
-        raise Unusable("bad_tools", f"'tools' is {type(tools).__name__}, not a list")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Unusable("bad_tools", f"'tools' is no list of objects, but {tools!r}")
     return tools
 
 

@@ -80,7 +80,11 @@ def check_order(messages: Sequence[Any]) -> None:
         if message["role"] not in allowed:
             said = f"message {i} has role {message['role']!r} where {' or '.join(map(repr, allowed))} was expected"
             raise BrokenDialogue("roles out of turn", said)
-        calls = message["role"] == "assistant" and isinstance(message.get("tool_calls"), list)
+        given = message.get("tool_calls")
+        if given and not (isinstance(given, list) and all(isinstance(call, dict) for call in given)):
+            said = f"message {i} has 'tool_calls' that are no list of objects, but {given!r}"
+            raise BrokenDialogue("tool calls that are no list of objects", said)
+        calls = message["role"] == "assistant" and isinstance(given, list)
         if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
             found = type(message["content"]).__name__ if "content" in message else "missing"
             raise BrokenDialogue("no text in content", f"message {i} has no text in 'content', which is {found}")

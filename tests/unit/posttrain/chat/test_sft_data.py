@@ -216,6 +216,14 @@ def test_broken_and_long_dialogues_are_set_aside_and_counted(chat: ChatFormat, t
         ([], "no user message", "at least one user message"),
         ([{"role": "system", "content": "be kind"}], "no user message", "at least one user message"),
         (["hello"], "a message is no object", "message 0 is str"),
+        *(
+            (
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": wrong}],
+                "tool calls that are no list of objects",
+                f"message 1 has 'tool_calls' that are no list of objects, but {wrong!r}",
+            )
+            for wrong in (5, ["f"])
+        ),
         ([{"content": "hello"}], "no role", "message 0 has no role; roles are system"),
         ([{"role": ["user"], "content": "hello"}], "no role", "message 0 has ['user'] as its role"),
         ([{"role": "human", "content": "hello"}], "an unknown role", "message 0 has role 'human', which is none of"),
@@ -342,5 +350,6 @@ def test_answers_in_a_prompt_are_not_learnt(chat: ChatFormat, tmp_path: Path) ->
 
 def test_tools_that_are_no_list_set_a_dialogue_aside(chat: ChatFormat, tmp_path: Path) -> None:
     good = [dialogue(f"question {i}", f"answer {i}") for i in range(5)]
-    path = write(tmp_path / "d.jsonl.gz", [*good, {**dialogue("q", "a"), "tools": 5}])
-    assert dict(read_dialogues([path], chat, LENGTH, 0.0, 1.0).set_aside.counts) == {"bad_tools": 1}
+    path = write(tmp_path / "d.jsonl.gz", [*good, *({**dialogue("q", "a"), "tools": wrong} for wrong in (5, [5]))])
+    found = read_dialogues([path], chat, LENGTH, 0.0, 1.0).set_aside
+    assert dict(found.counts) == {"bad_tools": 2} and "'tools' is no list of objects, but 5" in found.first["bad_tools"]
