@@ -59,11 +59,20 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return y if bias is None else y + bias
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Computes a b of matrices; autograd does not see it."""
-    if not _is_widened(a, *a.shape, b.shape[1]):
-        return a @ b
-    return (a.float() @ b.float()).to(a.dtype)
+def widened(a: torch.Tensor) -> torch.Tensor:
+    """Returns a matrix as products take it, so that several products of it widen it once."""
+    return a.float() if _is_widened(a, *a.shape) else a
+
+
+def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Computes a b of matrices, which may be `widened`, in the precision `dtype`, or in that of a.
+
+    Autograd does not see it.
+    """
+    dtype = a.dtype if dtype is None else dtype
+    if a.dtype == b.dtype and not _is_widened(a, *a.shape, b.shape[1]):
+        return (a @ b).to(dtype)
+    return (a.float() @ b.float()).to(dtype)
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -75,7 +84,7 @@ def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tenso
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Adds a b to `total`, which may be of higher precision, and returns it; autograd does not see it."""
-    if _is_widened(a, *a.shape, b.shape[1]):
+    if a.dtype != b.dtype or _is_widened(a, *a.shape, b.shape[1]):
         if total.dtype == torch.float32:
             return total.addmm_(a.float(), b.float())
         return total.copy_(total.float().addmm_(a.float(), b.float()))

@@ -24,7 +24,7 @@ from pretrain.megatron import (
 )
 from pretrain.model import flat_collectives
 from pretrain.model.layer_context import LayerContext
-from pretrain.model.products import add_product, linear, product
+from pretrain.model.products import add_product, linear, product, widened
 from pretrain.model.slices import Marks, Partial, TensorSplit, mark
 
 
@@ -193,7 +193,9 @@ class _Columns(torch.autograd.Function):
         if region.sequence_parallel:
             x, gathering = _start_gather(x, region)
             gathering.wait()
-        return tuple(linear(x, weight) for weight in weights)
+        rows = widened(x.view(-1, x.shape[-1]))
+        products = (product(rows, weight.t(), x.dtype) for weight in weights)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in products)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -203,11 +205,11 @@ class _Columns(torch.autograd.Function):
         whole, is_trained = x, ctx.needs_input_grad[2:]
         if region.sequence_parallel and any(is_trained):
             whole, gathering = _start_gather(x, region)
-        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        flat = [widened(grad.reshape(-1, grad.shape[-1])) for grad in grads]
         total = product(flat[0], weights[0])
         for grad, weight in zip(flat[1:], weights[1:], strict=True):
             add_product(total, grad, weight)
-        grad_x = total = total.view(*grads[0].shape[:-1], x.shape[-1])
+        grad_x = total = total.to(x.dtype).view(*grads[0].shape[:-1], x.shape[-1])
         if region.sequence_parallel:
             grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
             summing = flat_collectives.reduce_scatter(grad_x, total, group=region.group, async_op=True)
@@ -215,9 +217,10 @@ class _Columns(torch.autograd.Function):
             summing = dist.all_reduce(total, group=region.group, async_op=True)
         if gathering is not None:
             gathering.wait()
-        rows = whole.reshape(-1, whole.shape[-1])
+        rows = widened(whole.reshape(-1, whole.shape[-1])) if any(is_trained) else whole
         grad_weights = [
-            product(grad.t(), rows) if trained else None for grad, trained in zip(flat, is_trained, strict=True)
+            product(grad.t(), rows, x.dtype) if trained else None
+            for grad, trained in zip(flat, is_trained, strict=True)
         ]
         if summing is not None:
             summing.wait()

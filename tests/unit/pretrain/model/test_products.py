@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from configs.train import Precision
 from pretrain.model import documents, products
 from pretrain.model.documents import attend_rows
+from pretrain.model.layer_context import LayerContext
+from pretrain.model.tensor_parallel import ColumnLinear, Region, columns
 from pretrain.precision import choose_dtype
 
 ROUNDING = 2.0**-8  # of a number to bf16
@@ -80,6 +82,26 @@ def test_a_frozen_weight_costs_no_product(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(products, "_widened_product", counted)
     y.sum().backward()
     assert len(computed) == 1 and x.grad is not None
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("size", [8, 144])  # of the second weight: too small to be widened, and large enough
+def test_column_layers_of_one_input_are_exact_but_for_roundings(size: int) -> None:
+    context = LayerContext(dtype=torch.bfloat16)
+    layers = ColumnLinear(136, 152, context), ColumnLinear(136, size, context)
+    x = drawn(2, 80, 136, of=1).requires_grad_()
+    for number, layer in enumerate(layers):
+        layer.weight.data = drawn(*layer.weight.shape, of=10 + number)
+    grads = [drawn(2, 80, len(layer.weight), of=20 + number) for number, layer in enumerate(layers)]
+    leaves = [x, *(layer.weight for layer in layers)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    outputs, right = columns(x, Region(context), *layers), [F.linear(exact[0], weight) for weight in exact[1:]]
+    torch.autograd.backward(outputs, grads)
+    torch.autograd.backward(right, [grad.double() for grad in grads])
+    assert all(is_near(found, y) for found, y in zip(outputs, right, strict=True))
+    for leaf, wide in zip(leaves, exact, strict=True):
+        assert leaf.grad is not None and wide.grad is not None and leaf.grad.dtype == torch.bfloat16
+        assert is_near(leaf.grad, wide.grad, roundings=3)  # of two products, and of their sum
 
 
 def test_only_large_products_of_bf16_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
