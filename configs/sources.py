@@ -36,7 +36,7 @@ class SourceConfig(Section):
     fields: Literal["all"] | tuple[str, ...] = "all"
     """The other keys or columns that are kept, under metadata.fields (jsonl, parquet); [] for none."""
     encoding: str = "utf-8"
-    """The encoding of text or code, by its web name such as windows-1251; a byte order mark in a file overrides it."""
+    """The encoding of text or code, by its web name such as windows-1251; a mark or valid UTF-8 overrides it."""
     document_per: Literal["file", "line"] = "file"
     """Whether a file of text is one document, or every line of it that is not blank is one."""
     extensions: tuple[str, ...] = ()

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from configs.sources import ExtractConfig, SourceConfig
-from data_pipeline.reading.charsets import WIDE, charset_of, decode_whole
+from data_pipeline.reading.charsets import STATEFUL, WIDE, charset_of, decode_whole
 from data_pipeline.reading.decompression import Fault, claimed_compression, members
 from data_pipeline.reading.input_records import SAMPLE_BYTES, Advance, FoundFile, Record, sample
 from data_pipeline.reading.line_splitter import Line, LineSplitter, stored_size
+
+IS_UTF8 = "UTF-8 in place of the source's encoding"
+_ENOUGH = 16  # later bytes of characters: so many in another encoding are not valid UTF-8 by chance
 
 
 def read_lines(
@@ -62,8 +65,11 @@ def _named(record: Record, file: FoundFile) -> Record:
 def fill_text(record: Record, content: bytes, charset: str, start: int = 0) -> None:
     """Sets the text of a record, or the reason why it cannot be decoded and the offset of the first bad byte.
 
-    `start` is the byte offset of `content` in the file.
+    `start` is the byte offset of `content` in the file. Valid UTF-8 is decoded as such, whatever `charset` says.
     """
+    if not charset.startswith(("utf", *STATEFUL)) and _is_utf8(content):
+        charset = "utf-8"
+        record.notes.add(IS_UTF8)
     try:
         text = decode_whole(content, charset)
     except UnicodeDecodeError as error:
@@ -77,6 +83,13 @@ def fill_text(record: Record, content: bytes, charset: str, start: int = 0) -> N
         record.offset = start + len(content) - after
         return
     record.text = text
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        return len(content) - len(content.decode()) >= _ENOUGH
+    except UnicodeDecodeError:
+        return False
 
 
 def _undecodable(charset: str) -> str:

@@ -30,7 +30,7 @@ _HTML_TYPES = ("text/html", "application/xhtml+xml")
 _PAGE_RECORDS = WarcRecordType.response | WarcRecordType.resource | WarcRecordType.conversion
 _ANY = WarcRecordType.any_type
 _BLOCK = 1 << 16
-TRUNCATED = "cut short by the crawler (WARC-Truncated)"
+TRUNCATED = "cut short by the crawler"  # its WARC-Truncated says so
 _MARK, _HEAD_END = b"WARC/1.", b"\r\n\r\n"
 
 

@@ -47,6 +47,15 @@ def test_a_source_names_the_encoding_of_its_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("per", ["file", "line"])
+def test_utf_8_in_a_source_of_another_encoding_is_decoded_as_such_and_counted(tmp_path: Path, per: str) -> None:
+    for encoding in ("koi8-r", "gb18030", "shift_jis", "iso-8859-5"):
+        (record,) = read(tmp_path / "a.txt", RUSSIAN.encode(), encoding=encoding, document_per=per)
+        assert (record.text, record.notes) == (RUSSIAN, {"UTF-8 in place of the source's encoding"})
+    (record,) = read(tmp_path / "a.txt", "联通".encode("gb18030"), encoding="gb18030", document_per=per)
+    assert (record.text, record.notes) == ("联通", set())  # so few bytes are valid UTF-8 by chance
+
+
+@pytest.mark.parametrize("per", ["file", "line"])
 def test_a_byte_order_mark_counts_more_than_what_the_source_says(tmp_path: Path, per: str) -> None:
     for codec in ("utf-8-sig", "utf-16", "utf-32"):
         for encoding in ("utf-8", "windows-1251", "utf-16be"):
