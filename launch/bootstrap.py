@@ -4,6 +4,7 @@ Importing a module can take seconds, in which a signal would kill the process. `
 start their processes through this module, which imports next to nothing before it sets the handlers.
 """
 
+import gc
 import runpy
 import signal
 import sys
@@ -30,6 +31,10 @@ OURS = ("data_pipeline", "pretrain", "posttrain", "export", "launch")
 def begin(module: str) -> None:
     """Sets the signal handlers that a Trivium module needs; `module` is its name as for `python -m`."""
     saves = module in TRAINING.values()
+    if module in ON_RANKS.values():
+        # Looking for garbage among modules, which stay, takes a sixth of the time of importing them.
+        # `pretrain.parallel.groups.joined` turns it on again.
+        gc.disable()
     # `trivium launch` is stopped as its ranks are, by all signals on which they save.
     signals.begin(saves or module == "launch.ranks", prints_errors=is_main(), launched=saves and was_launched())
 

@@ -6,6 +6,7 @@ again with another layout, as the tests do. Several ranks on one GPU need `paral
 
 import contextlib
 import datetime
+import gc
 import os
 import platform
 import socket
@@ -245,7 +246,13 @@ def _store(env: ClusterEnvironment, timeout_minutes: float) -> dist.Store | None
 
 @contextlib.contextmanager
 def joined(env: ClusterEnvironment, layout: Layout, backend: str = "auto") -> Iterator[Mesh]:
-    """Context manager that calls `start`, yields this rank's `Mesh`, and calls `stop` at the end."""
+    """Context manager that calls `start`, yields this rank's `Mesh`, and calls `stop` at the end.
+
+    It turns on the garbage collector, which a command that trains leaves off while it imports modules.
+    """
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     mesh = start(env, layout, backend)
     if mesh.device.type == "cpu":
         keep_freed_memory()

@@ -142,12 +142,14 @@ def main() -> None:
     import torch  # not at the top: tests without ranks import this module too
 
     requests = socket.socket(fileno=int(sys.argv[1]))
+    gc.disable()  # modules stay, so that looking for garbage among them takes time and finds nothing
     for name in IMPORTED:
         importlib.import_module(name)
     torch.optim.AdamW([torch.zeros(1)])  # the first optimizer imports some 600 modules of torch.compile
     assert threading.active_count() == 1, "a fork would lack the other threads, and hang on locks that they hold"
     gc.collect()
     gc.freeze()  # else a garbage collection in a fork would copy every memory page
+    gc.enable()
     while True:
         line, descriptors = _line_with_descriptors(requests)
         if not line:

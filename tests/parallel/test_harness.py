@@ -2,11 +2,13 @@
 
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
 from launch.ranks import free_port
 from tests.parallel import harness
+from tests.parallel.forks import Forks
 from tests.parallel.harness import RankError, RankPool, RanksOf
 
 WORKERS = "tests.parallel.workers.harness"
@@ -23,6 +25,10 @@ def test_worlds_of_several_sizes_reuse_the_same_processes(ranks: RanksOf) -> Non
     assert [r["world_size"] for r in four] == [4] * 4
     assert [r["pid"] for r in two] == [r["pid"] for r in four[:2]]
     assert len({r["pid"] for r in four}) == 4
+
+
+def test_a_training_command_collects_no_garbage_until_its_ranks_are_joined(forks: Forks, tmp_path: Path) -> None:
+    assert forks.start(f"{WORKERS}:garbage_collected", tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()
 
 
 def test_ranks_of_one_machine_listen_on_loopback_alone(ranks: RanksOf) -> None:

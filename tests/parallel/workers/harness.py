@@ -1,7 +1,9 @@
 """Functions that test_harness.py runs in the ranks: sums, a failure, a hang, a death."""
 
+import gc
 import os
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from configs.layout import Layout
 from configs.loader import validate
 from configs.model import ModelConfig
 from configs.train import ParallelConfig, TrainSection
+from launch import bootstrap
 from launch.environment import ClusterEnvironment
 from pretrain.parallel import groups
 from tests.parallel.matrix import MODELS
@@ -26,16 +29,28 @@ def total(values: list[float]) -> dict[str, object]:
 def listening() -> list[str]:
     """Joins the ranks as a training command does, and returns the addresses, in hex, that this process listens at."""
     os.environ.pop("GLOO_SOCKET_IFNAME", None)  # which only tests set
-    env = ClusterEnvironment.read()
-    section = TrainSection(steps=1, global_batch_size=2, micro_batch_size=1, seq_length=8)
-    layout = Layout.of(env.world_size, ParallelConfig(), validate(ModelConfig, MODELS["dense"]), section)
-    with groups.joined(env, layout):
+    with _joined():
         dist.all_reduce(torch.ones(1))
         own = {os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()}
         lines = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()]
         found = [line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in own]
         dist.barrier()
     return found
+
+
+def garbage_collected() -> None:
+    """Begins as a training command does: the garbage collector is off until the ranks are joined."""
+    bootstrap.begin("pretrain.train")
+    assert not gc.isenabled()
+    with _joined():
+        assert gc.isenabled()
+
+
+def _joined() -> AbstractContextManager[groups.Mesh]:
+    env = ClusterEnvironment.read()
+    section = TrainSection(steps=1, global_batch_size=2, micro_batch_size=1, seq_length=8)
+    layout = Layout.of(env.world_size, ParallelConfig(), validate(ModelConfig, MODELS["dense"]), section)
+    return groups.joined(env, layout)
 
 
 def fail_in(rank: int) -> None:
