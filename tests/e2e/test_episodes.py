@@ -52,7 +52,7 @@ def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = rl_config(base, command, 3, (16, 8), ROWS, **own, **sections)
         (base / f"{command}_episodes.toml").write_bytes(toml(config))
     options = [f"data.dialogues=['{base}/calls.jsonl']", "task.demonstrations=0", "task.eval_prompts=1"]
-    argv = [str(base / "sft.toml"), *options, "train.steps=200"]
+    argv = [str(base / "sft.toml"), *options, "train.steps=100"]
     assert set(ranks(2).run("posttrain.sft:main", process_group=False, timeout=300, argv=argv)) == {0}
     return base
 

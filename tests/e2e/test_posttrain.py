@@ -56,7 +56,15 @@ def test_sft_learns_answers_and_not_questions(tuned: Path) -> None:
     assert (tuned / "sft" / "chat_template.jinja").read_text() == jinja_template()
 
 
-@pytest.mark.parametrize(("world", "parallel"), [(1, "tp=1"), (2, "tp=2"), (2, "pp=2"), (2, "cp=2"), (2, "zero=3")])
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [
+        (2, "tp=2"),
+        (2, "pp=2"),
+        # GRPO, below, is compared in these layouts too.
+        *(pytest.param(*p, marks=pytest.mark.full) for p in ((1, "tp=1"), (2, "cp=2"), (2, "zero=3"))),
+    ],
+)
 def test_sft_is_the_same_in_any_layout(ranks: RanksOf, tuned: Path, tmp_path: Path, world: int, parallel: str) -> None:
     call(ranks(world), "sft", tuned, f"run.dir={tmp_path}", f"parallel.{parallel}", "train.steps=3")
     expected = [line["loss"] for line in metrics(tuned / "sft")[:3]]

@@ -23,7 +23,7 @@ from tests.parallel.workers.layouts import GLOBAL_BATCH, SEQ_LENGTH
 @pytest.mark.parametrize(
     ("model", "world", "parallel", "precision"),
     [
-        ("moe_tied", 1, {}, "fp32"),
+        pytest.param("moe_tied", 1, {}, "fp32", marks=pytest.mark.full),
         ("moe_tied", 2, {}, "fp32"),
         ("dense", 2, {"tp": 2}, "fp32"),
         pytest.param("moe_tied", 2, {"pp": 2}, "fp32", marks=pytest.mark.full),

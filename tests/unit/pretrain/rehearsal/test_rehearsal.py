@@ -224,7 +224,7 @@ def test_a_part_of_the_micro_batches_tells_the_bytes_of_all(forks: Forks, tmp_pa
     def printed(*options: str) -> list[str]:
         log = tmp_path / str(len(options))
         parallel = ("parallel.tp=2", "parallel.sp=true", "parallel.pp=2")
-        argv = [DEMO, *parallel, "train.global_batch_size=5", "train.seq_length=64", *options]
+        argv = [DEMO, *parallel, "train.global_batch_size=5", *SMALL, *options]
         assert forks.start("posttrain.rehearse:main", log, argv=argv).wait() == 0, log.read_text()
         return log.read_text().splitlines()
 
