@@ -6,6 +6,10 @@ Process groups are new in every job; Python, torch and the libraries stay loaded
 """
 
 import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until `groups.joined`, see launch/bootstrap.py
+
 import importlib
 import json
 import os
