@@ -30,10 +30,8 @@ def check_writable(folder: str | Path, key: str, value: str | Path | None = None
 
     Raises ConfigError if that fails; the message names `key` and its `value`, by default the folder.
     """
+    check_expanded(folder, key, value)
     folder = Path(folder)
-    if (whole := os.path.expanduser(os.path.expandvars(folder))) != str(folder):
-        named = str(folder if value is None else value)
-        raise ConfigError(f"{key} = {named!r}: ~ and variables are a shell's, and not read here; write {whole}")
     try:
         there = next((path for path in (folder, *folder.parents) if path.exists()), Path())
         with tempfile.TemporaryFile(dir=there) as probe:  # without a name, so that the folder's own time stays
@@ -42,6 +40,13 @@ def check_writable(folder: str | Path, key: str, value: str | Path | None = None
     except OSError as error:
         named = str(folder if value is None else value)
         raise ConfigError(f"{key} = {named!r}: {_reason(folder, error)}") from None
+
+
+def check_expanded(folder: str | Path, key: str, value: str | Path | None = None) -> None:
+    """Raises ConfigError if a shell would make another path of `folder`, which would else be made as it is written."""
+    if (whole := os.path.expanduser(os.path.expandvars(folder))) != str(folder):
+        named = str(folder if value is None else value)
+        raise ConfigError(f"{key} = {named!r}: ~ and variables are a shell's, and not read here; write {whole}")
 
 
 def check_can_hold(run_dir: Path, name: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.files import sync, write_atomic
+from configs.folders import check_expanded
 from configs.loader import ConfigError
 from configs.sealed import CHECKPOINT
 from pretrain.checkpoint import storage
@@ -133,6 +134,7 @@ def newer_manifest(run_dir: Path, address: str, own: Path | None, is_new: bool) 
 
 
 def _opened(address: str, run_dir: Path) -> Mirror:
+    check_expanded(address, "checkpoint.mirror")
     mirror = Mirror(address)
     if mirror.is_local and Path(address).resolve() == run_dir.resolve():
         raise ConfigError(f"checkpoint.mirror = {address!r} is run.dir itself; name another folder, on another disk")

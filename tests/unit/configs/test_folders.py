@@ -20,6 +20,7 @@ from export import publishing
 from export.huggingface import main as export
 from posttrain import dpo, grpo, ppo, rm, sft
 from pretrain import train
+from pretrain.checkpoint.fetching import newer_manifest
 from pretrain.proof import prove as prove
 
 IN_OWN_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
@@ -112,6 +113,9 @@ def test_what_only_a_shell_expands_is_no_folder(tmp_path: Path, monkeypatch: pyt
         assert written == str(tmp_path / "home/run")
         check_run_dir(written)
     check_run_dir("$no_such_variable/~run")
+    with pytest.raises(ConfigError, match=r"^checkpoint\.mirror = '~/copy': ~ and variables are a shell's"):
+        newer_manifest(tmp_path, "~/copy", None, is_new=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_numbers_that_are_not_finite_end_a_command_by_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
