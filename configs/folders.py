@@ -69,8 +69,13 @@ def check_run_dir(run_dir: str | Path) -> None:
     if other := _other_owner(Path(run_dir)):
         raise ConfigError(f"run.dir = {str(run_dir)!r} is {other}; name a folder of the run's own")
     check_writable(run_dir, "run.dir")
-    for name in RUN_FOLDERS:
-        if (folder := Path(run_dir, name)).exists():
+    for name in ("", *RUN_FOLDERS):
+        if (link := Path(run_dir, name)).is_symlink() and not link.exists():
+            raise ConfigError(
+                f"run.dir = {str(run_dir)!r}: {link} leads to {os.readlink(link)}, which is not there; mount its disk, "
+                "make that folder, or remove the link"
+            )
+        if name and (folder := Path(run_dir, name)).exists():
             check_writable(folder, "run.dir", run_dir)
     for name in RUN_FILES:
         if (file := Path(run_dir, name)).is_dir():

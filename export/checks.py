@@ -31,6 +31,7 @@ FAR_LOGITS = 64  # tokens at the end of the long text
 
 # Texts on which tokenizers often differ: spaces, control characters, scripts without spaces, joined emoji, special
 # tokens spelled out.
+CONTROL = "<|end|>"  # the token of Trivium's tokenizers that ends a turn
 ODD_TEXTS = [
     "",
     " ",
@@ -357,7 +358,20 @@ def check_tokenizer(hf: Reloaded, reference: Reference) -> Check:
     if difference is None and codec.chat_template is not None:
         difference = _chat_difference(tokenizer, codec, reference.as_it_came)
     chat = ", chat template" if codec.chat_template is not None else ""
+    if chat and _leaves_control_tokens(tokenizer, codec):
+        chat += f", where transformers takes {CONTROL} in a message for the token"
     return Check("tokenizer", difference is None, difference or f"identical on {len(texts)} texts{chat}", wanted)
+
+
+def _leaves_control_tokens(tokenizer: Any, codec: TextCodec) -> bool:
+    """Whether the chat template writes a control token that a message spells as it is, unlike Trivium's own template.
+
+    Transformers then reads it as that token, where Trivium reads plain text.
+    """
+    if CONTROL not in codec.tokenizer.added_ids:
+        return False
+    message = {"role": "user", "content": f"1{CONTROL}1"}
+    return message["content"] in tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
 
 
 def _chat_difference(tokenizer: Any, codec: TextCodec, as_it_came: bool) -> str | None:
@@ -365,7 +379,8 @@ def _chat_difference(tokenizer: Any, codec: TextCodec, as_it_came: bool) -> str 
 
     With `as_it_came` the tokenizer may add its own beginning to the rendered dialogue, as published ones do.
     """
-    messages = [{"role": "user", "content": "1 + 1 = <|end|> 你好"}]
+    spelled = CONTROL if not _leaves_control_tokens(tokenizer, codec) else "2"
+    messages = [{"role": "user", "content": f"1 + 1 = {spelled} 你好"}]
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ways = {
         "apply_chat_template": tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False),

@@ -65,6 +65,18 @@ def test_a_file_in_place_of_a_runs_folder_is_found_at_the_start(tmp_path: Path, 
     check_run_dir(tmp_path)
 
 
+def test_checkpoints_on_a_disk_that_is_not_there_are_not_taken_for_none(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(tmp_path / "disk")
+    with pytest.raises(ConfigError, match=r"checkpoints leads to .*disk, which is not there; mount its disk, make th"):
+        check_run_dir(tmp_path)
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    with pytest.raises(ConfigError, match=r"run leads to .*disk, which is not there; mount its disk"):
+        check_run_dir(tmp_path / "run")
+    (tmp_path / "disk").mkdir()
+    check_run_dir(tmp_path)
+    check_run_dir(tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "tokenizer.model", "time.json"])
 def test_a_folder_in_place_of_a_runs_file_is_found_at_the_start(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()

@@ -16,10 +16,12 @@ from data_pipeline.tokens.chat_encoder import ChatEncoder
 from data_pipeline.tokens.foreign import adopt, roles_file
 from data_pipeline.tokens.tokenizer import Tokenizer
 from data_pipeline.tokens.tokenizer_training import train_on_texts
-from export import huggingface
+from export import checks, huggingface
 from export.checks import ODD_TEXTS
 from export.hf_tokenizer import first_difference, write_tokenizer
+from posttrain.chat.chat_format import jinja_template
 from pretrain.checkpoint.lineage import Lineage
+from pretrain.generation.text_codec import TextCodec
 from tests.foreign_tokenizers import MAKERS, TEMPLATE, TEXTS, bert, byte_level, gpt2, llama2, llama3, qwen, t5, write
 from tests.tiny_models import make_source, random_weights, tiny
 
@@ -173,3 +175,19 @@ def test_a_training_run_keeps_the_roles_of_a_tokenizer_trained_elsewhere(tmp_pat
     kept = Tokenizer.load(tmp_path / "run")
     assert (kept.eos_id, kept.pad_id, kept.chat_template) == (ours.eos_id, ours.pad_id, TEMPLATE)
     assert kept.encode(ODD[0]) == ours.encode(ODD[0]) and kept.sha256 == ours.sha256
+
+
+def test_a_template_that_leaves_control_tokens_in_messages_is_published_too(own: Tokenizer, tmp_path: Path) -> None:
+    """Trivium's own template takes them apart, so that both read them as text; of another, the rest is compared."""
+    if own.added_ids.get(own.symbols.get("unk_token", "")) in own.encode("你好"):
+        pytest.skip("to this tokenizer the characters of the check's message are unknown")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    another = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+    for template, leaves in ((another, True), (jinja_template(), False)):
+        write_tokenizer(tmp_path, own.origin, 4096, template, "llama")
+        codec, theirs = TextCodec(own.origin, template), load(tmp_path)
+        assert checks._leaves_control_tokens(theirs, codec) == leaves
+        assert checks._chat_difference(theirs, codec, False) is None
+    other = TextCodec(own.origin, another.replace("<|user|>", "<|assistant|>"))
+    write_tokenizer(tmp_path, own.origin, 4096, another, "llama")
+    assert "apply_chat_template: [" in str(checks._chat_difference(load(tmp_path), other, False))
