@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from configs.checkpoints import CheckpointConfig
 from configs.loader import plain
+from configs.run_lock import LOCK_FILE
 from pretrain.checkpoint import pruning, state, storage
 from pretrain.checkpoint.local_disk import LocalDisk
 from pretrain.checkpoint.local_saving import LocalSaver
@@ -233,6 +234,11 @@ class Saver:
             self.say(f"warning: no checkpoint of step {step}: {failure}; earlier ones are untouched, training goes on")
             return
         self.say(f"copied in {self._copy_seconds:.2f} s; saved {final} in {seconds:.1f} s")
+        if not Path(self.run_dir, LOCK_FILE).exists():  # the run holds it as long as it lasts
+            self.say(
+                f"warning: {self.run_dir} was moved or removed in the middle of the run, and a folder without its "
+                "other files was made there; once the run has ended, put the checkpoints in it with those files"
+            )
         try:
             held = self._mirroring.held if self._mirroring else None
             pruning.prune(self.run_dir, step, self.config.keep, self.config.keep_every, held)

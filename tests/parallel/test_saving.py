@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from configs.checkpoints import CheckpointConfig
 from pretrain.checkpoint import storage
+from pretrain.checkpoint.saving import Saver
 from pretrain.proof.recorded_step import packed_rows
 from tests.parallel.forks import REPOSITORY, Forks
 from tests.parallel.harness import RanksOf
@@ -81,6 +83,18 @@ def test_a_damaged_checkpoint_ahead_does_not_cost_the_one_just_saved(ranks: Rank
     assert storage.latest(tmp_path) == storage.directory(tmp_path, 5)
     assert train(ranks(1), tmp_path, "dense", {}, steps=7, every=1, keep=2) == [{"status": 0}]
     assert [storage.verify(storage.directory(tmp_path, step))["step"] for step in storage.steps(tmp_path)] == [6, 7]
+
+
+def test_a_folder_that_is_moved_in_the_middle_of_a_run_is_told(tmp_path: Path) -> None:
+    said: list[str] = []
+    saver = Saver.__new__(Saver)
+    saver.run_dir, saver.say, saver.config = tmp_path, said.append, CheckpointConfig()
+    saver._copy_seconds, saver._mirroring = 0.0, None
+    saver._report(1, tmp_path, None, 0.0)
+    assert "was moved or removed in the middle of the run, and a folder without its other files was made" in said[1]
+    (tmp_path / ".lock").touch()
+    saver._report(2, tmp_path, None, 0.0)
+    assert len(said) == 3
 
 
 def test_a_rank_that_cannot_write_costs_one_checkpoint(ranks: RanksOf, tmp_path: Path) -> None:
