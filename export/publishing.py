@@ -58,10 +58,17 @@ def discard(partial: Path) -> None:
 
 
 def publish(partial: Path, out: Path, record: dict[str, Any]) -> None:
-    """Writes `record` with checksums into `partial` and renames it to `out`, replacing an older export."""
+    """Writes `record` with checksums into `partial` and renames it to `out`, replacing an older export.
+
+    Files that others have put into the older one, such as results of `trivium eval`, are in the new one too.
+    """
     written = [file for file in sorted(partial.rglob("*")) if file.is_file()]
     files = {file.relative_to(partial).as_posix(): file_sha256(file) for file in written}
     write_atomic(partial / RECORD, (json.dumps(record | {"files": files}, indent=2) + "\n").encode())
+    for file in _of_others(out):
+        if not (kept := partial / file.relative_to(out)).exists():
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, kept)
     for file in (*partial.rglob("*"), partial):
         sync(file)
     previous = _previous(out)
@@ -71,6 +78,15 @@ def publish(partial: Path, out: Path, record: dict[str, Any]) -> None:
     partial.rename(out)
     sync(out.parent)
     discard(previous)
+
+
+def _of_others(out: Path) -> list[Path]:
+    """Returns the files in an export that it did not write itself; none if its record is damaged."""
+    try:
+        own = {RECORD, *json.loads((out / RECORD).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [file for file in sorted(out.rglob("*")) if file.is_file() and file.relative_to(out).as_posix() not in own]
 
 
 def is_current(out: Path, made_from: dict[str, Any]) -> bool:

@@ -249,6 +249,21 @@ def test_other_folders_are_left_alone_and_interrupted_ones_healed(tmp_path):
     assert not (tmp_path / "deep").exists()
 
 
+def test_files_of_others_stay_when_a_folder_is_exported_again(tmp_path):
+    out = tmp_path / "out"
+    for number, names in enumerate((("config.json", "model-1.safetensors", "adapter/a"), ("config.json", "model"))):
+        with publishing.partly_written(out, "out") as partial:
+            for name in names:
+                (partial / name).parent.mkdir(exist_ok=True)
+                (partial / name).write_text(f"export {number}")
+            publishing.publish(partial, out, {"made_from": number})
+        (out / "eval").mkdir(exist_ok=True)
+        (out / f"eval/step_{number}.json").write_text("result")
+    found = [file.relative_to(out).as_posix() for file in sorted(out.rglob("*")) if file.is_file()]
+    assert found == ["config.json", "eval/step_0.json", "eval/step_1.json", "model", publishing.RECORD]
+    assert publishing.is_current(out, 1) and (out / "config.json").read_text() == "export 1"
+
+
 def test_what_fp32_rounds_is_allowed(tmp_path, tokenizer_path):
     """Makes logits in the hundreds, which fp32 has to about 1e-4."""
     weights = random_weights(tiny())
