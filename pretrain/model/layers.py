@@ -49,8 +49,7 @@ class RMSNorm(Norm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype == self.weight.dtype and not torch.compiler.is_compiling():
             if not torch.is_grad_enabled():
-                found = elementwise.rms_norm(x, self.weight, self.eps)
-                return _scaled(x, self.weight, self.eps)[0] if found is None else found
+                return _scaled(x, self.weight, self.eps)[0]
             return _Normalized.apply(x, self.weight, self.eps)
         return self.weight * normalized(x, self.eps).to(x.dtype)
 
@@ -97,6 +96,8 @@ def normalized(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 def _scaled(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns normalized elements times the weight, and the factor [..., 1] by which each vector was normalized."""
+    if (found := elementwise.rms_norm(x, weight, eps)) is not None:
+        return found
     y = torch.empty_like(x)
     factor = torch.empty_like(x[..., :1], dtype=torch.promote_types(x.dtype, torch.float32))
     for x_part, y_part, factor_part in in_parts(x, y, factor):

@@ -133,10 +133,7 @@ def rotate(x_SBND: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, pairs: bo
         even, odd = x_SBND.unflatten(-1, (-1, 2)).unbind(-1)
         return x_SBND * cos + torch.stack((-odd, even), dim=-1).flatten(-2) * sin
     if not torch.compiler.is_compiling():
-        if torch.is_grad_enabled():
-            return _Rotated.apply(x_SBND, cos, sin)
-        found = elementwise.rotate_halves(x_SBND, cos, sin)
-        return _turned(x_SBND, cos, sin, 1.0) if found is None else found
+        return _Rotated.apply(x_SBND, cos, sin) if torch.is_grad_enabled() else _turned(x_SBND, cos, sin, 1.0)
     first, second = x_SBND.chunk(2, dim=-1)
     return x_SBND * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -157,6 +154,8 @@ class _Rotated(torch.autograd.Function):
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, way: float) -> torch.Tensor:
     """Rotates by the angles, or with `way` -1 by their negatives; both halves of `cos` and `sin` are alike."""
+    if way == 1.0 and (found := elementwise.rotate_halves(x, cos, sin)) is not None:
+        return found
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     for x_part, y_part, cos_part, sin_part in in_parts(x, y, cos, sin):
         torch.mul(x_part, cos_part, out=y_part)

@@ -15,14 +15,15 @@ constexpr int64_t SHARE = 1 << 15;  // elements that are worth a thread
 int64_t threads_for(int64_t elements, int64_t threads) { return std::max<int64_t>(1, std::min(threads, elements / SHARE)); }
 
 template <typename T>
-void normalize(const T* x, const T* weight, T* y, int64_t rows, int64_t size, float eps, int64_t threads) {
+void normalize(const T* x, const T* weight, T* y, float* factors, int64_t rows, int64_t size, float eps,
+               int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (int64_t row = 0; row < rows; row++) {
     const T* from = x + row * size;
     T* to = y + row * size;
     float sum = 0;
     for (int64_t i = 0; i < size; i++) sum += widened(from[i]) * widened(from[i]);
-    float factor = 1 / std::sqrt(sum / size + eps);
+    const float factor = factors[row] = 1 / std::sqrt(sum / size + eps);
     for (int64_t i = 0; i < size; i++) store(rounded<T>(widened(from[i]) * factor) * widened(weight[i]), to + i);
   }
 }
@@ -46,16 +47,16 @@ void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t tokens, int64_
 
 }  // namespace
 
-// y = x / sqrt(mean(x^2) + eps) * weight: x and y [rows, size], weight [size].
-extern "C" void rms_norm(const void* x, const void* weight, void* y, int64_t rows, int64_t size, float eps,
-                         int64_t threads, int64_t is_bf16) {
+// y = factor x weight, factor = 1 / sqrt(mean(x^2) + eps): x and y [rows, size], weight [size], factors [rows].
+extern "C" void rms_norm(const void* x, const void* weight, void* y, float* factors, int64_t rows, int64_t size,
+                         float eps, int64_t threads, int64_t is_bf16) {
   threads = threads_for(rows * size, threads);
   if (is_bf16)
-    normalize(static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(y), rows,
-              size, eps, threads);
+    normalize(static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(weight), static_cast<uint16_t*>(y), factors,
+              rows, size, eps, threads);
   else
-    normalize(static_cast<const float*>(x), static_cast<const float*>(weight), static_cast<float*>(y), rows, size, eps,
-              threads);
+    normalize(static_cast<const float*>(x), static_cast<const float*>(weight), static_cast<float*>(y), factors, rows, size,
+              eps, threads);
 }
 
 // Rotates each pair (x[i], x[i + half]) of every head: x and y [tokens, heads, 2 half], cos and sin [tokens, 2 half].
