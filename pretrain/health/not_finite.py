@@ -19,10 +19,18 @@ from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
 
 WEIGHT = "weight"
+LARGEST = (
+    1e15  # a gradient beyond it may have a norm beyond fp32: that of 1e7 such elements is 3e18, whose square is 1e37
+)
 _PHASES = {WEIGHT: 0, INPUT: 1, OUTPUT: 1, OUTPUT_GRADIENT: 2, WEIGHT_GRADIENT: 2}
 NOTHING = (
     "computed again, all of the step's tensors are finite: a processor or its memory gave a wrong number once; look at "
     "the machines, and run the command again"
+)
+
+TOO_LARGE = (
+    "computed again, all of the step's tensors are finite, but the norm of gradients of up to {:.0e} is not: a factor "
+    "of the loss is too large, or the run diverges"
 )
 
 Describe = Callable[[int, int | None], str]  # sample and position in its row, if it is known, to words
@@ -46,14 +54,17 @@ class Found:
 
 
 class Finder:
-    """Looks at tensors, and keeps the first that is not finite."""
+    """Looks at tensors, and keeps the first that is not finite, and the largest size of a weight's gradient."""
 
     def __init__(self) -> None:
         self.found: Found | None = None
+        self.largest = 0.0
 
     def see(self, kind: str, position: TensorPosition, tensor: torch.Tensor) -> None:
         wrong = ~tensor.detach().isfinite()
         if not bool(wrong.any()):
+            if kind == WEIGHT_GRADIENT and tensor.numel():
+                self.largest = max(self.largest, float(tensor.detach().abs().max()))
             return
         index = tuple(int(i) for i in wrong.nonzero()[0])
         found = Found(kind, position, tuple(tensor.shape), int(wrong.sum()), index)
@@ -75,12 +86,14 @@ def first_not_finite(engine: Engine, batches: Sequence[Batch], loss_fn: LossFunc
         finder.see(WEIGHT, TensorPosition(0, engine.mesh.pp_rank, order, name), parameter)
     with observed(engine, finder.see):
         engine.accumulate(batches, loss_fn)
-    own: dict[str, Any] = {}
+    own: dict[str, Any] = {"largest": finder.largest}
     if finder.found is not None:
-        own = {"key": finder.found.key, "said": _said(finder.found, engine.mesh, batches, describe)}
-    everyone = [(one["key"], rank, one["said"]) for rank, one in enumerate(engine.mesh.gather_json(own)) if one]
+        own |= {"key": finder.found.key, "said": _said(finder.found, engine.mesh, batches, describe)}
+    of_ranks = engine.mesh.gather_json(own)
+    everyone = [(one["key"], rank, one["said"]) for rank, one in enumerate(of_ranks) if "key" in one]
     if not everyone:
-        return NOTHING
+        largest = max(one["largest"] for one in of_ranks)
+        return TOO_LARGE.format(largest) if largest > LARGEST else NOTHING
     key, rank, said = min(everyone)
     also = [other for found, other, _ in everyone if found == key and other != rank]
     return said + (f"; the same on rank{'s' if also[1:] else ''} {', '.join(map(str, also))}" if also else "")

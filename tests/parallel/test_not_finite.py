@@ -75,3 +75,15 @@ def test_a_fault_that_does_not_come_again_is_said_to_be_one(ranks: RanksOf, tmp_
     (answer,) = ranks(1).run(WORKER, process_group=False, run_dir=str(tmp_path), **options)
     assert "computed again, all of the step's tensors are finite" in answer["error"]
     assert answer["error"].endswith("look at the machines, and run the command again")
+
+
+def test_finite_gradients_without_a_finite_norm_are_said_to_be_large(ranks: RanksOf, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"model": MODELS["dense"], "steps": 4, "bad": list(range(24, 32)), "factor": 1e30}
+    worker = "tests.parallel.workers.bad_steps:train_with_bad_samples"
+    (answer,) = ranks(1).run(worker, process_group=False, run_dir=str(tmp_path), **options)
+    assert "computed again, all of the step's tensors are finite, but the norm of gradients of up to" in answer["error"]
+    assert "e+2" in answer["error"], "the largest gradient"
+    end = (
+        " is not: a factor of the loss is too large, or the run diverges; lower optimizer.lr and run the command again"
+    )
+    assert answer["error"].endswith(end)

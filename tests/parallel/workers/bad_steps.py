@@ -1,4 +1,4 @@
-"""Functions run in the ranks: training in which some samples have an infinite loss."""
+"""Functions run in the ranks: training in which some samples have an infinite loss, or a very large one."""
 
 import contextlib
 import io
@@ -17,15 +17,15 @@ from tests.parallel.workers.training import Rows, make_trainer
 
 
 class BadSamples(NextToken):
-    """Next-token loss that is infinite on the samples `bad`."""
+    """Next-token loss that is infinite on the samples `bad`, or `factor` times as large."""
 
-    def __init__(self, bad: Sequence[int]):
+    def __init__(self, bad: Sequence[int], factor: float = float("inf")):
         super().__init__()
-        self.bad = set(bad)
+        self.bad, self.factor = set(bad), factor
 
     def __call__(self, logprobs_BS: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss_BS, metrics = super().__call__(logprobs_BS, batch)
-        factor = torch.tensor([float("inf") if i in self.bad else 1.0 for i in batch.samples or ()])
+        factor = torch.tensor([self.factor if i in self.bad else 1.0 for i in batch.samples or ()])
         return loss_BS * factor[:, None], metrics
 
 
@@ -36,6 +36,7 @@ def train_with_bad_samples(
     bad: Sequence[int],
     parallel: dict[str, Any] | None = None,
     fail_after_rewind: int | None = None,
+    factor: float = float("inf"),
     **options: Any,
 ) -> dict[str, Any]:
     """Trains; returns the status or the error, what was printed, and the samples that this rank asked for.
@@ -55,7 +56,7 @@ def train_with_bad_samples(
 
     at: dict[int, Callable[[Engine], None]] = {fail_after_rewind: fail} if fail_after_rewind is not None else {}
     trainer = make_trainer(run_dir, model, parallel or {}, steps, at, **options)
-    trainer.loss_fn = BadSamples(bad)
+    trainer.loss_fn = BadSamples(bad, factor)
     setattr(Rewinds, "add", add)  # noqa: B010
     answer: dict[str, Any] = {}
     try:
