@@ -13,6 +13,7 @@ import pytest
 from configs.loader import ConfigError, load, validate
 from configs.recipe import RecipeConfig
 from configs.rewards import RewardConfig
+from configs.rl import PPOConfig
 from launch import recipe
 from launch.recipe_inputs import result_of
 from launch.recipe_stages import stages_of
@@ -159,3 +160,10 @@ def test_the_rejected_side_of_a_pair_breaks_an_instruction() -> None:
         problem = Problem("p", pair["prompt"], metadata=by_prompt[pair["prompt"]])
         good, bad = reward([Attempt(problem, pair["chosen"]), Attempt(problem, pair["rejected"])])
         assert (good.value, bad.value) == (1.0, 0.0), pair
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_text_beside_ppo_fills_micro_batches_on_every_rank(ranks: int) -> None:
+    """Looks at the file itself: the dry run knows the model, and so the layout, only once the demo has run."""
+    config = load(PPOConfig, FOLDER / "instructgpt/ppo.toml")
+    assert config.ppo.text_rows % (ranks * config.train.micro_batch_size) == 0
