@@ -368,7 +368,7 @@ def test_the_fuzzer_draws_what_only_combinations_of_keys_make() -> None:
 
 
 def test_the_fuzzer_draws_legal_layouts_that_all_pass(ranks: RanksOf, tmp_path: Path) -> None:
-    assert fuzz(4, 2794, tmp_path, steps_recorded_on(ranks)) == 0
+    assert fuzz(6, 2794, tmp_path, steps_recorded_on(ranks)) == 0
 
 
 @pytest.mark.full
