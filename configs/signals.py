@@ -226,7 +226,7 @@ def run() -> None:
 
 
 def was_interrupted() -> bool:
-    """Whether Ctrl-C raised KeyboardInterrupt, which other code may have caught, and failed by it later."""
+    """Tells whether Ctrl-C raised KeyboardInterrupt, which other code may have caught, and failed by it later."""
     return _watch is not None and _watch._raised
 
 
@@ -272,7 +272,7 @@ def flush() -> None:
 
 
 def nobody_reads() -> bool:
-    """Whether standard output is a pipe whose reader has gone, in a command that does not save."""
+    """Tells whether standard output is a pipe whose reader has gone, in a command that does not save."""
     if _watch is not None and _watch.saves:
         return False
     try:

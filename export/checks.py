@@ -133,7 +133,7 @@ def reload(folder: Path, reference: Reference, tokenizer: Path | None = None) ->
 
 
 def has_odd_experts(config: ModelConfig) -> bool:
-    """Whether experts have sizes that the kernel which transformers takes for them refuses, in fp32 or in bf16."""
+    """Tells whether experts have sizes that the kernel of transformers for them refuses, in fp32 or in bf16."""
     return config.moe is not None and any(size % 8 for size in (config.hidden_size, config.expert_size))
 
 
@@ -364,7 +364,7 @@ def check_tokenizer(hf: Reloaded, reference: Reference) -> Check:
 
 
 def _leaves_control_tokens(tokenizer: Any, codec: TextCodec) -> bool:
-    """Whether the chat template writes a control token that a message spells as it is, unlike Trivium's own template.
+    """Tells whether the chat template writes a control token in a message as it is, unlike Trivium's own template.
 
     Transformers then reads it as that token, where Trivium reads plain text.
     """

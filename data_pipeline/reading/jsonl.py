@@ -92,7 +92,7 @@ def parse(content: bytes, notes: set[str]) -> Any:
 
 
 def _may_be_rounded(value: Any) -> bool:
-    """Whether `value` may hold an integer beyond 64 bits, which orjson rounds to a float."""
+    """Tells whether `value` may hold an integer beyond 64 bits, which orjson rounds to a float."""
     waiting = [value]
     while waiting:
         one = waiting.pop()

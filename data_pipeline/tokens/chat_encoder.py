@@ -82,7 +82,7 @@ class ChatEncoder:
         return ids, spans
 
     def joins(self, text: str, encoded: tuple[Sequence[int], Sequence[Span]], cut: int) -> bool:
-        """Whether the ids of a text, encoded whole, differ before character `cut` from those of that part alone."""
+        """Tells whether a text, encoded whole, has other ids before character `cut` than that part alone has."""
         ids, spans = encoded
         # What is before a control token has no influence on the ids after it.
         last = max((found.start() for found in self._control.finditer(text, 0, cut)), default=0)
@@ -149,6 +149,6 @@ def _is_mark(name: str) -> bool:
 
 
 def _is_tag(name: str, names: Mapping[str, int]) -> bool:
-    """Whether a token is one of a pair, <name> and </name>, neither of which is a control token by itself."""
+    """Tells whether a token is one of a pair, <name> and </name>, neither of which is a control token by itself."""
     inner = name.removeprefix("</").removeprefix("<").removesuffix(">")
     return f"<{inner}>" in names and f"</{inner}>" in names

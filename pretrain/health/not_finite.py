@@ -19,9 +19,7 @@ from pretrain.parallel.engine import Engine
 from pretrain.parallel.groups import Mesh
 
 WEIGHT = "weight"
-LARGEST = (
-    1e15  # a gradient beyond it may have a norm beyond fp32: that of 1e7 such elements is 3e18, whose square is 1e37
-)
+LARGEST = 1e15  # a gradient beyond it may have a norm beyond fp32: 1e7 such elements have squares of 1e37
 _PHASES = {WEIGHT: 0, INPUT: 1, OUTPUT: 1, OUTPUT_GRADIENT: 2, WEIGHT_GRADIENT: 2}
 NOTHING = (
     "computed again, all of the step's tensors are finite: a processor or its memory gave a wrong number once; look at "

@@ -111,24 +111,14 @@ def _empty(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x.new_empty(len(x), len(weight))
 
 
-@torch.library.custom_op("trivium::widened_product", mutates_args=())
-def _widened_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return product(a, b)
-
-
-@_widened_product.register_fake
-def _empty_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a.new_empty(len(a), b.shape[1])
-
-
 def _keep(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     x, weight = ctx.saved_tensors
-    grad_x = _widened_product(grad, weight) if ctx.needs_input_grad[0] else None
-    grad_weight = _widened_product(grad.t(), x) if ctx.needs_input_grad[1] else None
+    grad_x = product(grad, weight) if ctx.needs_input_grad[0] else None
+    grad_weight = product(grad.t(), x) if ctx.needs_input_grad[1] else None
     return grad_x, grad_weight
 
 

@@ -34,7 +34,7 @@ def rotary_angles(
 
 
 def depends_on_length(position: PositionConfig) -> bool:
-    """Whether the frequencies depend on the length of documents."""
+    """Tells whether the frequencies depend on the length of documents."""
     return position.scaling is not None and position.scaling.kind in ("dynamic", "longrope")
 
 

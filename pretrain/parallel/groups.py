@@ -67,12 +67,12 @@ class Mesh:
         return self.cp_rank * self.layout.tp + self.tp_rank, self.layout.cp * self.layout.tp
 
     def is_first_copy(self, parameter: nn.Parameter) -> bool:
-        """Whether this rank is the first of the tensor-parallel ranks that hold the same slice of a parameter."""
+        """Tells whether this rank is the first of the tensor-parallel ranks that hold the same slice of a parameter."""
         split = tp_split(parameter)
         return self.tp_rank == 0 if split is None else self.tp_rank % split.copies == 0
 
     def is_first_holder(self, parameter: nn.Parameter) -> bool:
-        """Whether this rank is the first of the data-parallel ranks that hold the same slice of a parameter."""
+        """Tells whether this rank is the first of the data-parallel ranks that hold the same slice of a parameter."""
         group = self.expert_dp_group if is_expert(parameter) else self.zero_group
         return dist.get_rank(group) == 0
 
@@ -101,7 +101,7 @@ class Mesh:
 
     @property
     def counts_in_sums(self) -> bool:
-        """Whether sums over all ranks count this rank's loss, so that each part of a sequence counts once."""
+        """Tells whether sums over all ranks count this rank's loss, so that each part of a sequence counts once."""
         return self.is_last_stage and self.tp_rank == 0
 
     def sum_over_world(self, values: torch.Tensor) -> torch.Tensor:

@@ -33,22 +33,26 @@ inline Lanes loaded(const uint16_t* from) {
   return lanes;
 }
 
+// In each group of four lanes: sums of two lanes of a, of b, of a and of b.
+inline Lanes sums_of_twos(Lanes a, Lanes b) {
+  return SHUFFLED(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+         SHUFFLED(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+}
+
 // In each group of four lanes: the sums over the same four lanes of a, of b, of c and of d.
 inline Lanes sums_of_fours(Lanes a, Lanes b, Lanes c, Lanes d) {
-  Lanes ab = SHUFFLED(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-             SHUFFLED(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-  Lanes cd = SHUFFLED(c, d, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-             SHUFFLED(c, d, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  Lanes ab = sums_of_twos(a, b), cd = sums_of_twos(c, d);
   return SHUFFLED(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
          SHUFFLED(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
 
+// The sums of neighbouring groups of four lanes: two groups of a, then two of b.
+inline Lanes sums_of_groups(Lanes a, Lanes b) {
+  return SHUFFLED(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         SHUFFLED(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
 // The sums of all lanes of sixteen vectors, whose groups of four `sums_of_fours` has summed: four vectors to each.
 inline Lanes sums_of_sixteen(Lanes a, Lanes b, Lanes c, Lanes d) {
-  Lanes ab = SHUFFLED(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-             SHUFFLED(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  Lanes cd = SHUFFLED(c, d, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-             SHUFFLED(c, d, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  return SHUFFLED(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-         SHUFFLED(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  return sums_of_groups(sums_of_groups(a, b), sums_of_groups(c, d));
 }
