@@ -76,7 +76,14 @@ class Tasks(PipelineExecutor):
         return self.run_once(rank)  # datatrove calls this method
 
     def get_distributed_env(self, node_rank: int = -1) -> DistributedEnvVars:
-        raise NotImplementedError("for steps that start servers on several nodes; there are none here")
+        """Tells datatrove's steps that a task has one machine, its own; -1 leaves a number to the machine."""
+        return DistributedEnvVars(
+            datatrove_node_ips="localhost",
+            datatrove_cpus_per_task="-1",
+            datatrove_mem_per_cpu="-1",
+            datatrove_gpus_on_node="-1",
+            datatrove_executor="LOCAL",
+        )
 
 
 def prepare(logs: Path) -> None:
