@@ -25,7 +25,7 @@ def after_run(run_dir: Path) -> Iterator[Finding]:
     logged = [record for record in metrics.records if "loss" in record]
     last = max([*saved, *(record["step"] for record in logged)], default=0)  # either may be damaged
     if metrics.warning:
-        yield warning(metrics.warning, "the run sets them aside when it goes on")
+        yield warning(metrics.warning, "broken lines are set aside when the run goes on")
     yield from _checkpoints(run_dir, saved, last)
     skipped = [record["step"] for record in logged if "skipped" in record]
     if skipped:

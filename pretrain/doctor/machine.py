@@ -14,6 +14,7 @@ PACKAGES = ("torch", "megatron-core", "deepspeed", "numpy")
 PYTHONS = ("3.11", "3.12", "3.13")
 LEAST_FILES = 4096  # open files of a process: sockets to all ranks, token stores, checkpoint files
 SHARED_MEMORY = Path("/dev/shm")
+INFINIBAND = Path("/sys/class/infiniband")
 LEAST_SHARED = 2**30  # bytes that NCCL may need for the GPUs of a machine
 
 
@@ -85,12 +86,11 @@ def _limits() -> Iterator[Finding]:
     if soft == resource.RLIM_INFINITY or soft >= LEAST_FILES:
         yield ok(said if soft != resource.RLIM_INFINITY else "any number of open files is allowed")
     else:
-        limit = (
-            "" if hard == resource.RLIM_INFINITY or hard >= LEAST_FILES else f" (an administrator: at most {hard:,})"
-        )
+        is_free = hard == resource.RLIM_INFINITY or hard >= LEAST_FILES
+        limit = "" if is_free else f", which only an administrator may set above {hard:,}"
         yield warning(said, f"many ranks and shards need more: ulimit -n {LEAST_FILES}{limit}")
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if locked != resource.RLIM_INFINITY and any(Path("/sys/class/infiniband").glob("*")):
+    if locked != resource.RLIM_INFINITY and any(INFINIBAND.glob("*")):
         yield warning(
             f"{locked / 2**20:.0f} MiB of memory may be locked",
             "InfiniBand needs it without limit: ulimit -l unlimited, or memlock in limits.conf",
