@@ -20,10 +20,13 @@ from pretrain.model.tensor_parallel import ColumnLinear, RowLinear, WholeLinear
 def add_adapters(decoder: Decoder, config: AdapterConfig, context: LayerContext, std: float = 0.0) -> None:
     """Adds the adapters that the config names to the layers of a model, with parameters that are drawn later.
 
+    They train or evaluate as the model does, so that one which samples has no dropout in its adapters.
+
     If the config has a `std` above 0, the model with adapters differs from the base from the start. Raises ConfigError
     if the model lacks such layers.
     """
     _ADD[config.kind](decoder, config, context, std)
+    decoder.train(decoder.training)
 
 
 def _add_low_rank(decoder: Decoder, config: AdapterConfig, context: LayerContext, std: float) -> None:

@@ -56,6 +56,14 @@ def test_a_written_config_reads_as_itself(keys: dict[str, Any]) -> None:
     assert validate(AdapterConfig, plain(config)) == config
 
 
+@pytest.mark.parametrize("adapter", [{"dropout": 0.5}, {"kind": "bottleneck"}, {"kind": "prefix"}])
+def test_adapters_of_a_model_that_samples_have_no_dropout(adapter: dict[str, Any]) -> None:
+    """Adds them to a model in eval mode, as the decoder does whose weights are split over ranks."""
+    built = Decoder(validate(ModelConfig, TINY)).eval()
+    add_adapters(built, validate(AdapterConfig, adapter), LayerContext())
+    assert not any(module.training for module in built.modules())
+
+
 @pytest.mark.parametrize("kind", ["pre", "sandwich", "parallel"])
 def test_bottlenecks_begin_as_the_base_and_then_add_what_the_paper_says(kind: str) -> None:
     """Compares the first logits with the base's bit by bit, and a trained adapter with the paper's figure 2."""
