@@ -9,7 +9,6 @@ writes report.html; table and page are made in launch/recipe_report.py from the 
 import fcntl
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -28,8 +27,9 @@ from configs.run_lock import locked
 from configs.signals import STOPPED, status_of
 from launch import tee
 from launch.processes import die_with_parent
-from launch.recipe_report import show, show_comparison, show_specimens, stopped, write_html
+from launch.recipe_report import show, show_comparison, show_specimens, write_html
 from launch.recipe_stages import RecipeStage, Specimen, check_configs, specimens_of, stages_of
+from launch.recipe_stop import command_line, fails, misses
 
 DEMO = Path("configs/recipes/demo.toml")
 RECORD = "recipe.json"  # what is known of each stage: its time, what it was made from, and its result
@@ -127,7 +127,7 @@ def run_stages(
     """Runs `stages` in order, up to the first failure or missed gate, and writes their record to recipe.json.
 
     With `only`, it runs the stage of that name alone, for which those before it must be finished. After the last stage,
-    shows the table and the models' `specimens`, and writes the page; after a missed gate, that of the stages so far.
+    shows the table and the models' `specimens`, and writes the page; where the recipe stops, that of the stages so far.
 
     Returns the exit status of the stage that failed or was interrupted, 1 after a missed gate, else 0.
     """
@@ -140,6 +140,7 @@ def run_stages(
             continue
         console.rule(f"{number} of {len(stages)}: {stage.title}", align="left")
         log = directory / "logs" / f"{stage.name}.log"
+        begin = log.stat().st_size if log.is_file() else 0
         mark, made_from, started = stage.fingerprint(), stage.made_from(), time.monotonic()
         # Unbuffered, so that lines show when they are printed; no model hub, so that nothing waits for a network.
         env = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
@@ -155,13 +156,14 @@ def run_stages(
         if status == 0:
             times[stage.name] |= {"result": stage.result()} | ({"made_from": made_from} if made_from else {})
         write_atomic(directory / RECORD, json.dumps({"stages": times}, indent=1).encode())
-        if status:
-            _print_failure(stage, status, log, console)
-            return status
-        if missed := stage.missed_gates():
-            page = write_html(title, stages[:number], times, [], directory, missed, stages[number:])
-            _print_missed(stage, missed, page, console)
-            return 1
+        missed = [] if status else stage.missed_gates()
+        if status or missed:
+            stop = fails(stage, status, log, begin) if status else misses(stage, missed)
+            console.print(f"\n{stop.what} {stop.remedy}", highlight=False, markup=False, soft_wrap=True)
+            finished = stages[: number - bool(status)]
+            page = write_html(title, finished, times, [], directory, stop, stages[number:])
+            console.print(f"The report so far: {page}", highlight=False, markup=False, soft_wrap=True)
+            return status or 1
         if only and number < len(stages):
             return 0
         if signal and number < len(stages):
@@ -230,45 +232,10 @@ def read_times(directory: Path) -> dict[str, dict]:
     return stages
 
 
-def command_line(stage: RecipeStage) -> str:
-    """Shell command that runs the stage alone."""
-    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
-    return shlex.join([python, "-m", *stage.command])
-
-
 def _print_stale(stage: RecipeStage, changed: Sequence[str], console: Console) -> None:
     console.print(
         f"\nStage {stage.title} was finished before and did not run again, but {' and '.join(changed)} changed since. "
         f"Remove {stage.output} and run the same command again to repeat the stage, or undo the change.",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-
-
-def _print_missed(stage: RecipeStage, missed: Sequence[str], page: Path, console: Console) -> None:
-    console.print(
-        f"\n{stopped(stage, missed)} Its result stays in {stage.output}, and the report so far is {page}. Change the "
-        "stage's config or overrides, remove its folder and run the same command again to repeat it; or lower the "
-        f"bounds of stages.{stage.name}.gates and run the same command again to go on with it.",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-
-
-def _print_failure(stage: RecipeStage, status: int, log: Path, console: Console) -> None:
-    if status in (STOPPED, 129, 130, 143):  # the last three: SIGHUP, SIGINT, SIGTERM
-        console.print(
-            f"\nInterrupted in stage {stage.title}. Run the same command again: finished stages are skipped, and "
-            "this one continues from what it has saved.",
-            highlight=False,
-        )
-        return
-    console.print(
-        f"\nStage {stage.title} failed with exit status {status}.\n  its output: {log}\n"
-        f"  to run it alone: {command_line(stage)}\nAfter fixing it, run the same command again: it continues with "
-        "this stage.",
         highlight=False,
         markup=False,
         soft_wrap=True,

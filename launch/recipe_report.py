@@ -20,6 +20,7 @@ from rich.text import Text
 from configs.files import write_atomic
 from launch.recipe_results import read_json, read_jsonl
 from launch.recipe_stages import BASELINES, RecipeStage, Specimen
+from launch.recipe_stop import Stop
 from pages import duration, page
 
 
@@ -110,14 +111,13 @@ def write_html(
     times: Mapping[str, Mapping[str, Any]],
     written: Iterable[tuple[Specimen, str]],
     directory: Path,
-    missed: Sequence[str] = (),
+    stop: Stop | None = None,
     left: Sequence[RecipeStage] = (),
 ) -> Path:
     """Writes `directory`/report.html and returns its path.
 
     The page holds the tables of results, gates and origins, the texts that the models wrote, and the stages' own
-    reports. `missed` are the gates for which the recipe stopped after the last of `stages`, and `left` the stages that
-    did not run.
+    reports. `stop` is why the recipe stopped after `stages`, and `left` the stages that did not run.
     """
     rows, frames = [], []
     whole, begun = sum(times[stage.name]["seconds"] for stage in stages) or 1.0, 0.0
@@ -137,11 +137,15 @@ def write_html(
                 f'<details><summary>{html.escape(stage.title)}</summary><iframe src="{html.escape(link)}" '
                 f'loading="lazy" title="{html.escape(stage.title)}"></iframe></details>'
             )
+    if stop and stop.stage:
+        link = html.escape(os.path.relpath(stop.log, directory))
+        cells = f'<td></td><td>{stop.how}</td><td></td><td><a href="{link}">{link}</a></td>'
+        rows.append(f"<tr><td>{_named(stop.stage)}</td>{cells}</tr>")
     rows += [f"<tr><td>{_named(stage)}</td><td></td><td>did not run</td><td></td><td></td></tr>" for stage in left]
     head = "".join(f"<th>{name}</th>" for name in ("stage", "went in", "came out", "time", "where to look"))
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        *([f"<p><b>{html.escape(stopped(stages[-1], missed))}</b></p>"] if missed else []),
+        *([f"<p><b>{html.escape(stop.what)}</b></p><p>{html.escape(stop.remedy)}</p>"] if stop else []),
         f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>',
         *_gates_html(stages),
         *_comparison_html(comparison(stages)),
@@ -157,11 +161,6 @@ def write_html(
 def _named(stage: RecipeStage) -> str:
     """Returns a stage's title, and what it is for, as HTML."""
     return html.escape(stage.title) + (f"<p class=about>{html.escape(stage.about)}</p>" if stage.about else "")
-
-
-def stopped(stage: RecipeStage, missed: Sequence[str]) -> str:
-    """Returns the words on a recipe that stopped after a stage, whose gates `missed` describes."""
-    return f"Stage {stage.title} is finished, but misses its gates: {'; '.join(missed)}. The recipe stopped there."
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,6 +1,7 @@
 """The recipe's runner with three small stages: order, failures, interruptions, times, gates, and the closing table."""
 
 import dataclasses
+import html
 import io
 import json
 import os
@@ -19,8 +20,9 @@ from rich.console import Console
 from configs.loader import ConfigError, Failure, load, validate
 from configs.recipe import GateConfig, RecipeConfig
 from launch import recipe
-from launch.recipe import DEMO, command_line, read_times, run_stages, updated, write_specimen
+from launch.recipe import DEMO, read_times, run_stages, updated, write_specimen
 from launch.recipe_stages import KINDS, RecipeStage, Specimen, specimens_of, stages_of
+from launch.recipe_stop import command_line, fails
 from pages import duration
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -32,6 +34,7 @@ with open(folder / "calls", "a") as calls:
     calls.write(name + " ")
 print(name, "on a terminal" if sys.stdout.isatty() else "in a pipe", flush=True)
 if (folder / f"fail_{name}").exists():
+    print("error: train.steps = <0> is not above 0; set it to 1 or more.", flush=True)
     sys.exit(3)
 if (folder / f"busy_{name}").exists():
     signal.signal(signal.SIGINT, lambda *_: (folder / f"hang_{name}").unlink())
@@ -99,9 +102,17 @@ def test_a_failure_stops_and_says_how_to_go_on(stages: list[RecipeStage], tmp_pa
     status, text = run(stages, tmp_path)
     assert status == 3
     assert (tmp_path / "calls").read_text() == "one two "
-    assert "Stage two failed with exit status 3" in text
-    assert str(tmp_path / "logs" / "two.log") in text
-    assert command_line(stages[1]) in text
+    what = "Stage two failed with exit status 3: train.steps = <0> is not above 0; set it to 1 or more. "
+    assert (
+        f"\n{what}The recipe stopped there. The stage's output is in {tmp_path}/logs/two.log; to run it alone" in text
+    )
+    assert f": {command_line(stages[1])}. After fixing it, run the same command again" in text
+    page = (tmp_path / "report.html").read_text()
+    assert f"<b>{html.escape(what)}The recipe stopped there.</b></p><p>The stage&#x27;s output is in" in page
+    assert re.findall(r"<td>(\w+)</td>(?:<td></td>)?<td>(failed|did not run|out)</td>", page) == [
+        *(("in", "out"), ("two", "failed"), ("three", "did not run"))
+    ]
+    assert '<a href="logs/two.log">' in page and f"The report so far: {tmp_path}/report.html" in text
     (tmp_path / "fail_two").unlink()
     record = (tmp_path / "recipe.json").read_text()
     damaged = (
@@ -117,6 +128,30 @@ def test_a_failure_stops_and_says_how_to_go_on(stages: list[RecipeStage], tmp_pa
             run(stages, tmp_path)
     Path(str(refused.value).split(" is damaged")[0]).unlink()
     assert run(stages, tmp_path)[0] == 0
+    assert "failed" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_stage_that_failed_is_told_by_its_last_sentence_or_by_what_ended_it(
+    stages: list[RecipeStage], tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    first = "error: of an earlier attempt\n"
+    ranks = "rank 1 ended with exit status 1; the other ranks were stopped. Logs of the ranks\n"
+    for output, said in (
+        (f"step 1\n{ranks}last lines of rank 1's log:\n  step 1\n  error: the disk is full\n", ": the disk is full"),
+        ("Traceback (most recent call last):\n  x.py\nValueError: no number\n" + ranks, ": ValueError: no number"),
+        ("Traceback (most recent call last):\nnumpy.linalg.LinAlgError\n", ": numpy.linalg.LinAlgError"),
+        ("step 1\n", ""),
+    ):
+        log.write_text(first + output)
+        stop = fails(stages[0], 1, log, len(first))
+        assert (stop.what, stop.how) == (
+            f"Stage one failed with exit status 1{said}. The recipe stopped there.",
+            "failed",
+        )
+    for status, said in ((137, "SIGKILL, as systems do when memory is full"), (139, "SIGSEGV")):
+        assert f"with exit status {status}: it was killed by {said}. " in fails(stages[0], status, log, 0).what
+    assert fails(stages[0], 143, log, 0).how == "interrupted"
 
 
 def interrupted_in(name: str, line: str, folder: Path) -> tuple[int, str]:
@@ -143,7 +178,8 @@ def interrupted_in(name: str, line: str, folder: Path) -> tuple[int, str]:
 def test_an_interrupted_stage_is_called_again(stages: list[RecipeStage], tmp_path: Path) -> None:
     status, output = interrupted_in("two", "two", tmp_path)
     assert status == 130
-    assert "Interrupted in stage two" in output
+    assert "Interrupted in stage two. Run the same command again" in output
+    assert "<td>interrupted</td>" in (tmp_path / "report.html").read_text()
     assert not read_times(tmp_path)["two"]["done"]
     (tmp_path / "hang_two").unlink()
     assert run(stages, tmp_path)[0] == 0
@@ -257,7 +293,8 @@ def test_a_missed_gate_stops_the_recipe_and_says_what_to_do(stages: list[RecipeS
     page = (tmp_path / "report.html").read_text()
     stopped = "Stage one is finished, but misses its gates: sort answers.sampled is 0.4, and at least 0.5 is asked."
     assert f"<b>{stopped} The recipe stopped there.</b>" in page
-    assert f"{stopped} The recipe stopped there. Its result stays in {tmp_path}/one, and the report so far is" in text
+    assert f"{stopped} The recipe stopped there. Its result stays in {tmp_path}/one. Change the stage's config" in text
+    assert "Its result stays in" in page and f"The report so far: {tmp_path}/report.html" in text
     assert "<td>0.4</td><td>at least 0.5</td><td>missed</td>" in page
     assert re.findall(r"<td>(\w+)</td><td></td><td>did not run</td>", page) == ["two", "three"]
     assert GateConfig(metric="loss", at_most=0.5).shown(0.500004) == "0.500004"  # "0.5" would have passed
