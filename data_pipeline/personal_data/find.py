@@ -1,8 +1,9 @@
 """Finds personal data, keys and tokens in a text: e-mail and IP addresses, telephone and card numbers.
 
 Precision comes before recall, since false replacements damage dates, versions, serial numbers and code. The kinds are:
-- email: addresses in Latin, Greek and Cyrillic letters, also with "%40" or "(at)" for "@", except at example.* and
-  other reserved domains (RFC 2606), and except `git@`.
+- email: addresses in Latin, Greek and Cyrillic letters, except at example.* and other reserved domains (RFC 2606), and
+  except `git@`. Also those with "%40" or "(at)" for "@", "[dot]" for ".", and bare "AT" and "DOT" in capital letters:
+  in small letters they could not be told from prose ("look at me dot com").
 - ip: public IPv4 and IPv6 addresses (with `private_ips`, others too), but not versions and networks ("/24").
 - phone: see `phones`.
 - card: 14 to 19 digits with an issuer's prefix and length that pass the Luhn check (ISO/IEC 7812-1).
@@ -90,6 +91,7 @@ def mask(text: str) -> str:
 _ZEROS = "\u0660\u06f0\u0966\u09e6\u0e50"
 WIDE = re.compile(
     f"[\uff0b\uff10-\uff19\uff20{''.join(f'{zero}-{chr(ord(zero) + 9)}' for zero in _ZEROS)}]|@[^\\s@]{{1,64}}\uff0e"
+    r"|[\uff08\uff3b]\s?(?:at|AT)\s?[\uff09\uff3d]|\uff08[0-9+]{1,5}\uff09\s?[0-9]"
 )
 _NARROW = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _NARROW |= {ord(zero) + digit: 0x30 + digit for zero in _ZEROS for digit in range(10)}
@@ -107,13 +109,30 @@ _LOCAL = re.compile(rf"[{_LETTERS}0-9_](?:(?:[{_LETTERS}0-9._%+\-]|{_IRISH}){{0,
 _LABEL = rf"[{_LETTERS}0-9](?:[{_LETTERS}0-9\-]{{0,61}}[{_LETTERS}0-9])?"
 _TOP = rf"(xn--[A-Za-z0-9\-]{{2,59}}|[{_LETTERS}]{{2,24}})(?![{_LETTERS}0-9_\-(\[=])"
 _DOMAIN = re.compile(rf"(?![0-9]+\.[0-9]+\.)(?:{_LABEL}\.)+{_TOP}")  # name@1.3.0.tgz is a version
-_DOT_WORD = r"(?:\s?[(\[{]\s?(?:dot|DOT|\.)\s?[)\]}]\s?|\s(?:dot|DOT)\s)"
-_SPELLED_DOMAIN = re.compile(rf"\s?(?:{_LABEL}(?:\.|{_DOT_WORD}))+{_TOP}")
+# Ways to spell a dot. Within a name, those that prose does not have; elsewhere also " dot ".
+_CLEAR_DOT = r"(?:\s?[(\[{<]\s?(?:[dD]ot|DOT|\.)\s?[)\]}>]\s?|\s(?:DOT|-dot-|_dot_)\s)"
+_DOT_WORD = rf"(?:{_CLEAR_DOT}|\sdot\s)"
+_SPELLED_DOMAIN = re.compile(rf"\s{{0,2}}(?:{_LABEL}(?:\.|{_DOT_WORD}))+{_TOP}")
+_DOTS_SPELLED, _CLEARLY_SPELLED = (
+    re.compile(rf"(?:{_LABEL}\.)*{_LABEL}{dot}(?:{_LABEL}(?:\.|{dot}))*{_TOP}") for dot in (_DOT_WORD, _CLEAR_DOT)
+)
+# What stands before the last dot of a local part, if that dot is spelled out.
+_BEFORE_CLEAR_DOT = re.compile(rf"[{_LETTERS}0-9_][{_LETTERS}0-9._%+\-]{{0,62}}{_CLEAR_DOT}\Z")
+_BEFORE_DOT_WORD = re.compile(rf"[{_LETTERS}0-9_][{_LETTERS}0-9._%+\-]{{0,62}}{_DOT_WORD}\Z")
 # The sign itself, as URLs and HTML escape it, and what people write in its place to hide an address from programs.
 _AT_SIGNS = ("@", "%40", "%2540", "&#64;", "&#064;", "&#x40;", "&commat;", "\\u0040")
-_AT_WORDS = tuple(
-    f"{left}{at}{right}" for left, right in ("()", "[]", "{}") for at in ("at", " at ", "AT", " AT ", "@")
+_AT_SPELLINGS = ("at", " at ", "AT", " AT ", "At", "@")
+_AT_WORDS = (
+    *(f"{left}{at}{right}" for left, right in ("()", "[]", "{}", "<>") for at in _AT_SPELLINGS),
+    *(" _at_ ", " -at- "),
 )
+_BARE_AT = " AT "
+# The domains that may follow each of these; after a sign one without a spelled dot is a plain domain.
+_SPELLED_DOMAINS = {
+    **dict.fromkeys(_AT_SIGNS, _DOTS_SPELLED),
+    **dict.fromkeys(_AT_WORDS, _SPELLED_DOMAIN),
+    _BARE_AT: _CLEARLY_SPELLED,
+}
 # Matches the beginning of an address, a number, a token or a key at the end of a text.
 _CUT_OFF = re.compile(
     rf"(?:[!-~{_LETTERS}]*[@\uff20][!-~\uff01-\uff5e{_LETTERS}]*|[+(\uff0b\uff08]?\d[\d .()\-:\uff0d\uff08\uff09]{{4,}}"
@@ -126,18 +145,34 @@ _LONGEST_LOCAL = 64  # RFC 5321
 
 
 def _emails(text: str, candidates: CandidateSpans, private_ips: bool) -> Iterator[tuple[int, int]]:
-    for sign in (*_AT_SIGNS, *_AT_WORDS):
-        spelled = sign in _AT_WORDS
-        pattern = _SPELLED_DOMAIN if spelled else _DOMAIN
+    for sign in _SPELLED_DOMAINS:
         at = text.find(sign)
         while at >= 0:
-            # The local part is searched for before the "@", since a search for whole addresses would try every word.
-            if domain := pattern.match(text, at + len(sign)):
-                end = at - 1 if spelled and text[at - 1 : at] == " " else at
-                local = _LOCAL.search(text[max(0, end - _LONGEST_LOCAL) : end])
-                if local and _is_address(local[0], domain, spelled):
-                    yield end - len(local[0]), domain.end()
+            if found := _address(text, at, sign):
+                yield found
             at = text.find(sign, at + 1)
+
+
+def _address(text: str, at: int, sign: str) -> tuple[int, int] | None:
+    """Returns (start, end) of the address whose "@", or `sign` in its place, is at a position; None if it is none."""
+    after = at + len(sign)
+    domain = _DOMAIN.match(text, after) if sign in _AT_SIGNS else None
+    spelled = domain is None
+    if spelled:
+        domain = _SPELLED_DOMAINS[sign].match(text, after)
+    if not domain or (sign == _BARE_AT and not domain[1].islower()):  # "LOOK AT ME DOT COM"
+        return None
+    # The local part is searched for before the "@", since a search for whole addresses would try every word.
+    end = at - 1 if sign in _AT_WORDS and at and text[at - 1] in " \u00a0\u3000" else at
+    local = _LOCAL.search(text[max(0, end - _LONGEST_LOCAL) : end])
+    if not local or not _is_address(local[0], domain, spelled):
+        return None
+    start = end - len(local[0])
+    if spelled:
+        before = _BEFORE_DOT_WORD if re.search(r"\sdot\s", domain[0]) else _BEFORE_CLEAR_DOT
+        while earlier := before.search(text[max(0, start - _LONGEST_LOCAL) : start]):
+            start -= len(earlier[0])
+    return start, domain.end()
 
 
 def _is_address(local: str, domain: re.Match[str], spelled: bool) -> bool:

@@ -28,7 +28,7 @@ _EXACT = 2.0**53  # a float can hold every integer below it
 _MOST_ESCAPED = 3  # how often a character may be escaped, as in a URL within a URL
 # Every find contains one of these, so that most short strings are dismissed quickly.
 _POSSIBLE = re.compile(
-    r"@|&#(?:0?64|x40);|&commat;|\\u0040|[(\[{] ?(?:at|AT) ?[)\]}]"
+    r"@|&#(?:0?64|x40);|&commat;|\\u0040|[(\[{<] ?(?:[aA]t|AT) ?[)\]}>]| AT | [-_]at[-_] "
     r"|[\"']|PRIVATE KEY|[0-9](?:[^0-9A-Za-z/\n]{0,3}[0-9]){6}|\+[0-9]|[0-9]\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]"
     r"|[0-9A-Fa-f]:[0-9A-Fa-f]{0,4}:|A[KS]IA|gh[pousr]_|github_pat|glpat-|xox|hooks\.slack|AIza|[rs]k_live|sk-|hf_|npm_"
     r"|pypi-|SG\.|eyJ"

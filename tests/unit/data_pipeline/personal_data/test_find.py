@@ -61,6 +61,20 @@ def kinds(text: str, **settings: bool) -> list[tuple[str, str]]:
             "jane[AT]uni-bonn.de, jane {at} uni dot de",
             [("email", "jane[AT]uni-bonn.de"), ("email", "jane {at} uni dot de")],
         ),
+        (
+            "Jane.Doe AT cs DOT uni DOT de or bob AT uni [dot] de",
+            [("email", "Jane.Doe AT cs DOT uni DOT de"), ("email", "bob AT uni [dot] de")],
+        ),
+        (
+            "Jane [dot] Doe [at] uni [dot] de, bob dot lee (at) uni dot de",
+            [("email", "Jane [dot] Doe [at] uni [dot] de"), ("email", "bob dot lee (at) uni dot de")],
+        ),
+        ("jane <at> uni <dot> de, bob@uni[.]de", [("email", "jane <at> uni <dot> de"), ("email", "bob@uni[.]de")]),
+        (
+            "jane _at_ uni _dot_ de, bob\u00a0(At)\u00a0uni.de",
+            [("email", "jane _at_ uni _dot_ de"), ("email", "bob\u00a0(At)\u00a0uni.de")],
+        ),
+        ("jane（at）uni.de", [("email", "jane（at）uni.de")]),
         ("a host at 81.2.69.142.", [("ip", "81.2.69.142")]),
         (
             "http://81.2.69.142:8080/x and [2606:4700:4700::1111]:53",
@@ -102,6 +116,8 @@ def test_found(text: str, expected: list[tuple[str, str]]) -> None:
         "2**62 = 4611686018427387904; 1.3.6.1.4.1.311.21.20; §8.2.4.44",
         "user@example.com, a@b.example, icon@2x.png, @property, git@github.com:x/y.git, x@w.mean(), foo@localhost",
         "lodash@4.17.21, left-pad@1.3.0.tgz, the (at) sign and (dot), x [at] y.mean, me (at) example.com, 50%40",
+        "look at me dot com, LOOK AT ME DOT COM, look AT me dot com, visit us AT uni-bonn.de, hosted at evil (dot) com",
+        "follow @jane dot org, w @ x.mT, a@b dot c, the US DOT works AT home, look_at_ me.it, bob AT example DOT com",
         "x[1::2], std::vector, a::b, [::1], fe80::1, 2001:db8::1, 12:34:56:78",
         "127.0.0.1, 10.1.2.3, 192.168.0.1, 192.0.2.1, 256.1.1.1, 81.2.69.0/24, 081.002.069.142",
         "card 4539 1488 0343 6468 fails its check; 1234567812345670 is no issuer's",
@@ -182,6 +198,7 @@ def test_what_a_record_says_beside_its_text() -> None:
         "jane@uni-bonn.de": 2,
         "day": 20240229,
         "url": "http://a.org/?m=bob%40uni-bonn.de&x",
+        "spelled": ["bob AT uni DOT de", "http://a.org/bob%20%3Cat%3E%20uni.de"],
     }
     assert Hiding().value(given) == {
         "author": "Bob <<EMAIL>>",
@@ -191,6 +208,7 @@ def test_what_a_record_says_beside_its_text() -> None:
         "<EMAIL> (2)": 2,
         "day": 20240229,
         "url": "http://a.org/?m=<EMAIL>&x",
+        "spelled": ["<EMAIL>", "http://a.org/<EMAIL>"],
     }
     wide = {"a": "jane＠uni-bonn．de", "b": "電話：０３－５５５５－０１５３", "phone": "٠٢٥٥٥٠١٥٣"}
     assert Hiding().value(wide) == {"a": "<EMAIL>", "b": "電話：<PHONE>", "phone": "<PHONE>"}
