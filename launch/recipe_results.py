@@ -52,13 +52,15 @@ def describe_training(output: Path) -> tuple[str, str]:
         ("greedy", f"{said}, greedy"),
         ("sampled", f"{said}, sampled"),
     ):
-        # Of several rewards of a task only those for accuracy are in the table; the stage's report has all.
+        # Of several rewards of a task only those for accuracy are in the table, and no ranges of confidence; the
+        # stage's report has all.
         changes = [
             f"{source.partition(' answers, ')[2] or source} "
             + (f"{before[source][measure]:.2f} → " if measure in before.get(source, {}) else "")
             + f"{measures[measure]:.2f}"
             for source, measures in results.items()
-            if measure in measures and (" answers, " not in source or source.endswith("accuracy"))
+            if measure in measures and "confidence" not in measures
+            if " answers, " not in source or source.endswith("accuracy")
         ]
         if changes:
             out.append(f"{title}: {', '.join(changes)}")

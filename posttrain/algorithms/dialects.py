@@ -91,7 +91,7 @@ def _matrix(batch: TokenBatch, name: str = "rewards") -> tuple[Tensor, Tensor, T
     rewards = batch.sequence_sum(batch.need(name))[last]
     _, group = batch.need("groups")[last].unique(return_inverse=True)
     counts = group.bincount(minlength=1)
-    index = torch.full((len(counts), int(counts.max())), -1)
+    index = torch.full((len(counts), max(1, int(counts.max()))), -1)
     found = torch.zeros(index.shape, dtype=rewards.dtype)
     filled = [0] * len(counts)
     for number, p in enumerate(group.tolist()):

@@ -36,7 +36,10 @@ def section(run_dir: Path) -> str:
         body = _table(found["sources"]) + "".join(map(_sample, found["samples"]))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return f"<h2>What is trained</h2><p>Warning: {FILE} cannot be read ({html.escape(str(error))}).</p>"
-    said = "Tokens with a loss are on green; the model reads the others and does not learn to write them."
+    said = (
+        "Tokens with a loss are on green; the model reads the others and does not learn to write them. A sample is "
+        "unstable where a longer dialogue does not begin with the same tokens."
+    )
     return f"<h2>What is trained</h2><p>{said}</p>{body}"
 
 

@@ -5,7 +5,7 @@ It draws what `pretrain.report.run_report` draws, and imports no torch.
 
 import html
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -16,7 +16,7 @@ from configs.files import write_atomic
 from pages import duration, page, short
 from pretrain.logs import goodput
 from pretrain.logs.metrics_file import numbers, read_metrics
-from pretrain.report.drawn_metrics import CHARTS, NOT_DRAWN, WITHOUT_NOISE, last_of_each_step, read_json
+from pretrain.report.drawn_metrics import CHARTS, NOT_DRAWN, WITHOUT_NOISE, last_of_each_step, read_json, titled
 from pretrain.report.line_charts import Points, line_chart
 
 STYLE = "table.runs td { white-space: nowrap; } summary { cursor: pointer; padding: 4px 0; }"
@@ -120,11 +120,11 @@ def _charts(runs: Sequence[LoggedRun]) -> list[str]:
     sections = []
     if len({record["tokens"] / record["step"] for run in runs for record in run.numbers if "tokens" in record}) > 1:
         by_tokens = {run.name: run.points("loss", "tokens") for run in runs}
-        usual_charts = [line_chart("Training loss by tokens", by_tokens, "tokens", "nats per token")]
+        usual_charts = [line_chart("Training loss by tokens", by_tokens, "tokens", titled("loss", keys)[1])]
     else:
         usual_charts = []
-    usual_charts += [_chart(runs, key) for key in usual]
-    others = [chart for key in keys if key not in usual and (chart := _chart(runs, key))]
+    usual_charts += [_chart(runs, key, keys) for key in usual]
+    others = [chart for key in keys if key not in usual and (chart := _chart(runs, key, keys))]
     sections.append(f'<h2>Curves</h2><div class="charts">{"".join(usual_charts)}</div>')
     if others:
         sections.append(
@@ -134,10 +134,10 @@ def _charts(runs: Sequence[LoggedRun]) -> list[str]:
     return sections
 
 
-def _chart(runs: Sequence[LoggedRun], key: str) -> str:
+def _chart(runs: Sequence[LoggedRun], key: str, keys: Collection[str]) -> str:
     name, _, part = key.partition("/")
-    title, unit = CHARTS.get(name, (name.replace("_", " ").capitalize(), name.replace("_", " ")))
+    title, unit = titled(key, keys)
     if name == "eval":
-        title, unit = "Held out", part.rpartition("/")[2].replace("_", " ")
+        title, unit = f"Held out: {part}", part.rpartition("/")[2].replace("_", " ")
     series = {run.name: run.points(key) for run in runs}
-    return line_chart(f"{title}: {part}" if part else title, series, "step", unit, name not in WITHOUT_NOISE)
+    return line_chart(title, series, "step", unit, name not in WITHOUT_NOISE)

@@ -10,7 +10,7 @@ import html
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeGuard
@@ -24,7 +24,16 @@ from pages import duration, page, short
 from pretrain.logs import goodput, text_samples_file
 from pretrain.logs.metrics_file import read_metrics
 from pretrain.report import mask_page, run_comparison
-from pretrain.report.drawn_metrics import CHARTS, NOT_DRAWN, WITHOUT_NOISE, last_of_each_step, read_json
+from pretrain.report.drawn_metrics import (
+    CHARTS,
+    HELD_OUT,
+    HELD_OUT_NOTES,
+    NOT_DRAWN,
+    WITHOUT_NOISE,
+    last_of_each_step,
+    read_json,
+    titled,
+)
 from pretrain.report.line_charts import Mark, Points, line_chart
 from pretrain.run import history
 
@@ -79,7 +88,7 @@ def write(run_dir: str | Path) -> Path:
         f"<p>{html.escape(summary(steps))}</p>",
         f"<p>Warning: {html.escape(metrics.warning)}.</p>" if metrics.broken else "",
         _section("While training", charts(steps, marked), _legend(marked)),
-        _section("Held out", eval_charts(evals)),
+        _section("Held out", eval_charts(evals, {key for record in steps for key in record})),
         _eval_table(evals),
         _samples(text_samples_file.read(run_dir)),
         _ranks(run_dir),
@@ -150,30 +159,30 @@ def charts(steps: list[dict[str, Any]], marked: Sequence[Mark] = ()) -> list[str
     keys = dict.fromkeys(key for record in steps for key in record if key not in NOT_DRAWN)
     drawn = []
     for key in sorted(keys, key=lambda key: (list(CHARTS).index(key) if key in CHARTS else len(CHARTS), key)):
-        title, unit = CHARTS.get(key, (key.replace("_", " ").capitalize(), ""))
+        title, unit = titled(key, keys)
         own = [mark for mark in marked if mark.kind != "spike" or key in SPIKY]
         drawn.append(line_chart(title, _series(steps, key), "step", unit, key not in WITHOUT_NOISE, own))
     return drawn
 
 
-def eval_charts(evals: list[dict[str, Any]]) -> list[str]:
-    """Draws a chart of each held-out measure (loss, bits per byte, accuracy …) with a line per source."""
-    titles = {
-        "loss": ("Held-out loss", "nats per token"),
-        "bits_per_byte": ("Held-out bits per byte", "bits per byte"),
-    }
+def eval_charts(evals: list[dict[str, Any]], keys: Collection[str] = ()) -> list[str]:
+    """Draws a chart of each held-out measure (loss, bits per byte, accuracy …) with a line per source.
+
+    `keys` are those of the run's steps, which say what its loss is.
+    """
     by_measure: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for record in evals:
         for source, measures in record["eval"].items():
             for measure, value in (measures if isinstance(measures, dict) else {source: measures}).items():
                 if _is_number(value):
                     by_measure.setdefault(measure, {}).setdefault(source, []).append((record["step"], value))
-    return [line_chart(*_titled(titles.get(measure), measure, series)) for measure, series in by_measure.items()]
-
-
-def _titled(known: tuple[str, str] | None, measure: str, series: dict[str, Any]) -> tuple[str, Any, str, str]:
-    title, unit = known or (f"Held-out {measure.replace('_', ' ')}", measure.replace("_", " "))
-    return title, series, "step", unit
+    titles = {"loss": ("Held-out loss", titled("loss", keys)[1]), **HELD_OUT}
+    found = []
+    for measure, series in by_measure.items():
+        words = measure.replace("_", " ")
+        title, unit = titles.get(measure, (f"Held-out {words}", words))
+        found.append(line_chart(title, series, "step", unit))
+    return found
 
 
 def _series(steps: list[dict[str, Any]], key: str) -> dict[str, Points]:
@@ -222,7 +231,9 @@ def _eval_table(evals: list[dict[str, Any]]) -> str:
             cells.append(f'<td class="n">{then}{short(values[name]) if _is_number(values.get(name)) else ""}</td>')
         rows.append(f"<tr><td>{html.escape(source)}</td>{''.join(cells)}</tr>")
     when = f"step {first['step']} → step {last['step']}" if first is not last else f"step {last['step']}"
-    return f'<p>{when}</p><div class="scroll"><table><tr><th>source</th>{head}</tr>{"".join(rows)}</table></div>'
+    table = f'<div class="scroll"><table><tr><th>source</th>{head}</tr>{"".join(rows)}</table></div>'
+    notes = "".join(f"<p>{words}</p>" for measure, words in HELD_OUT_NOTES.items() if measure in measures)
+    return f"<p>{when}</p>{table}{notes}"
 
 
 def _time(starts: Sequence[goodput.StartRecord]) -> str:

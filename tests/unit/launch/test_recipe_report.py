@@ -45,7 +45,11 @@ def test_what_stages_wrote_is_told(tmp_path: Path) -> None:
     ):
         write("metrics.jsonl", {"step": 1, "loss": 9.0, "tokens": 9}, {"eval": {"sort answers": {"sampled": score}}})
         assert f"\n{said}" in describe_training(tmp_path)[1]
-    write("metrics.jsonl", {"step": 1, "loss": 9.0, "tokens": 9}, {"eval": {"pairs": {"accuracy": 0.75}}})
+    judged = {
+        "pairs": {"accuracy": 0.75},
+        "confidence 0.50 to 0.60": {"accuracy": 0.25, "confidence": 0.5, "share": 1.0},
+    }
+    write("metrics.jsonl", {"step": 1, "loss": 9.0, "tokens": 9}, {"eval": judged})
     assert describe_training(tmp_path)[1].endswith("\nheld-out accuracy: pairs 0.75")
     write("trivium_export.json", {"checkpoint": "a/step_2", "checks": {"logits, max": "1e-6"}})
     assert describe_export(tmp_path) == ("step_2", "logits, max: 1e-6")

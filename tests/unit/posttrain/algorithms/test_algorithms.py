@@ -191,6 +191,8 @@ def test_an_empty_mask_has_loss_zero() -> None:
     found = found.but(mask=torch.zeros_like(found.mask), advantages=torch.ones_like(found.logprobs))
     for name, dialect in DIALECTS.items():
         assert aggregate(dialect.policy(found).loss, found, dialect.aggregation, 8) == 0, name
+        assert not dialect.advantages(found).any(), name
+        assert dialect.loss(found, 8)[0] == 0, name
 
 
 def test_the_gradient_of_the_kl_with_and_without_the_sampling_term() -> None:
