@@ -144,7 +144,7 @@ def _check_task(
     chat, length = student.chat, config.train.seq_length
     context = student.lineage.context or None
     samples = config.distill.on_policy > 0
-    lines = check_task(task, chat, min(length, context or length) if samples else max(length, context or length))
+    lines = check_task(task, chat, length if samples else max(length, context or length), context if samples else None)
     demonstrated = _demonstrated(config)
     drawn = demonstrated.demonstrations if demonstrated else 0
     if samples:

@@ -79,7 +79,7 @@ def open_prompts(config: SampleConfig, chat: Chat, context: int | None, begun: M
     of problems is left out for a task that has no end.
     """
     task = open_task(config.task, begun)
-    notes = check_task(task, chat, context if context is not None else 2**31)
+    notes = check_task(task, chat, None, context)
     size, wanted = task.size("train"), config.sample.problems
     if wanted is None and size is None:
         raise ConfigError(

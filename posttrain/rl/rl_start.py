@@ -53,8 +53,7 @@ def opened(
             same = "function" in facts and facts["function"] == then.get("function")
             if same and facts["sha256"] != then["sha256"]:
                 print(f"note: {key}: the module of {facts['function']} has changed since the run began")
-    row = min(config.train.seq_length, initial.lineage.context or config.train.seq_length)
-    lines = check_task(task, initial.chat, row)
+    lines = check_task(task, initial.chat, config.train.seq_length, initial.lineage.context)
     if env.is_main and lines:
         print("\n".join(lines))
     drawn = config.train.steps * prompts, config.task.eval_prompts

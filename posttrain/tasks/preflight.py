@@ -15,30 +15,32 @@ from posttrain.tasks.verifiers_task import VerifiersTask
 TRIED = 32  # problems on whose solutions a slow reward is tried
 FEW = 4  # problems on which a function of the user is tried
 NO_SOLUTION = "no answer"  # what a reward is tried on where there is no solution
+UNLIMITED = 2**31  # tokens
 
 
-def check_task(task: Task, chat: Chat, row: int) -> list[str]:
+def check_task(task: Task, chat: Chat, row: int | None, context: int | None = None) -> list[str]:
     """Tries the rewards of a task and sets aside what cannot be used; returns lines about its problems to print.
 
-    `row` is the number of tokens that a prompt and its completion may have together. Which problems are set aside is
-    the same on all ranks. Raises ConfigError if a reward cannot be used, or too few problems are left.
+    A prompt and its completion may have as many tokens together as a training row and as the model's context, where
+    these are given. Which problems are set aside is the same on all ranks. Raises ConfigError if a reward cannot be
+    used, or too few problems are left.
     """
     if isinstance(task, MixtureTask):
-        return [line for part in task.parts.values() for line in check_task(part, chat, row)]
+        return [line for part in task.parts.values() for line in check_task(part, chat, row, context)]
     if isinstance(task, VerifiersTask):
-        _leave_out_long_ones(task, chat, row)
+        _leave_out_long_ones(task, chat, row, context)
         task.try_out()
         return [f"{task.name}: {task}"]
     if not isinstance(task, FileTask):
         return []
     task.rewards.check(f"{task.key}.rewards")
-    _leave_out_long_ones(task, chat, row)
+    _leave_out_long_ones(task, chat, row, context)
     _try_rewards(task)
     return [f"{task.name}: {task}"]
 
 
-def _leave_out_long_ones(task: FileTask | VerifiersTask, chat: Chat, row: int) -> None:
-    longest = 0
+def _leave_out_long_ones(task: FileTask | VerifiersTask, chat: Chat, row: int | None, context: int | None) -> None:
+    room, longest = min(row or UNLIMITED, context or UNLIMITED), 0
 
     def usable(problem: Problem) -> tuple[str, str] | None:
         nonlocal longest
@@ -46,13 +48,15 @@ def _leave_out_long_ones(task: FileTask | VerifiersTask, chat: Chat, row: int) -
             tokens = len(chat.render_prompt(problem.messages)) + task.max_new_tokens - 1
         except ValueError as error:  # half a surrogate pair, say, or roles that the chat template lacks
             return "a prompt that cannot be encoded", str(error)
-        if tokens <= row:
+        if tokens <= room:
             return None
         longest = max(longest, tokens)
         return "too long", f"{tokens} tokens with task.max_new_tokens = {task.max_new_tokens}"
 
     task.keep(usable)
-    task.check_share(f"give prompt and completion more room than {row} tokens: {longest} take the longest")
+    is_beyond_model = longest > (context or UNLIMITED)
+    longer = "start from a model that was trained on longer texts" if is_beyond_model else "raise train.seq_length"
+    task.check_share(f"lower task.max_new_tokens, or {longer}: of {room} tokens of room the longest takes {longest}")
 
 
 def _remedy(task: FileTask) -> str:

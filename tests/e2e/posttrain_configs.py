@@ -61,10 +61,10 @@ def grpo_config(base: Path) -> dict[str, Any]:
     return rl_config(base, "grpo", 60, (64, 32), 24, **own)
 
 
-def write_base(ranks: RanksOf, base: Path, **model: Any) -> Path:
+def write_base(ranks: RanksOf, base: Path, context: int = 128, **model: Any) -> Path:
     """Writes a tokenizer, dialogues, an untrained model, and a config for each command; returns the folder.
 
-    `model` has keys of the model that differ from `MODEL`.
+    The model counts as trained on texts of up to `context` tokens; `model` has its keys that differ from `MODEL`.
     """
     text = {
         "text": "Sort 1234567890, how are you? I am fine, thank you. 你好，谢谢。\n" * 40,
@@ -93,5 +93,6 @@ def write_base(ranks: RanksOf, base: Path, **model: Any) -> Path:
         run_dir=str(base / "init"),
         model=MODEL | model,
         tokenizer=str(base / "tokenizer/tokenizer.model"),
+        context=context,
     )
     return base

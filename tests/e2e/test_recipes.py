@@ -42,7 +42,7 @@ MORE = {
 @pytest.fixture(scope="module")
 def base(ranks: RanksOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with an untrained model, its tokenizer, and a plan of text in rows of 256 tokens."""
-    base = write_base(ranks, tmp_path_factory.mktemp("recipe"))
+    base = write_base(ranks, tmp_path_factory.mktemp("recipe"), context=256)
     prose = [{"text": "I am fine, thank you. " * 40, "id": str(i), "metadata": {}} for i in range(20)]
     write_shard(base / "prose.jsonl.zst", prose)
     for split in ("train", "heldout"):

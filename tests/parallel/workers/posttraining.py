@@ -21,9 +21,9 @@ from tests.parallel.workers.layouts import make_engine, rows
 from tests.parallel.workers.training import save_now
 
 
-def save_untrained(run_dir: str, model: dict[str, Any], tokenizer: str) -> None:
+def save_untrained(run_dir: str, model: dict[str, Any], tokenizer: str, context: int = 128) -> None:
     identity = Lineage(Path(tokenizer)).identity
-    facts = {"config": {"model": model}, "identity": identity, "context": 128}
+    facts = {"config": {"model": model}, "identity": identity, "context": context}
     save_now(make_engine(model, {}), run_dir, step=1, facts=facts)
     shutil.copy(tokenizer, Path(run_dir) / file_name(Path(tokenizer)))
 

@@ -212,8 +212,17 @@ def test_a_command_starts_with_what_its_message_sets(
         ),
         (
             "grpo",
+            [*SOLVED, "task.max_new_tokens=44"],
+            "lower task.max_new_tokens, or raise train.seq_length: of 48 tokens of room the longest takes 52",
+            [
+                [*SOLVED, "task.max_new_tokens=20"],
+                [*SOLVED, "task.max_new_tokens=44", "train.seq_length=52"],
+            ],
+        ),
+        (
+            "grpo",
             [*SOLVED, "task.max_new_tokens=60"],
-            "give prompt and completion more room than 48 tokens",
+            "or start from a model that was trained on longer texts: of 48 tokens of room the longest takes 68",
             [
                 [*SOLVED, "task.max_new_tokens=20"],
             ],

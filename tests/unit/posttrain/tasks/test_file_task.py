@@ -178,7 +178,7 @@ def test_answers_that_the_rewards_refuse_are_told_before_the_first_step(tmp_path
 def test_prompts_have_room_once_rows_are_as_long_as_the_message_says(tmp_path: Path, chat: ChatFormat) -> None:
     path = written(tmp_path / "a.jsonl", [{**record, "prompt": "so " * (9 + i)} for i, record in enumerate(GOOD)])
     message = refused(chat, path)
-    longest = re.search(rf"give prompt and completion more room than {ROW} tokens: (\d+) take the longest", message)
+    longest = re.search(rf"or raise train.seq_length: of {ROW} tokens of room the longest takes (\d+)", message)
     assert longest, message
     (line,) = check_task(task_of(path), chat, int(longest[1]))
     assert "too long" not in line
