@@ -24,7 +24,7 @@ from data_pipeline.extraction.extract import Extract, SetAside, bad_shares, set_
 from data_pipeline.extraction.unique import MADE_UNIQUE, MakeUnique, NoteIds, shared
 from data_pipeline.reading import InputUnit, SourceReader, find_units
 from data_pipeline.reading.ids import roots_of
-from data_pipeline.reading.input_records import BROKEN, UNDECODABLE
+from data_pipeline.reading.input_records import BROKEN, NOT_READ, UNDECODABLE
 from data_pipeline.reading.keys import check_keys
 from data_pipeline.reading.names import openable, printable
 from data_pipeline.reading.source_files import is_remote
@@ -167,7 +167,10 @@ def _check_bad_shares(context: RunContext, tally: Tally, folder: Path) -> None:
     for name, broken, records in bad:
         source = context.config.sources[name]
         ways.append(_encoding_remedy(name, source, tally))
-        if broken == records and source.format in ("jsonl", "parquet", "warc"):
+        reasons = set_aside(tally.of(name), BROKEN).keys()
+        if NOT_READ in reasons:
+            ways.append("unpack those that are archives, and compress files with gzip or Zstandard alone")
+        if reasons != {NOT_READ} and broken == records and source.format in ("jsonl", "parquet", "warc"):
             ways.append(f"correct sources.{name}.format, which is {source.format!r}")
     # A share of 1 would take a source of which nothing can be read.
     ways += [f"raise extract.max_bad_share to {enough}"] if enough < 1 else []

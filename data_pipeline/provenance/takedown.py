@@ -34,22 +34,32 @@ _SHOWN = 8  # ids listed for one line of the list
 def read_list(path: Path) -> list[str]:
     """Reads the distinct lines of a list, in UTF-8 or in the encoding that its byte order mark names.
 
-    Lines that begin with "#" are among them, since they are comments only if no document has such an id. Raises
-    ConfigError if the list is missing, empty, or in another encoding.
+    They keep the white space around them, which may belong to an id: see `named`. Lines that begin with "#" are among
+    them, since they are comments only if no document has such an id. Raises ConfigError if the list is missing, empty,
+    or in another encoding.
     """
     if not path.is_file():
         raise ConfigError(f"LIST {path} does not exist; give a file with a document id or an address on each line")
     content = path.read_bytes()
     try:
-        lines = [line.strip() for line in decode_whole(content, marked_charset(content) or "utf-8").split("\n")]
+        text = decode_whole(content, marked_charset(content) or "utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"LIST {path} is not valid {error.encoding} at byte {error.start}; convert it to UTF-8"
         ) from None
-    wanted = [line for line in dict.fromkeys(lines) if line]
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    wanted = [line for line in dict.fromkeys(lines) if line.strip()]
     if not wanted:
         raise _names_none(path)
     return wanted
+
+
+def named(run_dir: Path, lines: Sequence[str]) -> list[str]:
+    """Removes the white space around lines, except where it belongs to an id that records of the run have."""
+    ids = {line: published_id(line) for line in lines if line != line.strip()}
+    known = {location.id for location in locations(run_dir, set(ids.values()))} if ids else set()
+    whole = {line for line, own in ids.items() if own in known or given(run_dir, own)}
+    return list(dict.fromkeys(line if line in whole else line.strip() for line in lines))
 
 
 def _names_none(path: Path) -> ConfigError:
@@ -146,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if read_manifest(run_dir / "plan") is None:
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no plan yet; run: trivium data run {args.config}")
     try:
+        wanted = named(run_dir, wanted)
         found = stored(run_dir, list(map(published_id, wanted)), list(filter(_is_address, wanted)))
         report = touched(run_dir, wanted, found, args.run)
         if all(line.startswith("#") for line in wanted) and not any(report.values()):

@@ -33,8 +33,11 @@ _FOREIGN = {
         "LZ4": rb"\x04\x22M\x18",
         "compress": rb"\x1f\x9d",
     },
+    "tar": rb"[^\0][\0-\xff]{256}ustar[ \0]",
     **{"zip": rb"PK\x03\x04", "7-Zip": rb"7z\xbc\xaf\x27\x1c", "RAR": rb"Rar!\x1a\x07", "lzip": rb"LZIP\x01"},
 }
+ARCHIVES = ("tar", "zip", "7-Zip", "RAR")
+_HEAD = 264  # bytes that show what a file begins like
 _SKIPPABLE = tuple(bytes([0x50 + number, 0x2A, 0x4D, 0x18]) for number in range(16))
 
 
@@ -319,13 +322,19 @@ def _end(source: _Source) -> int:
     return source.position
 
 
-def foreign_compression(file: BinaryIO) -> str:
+def foreign_compression(file: BinaryIO, limits: ExtractConfig) -> str:
     """Returns the compression or archive that a seekable file begins like, if it is one that is not read, else "".
 
-    It leaves the file at its start.
+    What is within gzip or Zstandard is looked at too, since an archive there would be read as if it were text. The file
+    is left at its start.
     """
-    head = file.read(16)
+    source = _Source(file, limits, lambda size: None)
+    first, head = Member(source, 0), b""
+    while len(head) < _HEAD and (block := first.read(_HEAD)):
+        head += block
     file.seek(0)
+    if source.kind and (inner := next((name for name, magic in _MAGICS.items() if head.startswith(magic)), "")):
+        return f"{inner} within {source.kind}"
     return next((name for name, magic in _FOREIGN.items() if re.match(magic, head)), "")
 
 

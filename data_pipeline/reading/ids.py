@@ -3,7 +3,8 @@
 A record's own id is kept. A record without one gets an id from its location: the source, the file, and the line, row or
 byte offset. The file is named by its path below the folder that all patterns of the source share, so that a corpus can
 be moved. An id that contains personal data is replaced by its hash everywhere, so that no table or log shows it; anyone
-who knows the id can compute the hash. `extraction.unique` makes ids unique once all ids of a run are known.
+who knows the id can compute the hash. So is one with line ends, which no list of ids could name. `extraction.unique`
+makes ids unique once all ids of a run are known.
 """
 
 import glob
@@ -17,6 +18,7 @@ from data_pipeline.reading.names import printable
 
 APART = "#"  # separates an id that several documents share from the location that makes each one's id unique
 _LONGEST = 500  # characters; a longer id is hashed as well
+_LINE_END = re.compile("[\r\n]")
 _LETTERS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")  # digits could be taken for a telephone number
 
 
@@ -62,11 +64,11 @@ def id_of_location(source: str, name: str, position: int | str = "") -> str:
 
 
 def published_id(own: str) -> str:
-    """Returns the id `own` or, if it contains personal data or is longer than 500 characters, its hash.
+    """Returns the id `own` or, if it has personal data, a line end, or more than 500 characters, its hash.
 
     The result depends on `own` alone.
     """
-    if len(own) <= _LONGEST and not holds_personal_data(own):
+    if len(own) <= _LONGEST and not _LINE_END.search(own) and not holds_personal_data(own):
         return own
     digits = hashlib.blake2b(own.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     return f"id-{digits.translate(_LETTERS)}"

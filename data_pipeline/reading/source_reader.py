@@ -83,7 +83,7 @@ def read_file(file: FoundFile, source: SourceConfig, limits: ExtractConfig, adva
         return
     try:
         with open_file(file.path) as content:
-            if source.format != "parquet" and foreign_compression(content):
+            if source.format != "parquet" and foreign_compression(content, limits):
                 yield Record(0, file.size, reason=NOT_READ)
                 return
             for record in _READERS[source.format](content, file, source, limits, advance):

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from configs.sources import ExtractConfig
 from data_pipeline.reading.charsets import wide_charset
-from data_pipeline.reading.decompression import Fault, claimed_compression, foreign_compression, members
+from data_pipeline.reading.decompression import ARCHIVES, Fault, claimed_compression, foreign_compression, members
 from data_pipeline.reading.line_splitter import Line, LineSplitter
 
 
@@ -19,7 +19,9 @@ class NotWhole(ValueError):
 
 def whole_content(file: BinaryIO, name: str, limits: ExtractConfig) -> Iterator[bytes]:
     """Yields the decompressed content of a file in blocks. Raises NotWhole where it is damaged."""
-    if compression := foreign_compression(file):
+    if compression := foreign_compression(file, limits):
+        if compression in ARCHIVES:
+            raise NotWhole(f"it is an archive ({compression}), which is not read; unpack it")
         raise NotWhole(f"it is compressed with {compression}, which is not read; compress it with gzip or Zstandard")
     for member in members(file, limits, lambda size: None, claimed_compression(name)):
         if isinstance(member, Fault):

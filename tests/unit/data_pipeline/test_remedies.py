@@ -19,6 +19,7 @@ from configs.tokenizer import TokenizerConfig
 from data_pipeline import command
 from data_pipeline.core import progress
 from data_pipeline.provenance import document_samples, explain, recall, takedown, trace, verify, what_if
+from data_pipeline.reading.ids import published_id
 from data_pipeline.report import ledger_tables
 from data_pipeline.tokens import tokenizer_training
 from tests.data_runs import ROOT, data_config
@@ -332,7 +333,8 @@ def test_a_list_of_documents_is_right_once_it_is_as_the_message_says(finished: P
     config = write_config(
         texts, {"big": 30}, MIXTURE.replace(", small = 1.0", "").replace("samples = 40", "samples = 5")
     )
-    lines = (texts / "big.jsonl").read_text().replace('"big/4"', '"big/3"')
+    lines = (texts / "big.jsonl").read_text().replace('"big/4"', '"big/3"').replace('"big/5"', '" big/5 "')
+    lines = lines.replace('"big/6"', '"big/6\\n"')
     (texts / "big.jsonl").write_text(lines)
     assert not outcome(command.main, [str(config)], capsys)
     capsys.readouterr()
@@ -344,6 +346,13 @@ def test_a_list_of_documents_is_right_once_it_is_as_the_message_says(finished: P
     assert takedown.main([str(config), str(file), "--out", str(texts / "out"), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert all(re.search(rf"(?m)^{re.escape(one)}: (train|heldout)/big, ", shown) for one in told) and len(told) == 2
+    # White space around a line counts where it belongs to an id; an id with a line end is known by its hash.
+    padded = [" big/5 ", "big/7", published_id("big/6\n")]
+    file.write_text(f" big/5 \n\tbig/7  \r\n{padded[2]}\n big/5\n")
+    assert takedown.main([str(config), str(file), "--out", str(texts / "out"), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"(?m)^{re.escape(one)}: (train|heldout)/big, ", shown) for one in padded)
+    assert "\nbig/5: not found" in shown
     said = outcome(explain.main, [str(config), "--id", "big/3"], capsys)
     named = found(
         r"the id of 2 records, whose documents have their locations added to it; name one of them: (.+)", said

@@ -43,6 +43,7 @@ def test_records_are_read_in_each_compression_and_encoding(tmp_path: Path, name:
     ("name", "content", "said"),
     [
         ("a.jsonl.bz2", bz2.compress(PLAIN), "it is compressed with bzip2, which is not read; compress it with gzip"),
+        ("a.jsonl", b"PK\x03\x04", r"it is an archive \(zip\), which is not read; unpack it"),
         ("a.jsonl", lzma.compress(PLAIN), "it is compressed with xz, which is not read; compress it with gzip"),
         ("a.jsonl.zst", zstandard.ZstdCompressor().compress(PLAIN)[:-9], "cut zstd at byte 0"),
         ("a.jsonl.gz", PLAIN, "corrupt gzip at byte 0"),

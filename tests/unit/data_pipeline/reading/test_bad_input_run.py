@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from data_pipeline.command import main
 from data_pipeline.provenance.explain import main as explain
 from data_pipeline.report.ledger_tables import main as report
 from tests.data_runs import write_inputs
+from tests.small_sources import write_config
 from tests.unit.data_pipeline.extraction.slow_page import SLOW
 from tests.unit.data_pipeline.reading.raw_files import PAGE, warc
 
@@ -118,3 +120,19 @@ def test_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     dropped = sum(amount["documents"] for amount in extract["dropped"].values())
     assert extract["notes"]["charset known by HTTP header"] > 10
     assert extract["in"]["documents"] == extract["kept"]["documents"] + dropped
+
+
+def test_an_archive_under_another_name_is_read_once_it_is_unpacked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [str(write_config(tmp_path, {"big": 3}, "")), "--until", "extract"]
+    lines = (tmp_path / "big.jsonl").rename(tmp_path / "lines")
+    with tarfile.open(tmp_path / "big.jsonl", "w:gz") as archive:
+        archive.add(lines, "big.jsonl")
+    assert main(args) == 1
+    told = "then repair the files or unpack those that are archives, and compress files with gzip or Zstandard alone\n"
+    assert told in capsys.readouterr().err
+    with tarfile.open(tmp_path / "big.jsonl") as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (tmp_path / "unpacked/big.jsonl").replace(tmp_path / "big.jsonl")
+    assert main(args) == 0

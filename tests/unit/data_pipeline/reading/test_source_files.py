@@ -1,8 +1,11 @@
 """Tests which files a source has (patterns, folders, links, loops, unreadable ones) and how they form units of work."""
 
 import bz2
+import gzip
+import io
 import lzma
 import os
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from pydantic import ValidationError
 
 from configs.loader import ConfigError
@@ -73,8 +77,14 @@ def test_other_compressions_are_refused_by_name_and_set_aside_in_a_folder(tmp_pa
         find_units("s", source(tmp_path, kind="jsonl"), 1000)
     (tmp_path / "b.jsonl").write_bytes(line)
     (tmp_path / "c.jsonl").write_bytes(packed["xz"])  # the name says nothing, the first bytes do
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as members:
+        members.add(tmp_path / "b.jsonl", "b.jsonl")
+    for name, content in (("d", archive.getvalue()), ("e", gzip.compress(archive.getvalue()))):
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(content)
+    (tmp_path / "f.jsonl.zst").write_bytes(zstandard.compress(gzip.compress(line)))
     records = read_all(source(tmp_path, kind="jsonl"))
-    assert sorted(record.reason for record in records) == ["", *["unsupported_compression"] * 6]
+    assert sorted(record.reason for record in records) == ["", *["unsupported_compression"] * 9]
     assert [record.text for record in records if not record.reason] == ["one"]
 
 
