@@ -100,7 +100,8 @@ class ChatFormat(Chat):
         ids = list(self.tokenizer.encode(neutralise(text)))
         if not self._control_ids.isdisjoint(ids):
             raise ValueError(
-                f"plain text {text[:80]!r} was encoded to a control token; the tokenizer is not safe for chat"
+                f"plain text {text[:80]!r} was encoded to a control token, so the tokenizer is not safe for chat; "
+                "start from a model with another"
             )
         return ids
 

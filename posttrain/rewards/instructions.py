@@ -22,7 +22,7 @@ def _compared(count: int, arguments: _Arguments, relation: str, bound: str) -> b
             return count < int(arguments[bound])
         case "at least":
             return count >= int(arguments[bound])
-    raise ValueError(f"{relation} is neither 'less than' nor 'at least'")
+    raise Unscorable(f"a {relation} that is neither 'less than' nor 'at least'")
 
 
 def _count(word: str, text: str) -> int:

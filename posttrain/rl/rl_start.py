@@ -18,6 +18,7 @@ from posttrain.rl.policy_copy import PolicyCopy
 from posttrain.rl.reference_policy import check_reference
 from posttrain.rl.rollout_source import SamplingPlan
 from posttrain.rl.vllm_sampler import VLLMSampler, check_vllm
+from posttrain.tasks.episode_environment import check_replies
 from posttrain.tasks.lengths import check_answers, check_rows, longest_answer
 from posttrain.tasks.preflight import check_task
 from posttrain.tasks.verifiable_tasks import made_from, make_task
@@ -78,6 +79,8 @@ def opened(
         )
     environment = config.rl.environment
     plays = environment is not None or config.task.kind == "verifiers"
+    if plays:
+        check_replies(initial.chat, "task.verifiers" if environment is None else "rl.environment")
     most = None if plays else longest + task.max_new_tokens - 1  # the last token is a label
     drawing = group, section.temperature, config.run.seed, environment, most
     sampling = SamplingPlan(task, initial.chat, *drawing, method=name, settled=_settled(config, section, name))

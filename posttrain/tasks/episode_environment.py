@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from configs.loader import ConfigError, Failure
 from configs.rl import EnvironmentConfig
 from posttrain.chat.format_interface import Chat
 from posttrain.chat.messages import Message
@@ -196,18 +197,28 @@ def _played(
 def reply_tokens(chat: Chat, messages: Sequence[Message], observation: Sequence[Message]) -> list[int]:
     """Returns the tokens between the end of the model's turn and its next turn: the observation, and an opened turn.
 
-    The model's own tokens stay as they were sampled: they are never decoded and tokenized again.
+    The model's own tokens stay as they were sampled: they are never decoded and tokenized again. Raises Failure if the
+    chat template does not let them.
     """
     before = chat.render_prompt(list(messages))
     spoken: list[Message] = [*messages, {"role": "assistant", "content": "a"}, *observation]
     whole = chat.render_prompt(spoken)
     if whole[: len(before)] != before:
-        raise ValueError(
-            "the chat template writes a dialogue otherwise once it goes on, so replies cannot follow what was sampled; "
-            "use a template whose earlier turns stay as they are"
+        raise Failure(
+            "the chat template changes earlier turns as a dialogue goes on, so replies cannot follow what was sampled; "
+            "start from a model that `trivium sft` has trained with another data.chat_template"
         )
     end = next(i for i in range(len(before), len(whole)) if whole[i] in chat.stop_ids)
     return whole[end + 1 :]
+
+
+def check_replies(chat: Chat, key: str) -> None:
+    """Raises ConfigError, naming the config's `key`, if the model cannot read a reply in its chat format."""
+    turn: list[Message] = [{"role": "user", "content": "a"}]
+    try:
+        reply_tokens(chat, turn, turn)
+    except ValueError as error:
+        raise ConfigError(f"{key} has several turns: {error}") from None
 
 
 def _steps(environments: Sequence[Environment], answers: Sequence[str]) -> list[Reply]:

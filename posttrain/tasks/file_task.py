@@ -126,7 +126,11 @@ class FileTask(HeldProblems):
     def _problem(self, where: str, record: Mapping[str, Any]) -> Problem:
         settings = self.settings
         prompt = value_at(record, settings.prompt_key)
-        _check_prompt(prompt, bool(settings.system_prompt), settings.prompt_key)
+        _check_prompt(prompt, settings.prompt_key)
+        if settings.system_prompt and not isinstance(prompt, str) and prompt[0]["role"] == "system":
+            raise Unusable(
+                "the prompt has a system message, and so has the task", f"leave {self.key}.system_prompt out"
+            )
         answer = value_at(record, settings.answer_key) if settings.answer_key else None
         if settings.answer_key and (answer is None or answer == "" or answer != answer):  # a missing number is NaN
             raise Unusable(f"{settings.answer_key!r} is empty")
@@ -148,7 +152,7 @@ class FileTask(HeldProblems):
         return Problem(where, prompt, answer, solution, solution, metadata, self.name, system)
 
 
-def _check_prompt(prompt: Any, has_system: bool, key: str) -> None:
+def _check_prompt(prompt: Any, key: str) -> None:
     """Raises Unusable if a prompt is neither a text nor messages that end with the user's."""
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -163,8 +167,6 @@ def _check_prompt(prompt: Any, has_system: bool, key: str) -> None:
         raise Unusable(broken.rule, str(broken)) from None
     if messages[-1]["role"] != "user":
         raise Unusable("the last message is not the user's", f"it is the {messages[-1]['role']}'s")
-    if has_system and messages[0]["role"] == "system":
-        raise Unusable("the prompt has a system message, and so has the task", "leave system_prompt out")
 
 
 def _canonical(value: Any) -> str:

@@ -59,7 +59,11 @@ SIDES = {"chosen": [user(), answer("a")], "rejected": [user(), answer("b")]}
             "label 7 is none of ['wrong', 'right'], nor a number from 0",
         ),
         ("task", {"prompt": "a", "answer": "no digit"}, "no match of answer_pattern in the answer"),
-        ("task", {"prompt": [{"role": "system", "content": "a"}, user()], "answer": "1"}, "and so has the task"),
+        (
+            "task",
+            {"prompt": [{"role": "system", "content": "a"}, user()], "answer": "1"},
+            "and so has the task (first: ",
+        ),
     ],
 )
 def test_the_reason_is_told(chat: ChatFormat, tmp_path: Path, kind: str, record: dict[str, Any], words: str) -> None:

@@ -1,7 +1,9 @@
 """Properties of the losses and advantages that no single number shows: gradients, packing, ranks, unusable values."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,8 +24,8 @@ from posttrain.algorithms.normalisation import Moments, whiten
 from posttrain.algorithms.policy import cispo, gspo, ppo_clip
 from posttrain.algorithms.reward_shaping import overlong_penalty, reward_at_last_token
 from posttrain.algorithms.rollout_correction import Correction, Level, rollout_weights
-from posttrain.algorithms.token_batch import TokenBatch, sequences_of
-from posttrain.algorithms.value_loss import discounted_returns, gae
+from posttrain.algorithms.token_batch import TokenBatch, file_of, sequences_of
+from posttrain.algorithms.value_loss import discounted_returns, gae, value_loss
 
 LENGTHS = (5, 3, 4, 2)  # of the completions of two prompts
 
@@ -76,7 +78,7 @@ def test_an_unscorable_sample_is_not_a_zero(dialect: AdvantageDialect) -> None:
 
 
 def test_shapes_of_advantages_are_checked() -> None:
-    with pytest.raises(ValueError, match=r"\[4\]"):
+    with pytest.raises(ValueError, match=r"rewards \[4\] and scored \[4\] must both be \[groups, group size\]$"):
         group_advantages(torch.zeros(4), torch.ones(4, dtype=torch.bool), AdvantageDialect.RLOO)
 
 
@@ -302,13 +304,15 @@ def test_gdpo_keeps_apart_what_a_sum_of_rewards_mixes() -> None:
     unknown = known.clone()
     unknown[0, 0, 0] = False  # alone in its group, the other one's reward teaches nothing
     assert not decoupled_sums(both, unknown, weights)[0].any()
-    with pytest.raises(ValueError, match=r"not \[3\]"):
+    with pytest.raises(ValueError, match=r"number of rewards\], with one weight for each reward, not \[3\]"):
         decoupled_sums(both, known, torch.ones(3))
 
 
 def test_overlong_penalty_needs_a_buffer_within_the_length() -> None:
     for buffer in (0, 30):
-        with pytest.raises(ValueError, match=f"buffer of {buffer} tokens"):
+        with pytest.raises(
+            ValueError, match=f"buffer of {buffer} tokens must be at least 1 and at most the longest, 25"
+        ):
             overlong_penalty(torch.tensor([1]), longest=25, buffer=buffer, penalty=1.0)
 
 
@@ -329,12 +333,16 @@ def test_a_batch_comes_back_from_its_file(tmp_path: Path) -> None:
 
 def test_bad_batches_are_refused_in_words(tmp_path: Path) -> None:
     found = random_batch([[0]], 6)
-    with pytest.raises(ValueError, match=r"advantages \[1, 3\] must be"):
+    with pytest.raises(ValueError, match=r"advantages \[1, 3\] must be \[rows, tokens\], as logprobs \[1, 6\] are"):
         found.but(advantages=torch.zeros(1, 3))
-    with pytest.raises(ValueError, match=r"mask is torch.float32, not bool"):
+    with pytest.raises(
+        ValueError, match=r"mask is torch.float32, not bool; weights of tokens belong to the aggregation"
+    ):
         found.but(mask=torch.ones(1, 6))
     with pytest.raises(ValueError, match=r"has no advantages, which this formula needs"):
         ppo_clip(found)
+    with pytest.raises(ValueError, match="the batch has no values, which the critic's loss needs"):
+        value_loss(replace(found, values=None))
     (tmp_path / "torn").write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match=r"torn cannot be read as a recorded batch"):
         TokenBatch.load(tmp_path / "torn")
@@ -343,6 +351,16 @@ def test_bad_batches_are_refused_in_words(tmp_path: Path) -> None:
     found.but(sequences=found.sequences + 100).save(tmp_path / "far")
     with pytest.raises(ValueError, match=r"sequence numbers outside 0 to 5"):
         TokenBatch.load(tmp_path / "far")
+    arrays = {name: np.zeros(shape) for name, shape in (("logprobs", (1, 6)), ("mask", 6), ("sequences", (1, 6)))}
+    for name, taken, words in (
+        ("part", ["logprobs"], "part has no mask, sequences, so it is no recorded batch; record one again"),
+        ("odd", list(arrays), r"odd is no recorded batch: mask \[6\] must be"),
+    ):
+        (tmp_path / name).write_bytes(file_of({key: arrays[key] for key in taken}, {}))
+        with pytest.raises(ValueError, match=words):
+            TokenBatch.load(tmp_path / name)
+        found.save(tmp_path / name)
+        TokenBatch.load(tmp_path / name)
 
 
 def test_a_batch_is_compared_under_every_dialect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,7 +369,7 @@ def test_a_batch_is_compared_under_every_dialect(tmp_path: Path, capsys: pytest.
     groups, sequences = torch.zeros(2, 4, dtype=torch.int64), torch.tensor([[0] * 4, [1] * 4])
     rewards = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0] * 4])
     lp = torch.full((2, 4), -1.0)
-    batch = TokenBatch(lp, mask, sequences, old_logprobs=lp, rewards=rewards, groups=groups)
+    batch = TokenBatch(lp, mask, sequences, old_logprobs=lp, rollout_logprobs=lp, rewards=rewards, groups=groups)
     found = {one.dialect: one for one in compare_dialects.compare(batch, max_length=4)}
     assert found.keys() == DIALECTS.keys()
     # Advantages of Dr.GRPO are +.5 and -.5: (-.5 * 2 + .5 * 4) / (2 * 4), a slope of .5 / 8 for each of 6 tokens.
@@ -363,7 +381,10 @@ def test_a_batch_is_compared_under_every_dialect(tmp_path: Path, capsys: pytest.
     batch.save(tmp_path / "batch.safetensors")
     assert compare_dialects.main([str(tmp_path / "batch.safetensors"), "--drift", "1"]) == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in DIALECTS) and "6 sampled tokens in 2 completions" in said
+    assert (
+        all(name in said for name in DIALECTS)
+        and "6 sampled tokens in 2 completions; trainer / sampler: mean 1.0" in said
+    )
     moved = {one.dialect: one for one in compare_dialects.compare(compare_dialects.drifted(batch, 1.0))}
     assert moved["grpo@trl"].clipped > 0 and moved["cispo@minimax"].live == 1 > moved["grpo@trl"].live
     batch.but(mask=torch.zeros_like(mask)).save(tmp_path / "empty.safetensors")

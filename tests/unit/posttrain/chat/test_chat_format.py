@@ -6,7 +6,8 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from data_pipeline.tokens.tokenizer import FIM_CONTROLS, SPECIALS
-from posttrain.chat.chat_format import ChatFormat, jinja_template, neutralise
+from posttrain.chat.chat_format import ChatFormat, check_supervision, jinja_template, neutralise
+from posttrain.chat.format_interface import UntrainedEnd
 from posttrain.chat.messages import Message
 
 DIALOGUES: list[list[Message]] = [
@@ -88,8 +89,21 @@ def test_a_tokenizer_that_makes_control_ids_from_text_is_refused(chat: ChatForma
         def encode(self, text: str) -> list[int]:
             return [chat.end_id]
 
-    with pytest.raises(ValueError, match="not safe for chat"):
+    words = (
+        "'Sort 529143' was encoded to a control token, so the tokenizer is not safe for chat; start from a model with"
+    )
+    with pytest.raises(ValueError, match=f"plain text {words} another"):
         ChatFormat(Unsafe()).render(DIALOGUES[0])  # type: ignore[arg-type]
+    chat.render(DIALOGUES[0])
+
+
+def test_an_answer_that_is_left_open_teaches_no_end(chat: ChatFormat) -> None:
+    tokens, answer = chat.render(DIALOGUES[0])
+    with pytest.raises(
+        UntrainedEnd, match=r"the last assistant turn is not closed by <\|end\|>; the model would never"
+    ):
+        check_supervision(tokens[:-1], answer[:-1], chat)
+    check_supervision(tokens, answer, chat)
 
 
 def test_a_shorter_dialogue_is_a_prefix(chat: ChatFormat) -> None:

@@ -161,9 +161,11 @@ def test_what_is_shown_is_what_is_trained(tmp_path: Path) -> None:
         assert [weight for _, weight in sample["pieces"]] == example.answer.tolist()
         assert "".join(text for text, _ in sample["pieces"]) == chat.encoder.text(messages[:upto])[0]
         assert "unstable: after" in sample["facts"] and "trained in 1 of 1 answers" in sample["facts"]
-    assert "\x1b[30;42m" in mask_xray.printed(masks, colours=True)
+    coloured = mask_xray.printed(masks, colours=True)
+    assert "\x1b[30;42m" in coloured and "what is trained is green" in coloured
     plain = mask_xray.printed(masks, colours=False)
     assert "{+<think>\n\n</think>\n\né 😀<|im_end|>+}" in plain and "\x1b" not in plain
+    assert "what is trained is between {+ and +}" in plain
 
 
 def test_an_unstable_sample_is_among_the_shown_ones() -> None:

@@ -34,7 +34,9 @@ def test_an_expression_has_the_numbers_and_the_value_of_the_answer(completion: s
 
 
 def test_an_answer_that_is_no_expression_is_unscorable() -> None:
-    assert scored("3*5", "fifteen", kind="expression").value is None
+    found = scored("3*5", "fifteen", kind="expression")
+    assert found.value is None and found.reason == "one: the answer is no expression of +, - and *"
+    assert scored("3*5", "5*3", kind="expression").value == 1
 
 
 @pytest.mark.parametrize(("text", "value"), [("two 二二", 3 / 5), ("12+3", 1.0), ("one two", 1.0)])

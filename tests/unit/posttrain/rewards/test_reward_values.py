@@ -10,7 +10,7 @@ import torch
 
 from posttrain.rewards.attempt import Attempt, Problem, TaskScore
 from posttrain.rewards.reward import RuleReward, WeightedRewards
-from posttrain.rewards.worker_child import value_of
+from posttrain.rewards.worker_child import ARGUMENTS, call, value_of
 
 
 @pytest.mark.parametrize(
@@ -46,6 +46,18 @@ def test_a_real_number_of_any_type_is_a_reward(result: Any, value: float) -> Non
 )
 def test_anything_else_has_a_reason_that_names_its_type(result: Any, reason: str) -> None:
     assert value_of(result) == {"reason": reason}
+
+
+def test_an_exception_without_words_has_a_reason_too() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise self
+
+    def judge(*arguments: Any) -> float:
+        raise Mute
+
+    reply = call(judge, dict.fromkeys(ARGUMENTS), {})
+    assert reply == {"reason": "raised an exception that cannot be shown"}
 
 
 def test_rewards_whose_squares_would_overflow_are_unscorable() -> None:

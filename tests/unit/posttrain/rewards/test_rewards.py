@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import select
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +15,8 @@ import pytest
 from configs.loader import ConfigError
 from configs.rewards import RewardConfig
 from posttrain.rewards.attempt import Attempt, Problem, TaskScore
-from posttrain.rewards.instructions import INSTRUCTIONS, instructions
+from posttrain.rewards.gym import gym
+from posttrain.rewards.mathematics import mathematics
 from posttrain.rewards.reward_registry import make_rewards
 from posttrain.rewards.unscorable import Unscorable
 from posttrain.rewards.worker import Call, WorkerReward
@@ -68,12 +72,14 @@ async def later(prompt, completion, answer, metadata): return 1
 number = 3
 """
 BROKEN = "import there_is_no_such_module\n"
+ENDS = "import os\nos._exit(0)\n"
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my_rewards.py").write_text(MODULE)
     (tmp_path / "broken.py").write_text(BROKEN)
+    (tmp_path / "ends.py").write_text(ENDS)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -169,11 +175,12 @@ def test_many_attempts_keep_their_order_and_one_that_hangs_harms_no_other(here: 
     [
         ("my_rewards:two", r"two\(prompt, completion\) does not take four arguments"),
         ("my_rewards:five", r"five\(.*more\) does not take four arguments"),
-        ("my_rewards:later", "later is async"),
+        ("my_rewards:later", "later is async; write a plain function"),
         ("my_rewards:number", "is int, not a function"),
         ("my_rewards:missing", "no attribute 'missing'"),
         ("no_such:right", "No module named 'no_such'"),
         ("broken:right", "No module named 'there_is_no_such_module'"),
+        ("ends:right", "its module, when imported, ended its process"),
     ],
 )
 def test_a_function_that_cannot_be_called_is_refused_before_the_first_step(here: Path, name: str, words: str) -> None:
@@ -252,86 +259,6 @@ def test_a_problem_without_tests_is_unscorable() -> None:
     assert score([attempt(PROGRAM, 3)], kind="tests")[0].reason == "mine: the answer holds no tests"
 
 
-def follows(name: str, completion: str, **arguments: Any) -> bool:
-    return bool(instructions("", completion, None, {"instruction_id_list": [name], "kwargs": [arguments]}))
-
-
-EXAMPLES: list[tuple[str, dict[str, Any], str, str]] = [  # arguments, a text that follows, a text that does not
-    ("keywords:existence", {"keywords": ["sun", "c++"]}, "Sunny C++ days", "Sunny C days"),
-    ("keywords:frequency", {"keyword": "a", "frequency": 2, "relation": "at least"}, "A a", "a"),
-    ("keywords:frequency", {"keyword": "a", "frequency": 2, "relation": "less than"}, "a", "A a"),
-    ("keywords:forbidden_words", {"forbidden_words": ["art"]}, "party", "Art!"),
-    ("keywords:letter_frequency", {"letter": "x", "let_frequency": 2, "let_relation": "at least"}, "xX", "x"),
-    ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}, "it's so", "so, so"),
-    ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, "so, so", "one two three"),
-    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "***\na\n***\nb\n***", "a\n***\n***\nb"),
-    (
-        "length_constraints:nth_paragraph_first_word",
-        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"},
-        "First.\n\n'Then, more",
-        "Then\n\nnow",
-    ),
-    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[name] at [street]", "[name]"),
-    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Yours. p. s. more", "Yours."),
-    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "P.P.S more", "P.S. more"),
-    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n - b", "* a\n** b"),
-    ("detectable_format:constrained_response", {}, "So: My answer is no.", "My answer is none."),
-    ("detectable_format:number_highlighted_sections", {"num_highlights": 2}, "*a* and *b*", "*a* and * *"),
-    (
-        "detectable_format:multiple_sections",
-        {"section_spliter": "Section", "num_sections": 2},
-        "Section 1 a Section 2 b",
-        "Section 1",
-    ),
-    ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', "{'a': 1}"),
-    ("detectable_format:title", {}, "<<Title>>\ntext", "<< >>\ntext"),
-    ("combination:two_responses", {}, "one******two", "one******one"),
-    ("combination:repeat_prompt", {"prompt_to_repeat": "Say it"}, "say it. It.", "It. Say it."),
-    ("startend:end_checker", {"end_phrase": "Is that all?"}, 'Well, "is that all?"', "Is that all? Yes"),
-    ("startend:quotation", {}, '"so"', '"'),
-    ("change_case:english_capital", {}, "SO, 2!", "SO, so"),
-    ("change_case:english_lowercase", {}, "so, 2!", "So"),
-    ("punctuation:no_comma", {}, "so; so", "so, so"),
-]
-
-
-@pytest.mark.parametrize(("name", "arguments", "good", "bad"), EXAMPLES)
-def test_instructions_follow_the_papers_definitions(name: str, arguments: dict[str, Any], good: str, bad: str) -> None:
-    assert follows(name, good, **arguments) and not follows(name, bad, **arguments)
-    assert not follows(name, "  ", **arguments)
-
-
-def test_instructions_agree_with_the_harness() -> None:
-    registry = pytest.importorskip("lm_eval.tasks.ifeval.instructions_registry", exc_type=ImportError)
-    texts = [text for *_, good, bad in EXAMPLES for text in (good, bad)]
-    assert {name for name, *_ in EXAMPLES} == set(INSTRUCTIONS)
-    compared = 0
-    for name, arguments, *_ in EXAMPLES:
-        if name.startswith("change_case") or "c++" in str(arguments):  # a language too there; a keyword is a pattern
-            continue
-        rule = registry.INSTRUCTION_DICT[name](name)
-        rule.build_description(**arguments)
-        for text in texts:
-            assert follows(name, text, **arguments) == bool(rule.check_following(text)), (name, text)
-            compared += 1
-    assert compared > 900
-
-
-def test_instructions_that_cannot_be_checked_are_unscorable() -> None:
-    two = {"instruction_id_list": ["punctuation:no_comma", "startend:quotation"], "kwargs": [{}, {"unused": None}]}
-    assert instructions("", "no comma", None, two, partial=True) == 0.5
-    assert instructions("", "no comma", None, two) == 0
-    for record, words in (
-        ({}, "no list instruction_id_list"),
-        ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": []}, "not one object for each"),
-        ({"instruction_id_list": ["language:response_language"], "kwargs": [{}]}, "none of those"),
-        ({"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": None}]}, "without keywords"),
-        ({"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": 3}]}, "wrong arguments"),
-    ):
-        with pytest.raises(Unscorable, match=words):
-            instructions("", "text", None, record)
-
-
 @pytest.mark.parametrize(
     ("completion", "answer", "value"),
     [
@@ -360,6 +287,33 @@ def test_the_scorers_of_reasoning_gym() -> None:
                 expected.append(gym.get_score_answer_fn(name)(answer=said, entry=record))
     assert [one.value for one in score(attempts, kind="reasoning_gym", seconds=60.0)] == expected
     assert score([attempt("1")], kind="reasoning_gym", seconds=60.0)[0].value is None
+
+
+def test_a_record_of_no_dataset_of_reasoning_gym_has_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scorer_of(name: str) -> Any:
+        if name != "sums":
+            raise ValueError(name)
+        return lambda answer, entry: float(answer == entry["answer"])
+
+    monkeypatch.setitem(sys.modules, "reasoning_gym", SimpleNamespace(get_score_answer_fn=scorer_of))
+    for metadata, words in (
+        ({}, "no source_dataset in the record's metadata"),
+        ({"source_dataset": "none"}, "reasoning-gym has no dataset 'none'"),
+    ):
+        with pytest.raises(Unscorable, match=words):
+            gym("1 + 1", "2", "2", {"metadata": metadata})
+    assert gym("1 + 1", "2", "2", {"metadata": {"source_dataset": "sums"}}) == 1
+
+
+def test_an_answer_that_is_no_mathematics_has_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = SimpleNamespace(
+        parse=lambda text, parsing_timeout: re.findall("[0-9]+", text),
+        verify=lambda right, said, timeout_seconds: right == said,
+    )
+    monkeypatch.setitem(sys.modules, "math_verify", fake)
+    with pytest.raises(Unscorable, match="the answer is no mathematics"):
+        mathematics("", "42", "a lot", {})
+    assert mathematics("", "42", 42, {}) == 1
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

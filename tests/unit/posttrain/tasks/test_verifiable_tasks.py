@@ -30,7 +30,10 @@ def test_scores() -> None:
 def test_unscorable_is_not_zero(task: Task) -> None:
     found = score(task, "Add 1 and 2", "3")
     assert found.value is None
-    assert "Add 1 and 2" in found.detail and "Add" not in found.reason  # reports count by the reason
+    assert found.reason == "not a prompt of this task"  # reports count by the reason
+    form = "Sort DIGITS" if isinstance(task, SortTask) else "Make N of D D D"
+    assert found.detail == f"'Add 1 and 2' is not '{form}'"
+    assert score(task, "Sort 21" if isinstance(task, SortTask) else "Make 3 of 1 2", "3").value == 0
 
 
 @pytest.mark.parametrize("task", [SortTask(4), CountdownTask()])

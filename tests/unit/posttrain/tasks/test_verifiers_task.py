@@ -149,7 +149,13 @@ class Ones(vf.Taskset[OneTask]):
         ([TOOLS], [], None, {}, "its problems have tools"),
         ([PLAIN.format(container=True)], [], None, {}, "its problems need a container"),
         ([PLAIN.format(container=False)], [], "ubuntu", {}, "problem 0 needs a container (image 'ubuntu')"),
-        ([PLAIN.format(container=False), TWO], ["TwoEnv"], None, {}, "it has 2 agents (black, white)"),
+        (
+            [PLAIN.format(container=False), TWO],
+            ["TwoEnv"],
+            None,
+            {},
+            "it has 2 agents (black, white), and one model is trained; use one",
+        ),
         ([PLAIN.format(container=False), HARNESS], ["Own"], None, {}, "its agent is a program of its own"),
         (
             [PLAIN.format(container=False)],
