@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from configs import signals
 from configs.checkpoint_folders import check_start
+from configs.kinds import SCHEMAS
 from configs.loader import ConfigError, Failure, load
 
 T = TypeVar("T", bound=BaseModel)
@@ -22,23 +23,6 @@ T = TypeVar("T", bound=BaseModel)
 _UNKNOWN_KEYS = 2  # from as many on a config may be another command's
 _COMMANDS = {"pretrain": "train", "data": "data run", "recipe": "recipe run", "tokenizer": "tokenizer train"}
 TURN_SECONDS = 1.0
-
-# The schema of each kind of config, by its name in `trivium config`.
-SCHEMAS = {
-    "data": "configs.data:DataConfig",
-    "pretrain": "configs.train:PretrainConfig",
-    "sft": "configs.sft:SFTConfig",
-    "rm": "configs.reward_model:RewardModelConfig",
-    "dpo": "configs.preference:PreferenceConfig",
-    "ppo": "configs.rl:PPOConfig",
-    "grpo": "configs.rl:GRPOConfig",
-    "distill": "configs.distill:DistillConfig",
-    "sample": "configs.sample:SampleConfig",
-    "export": "configs.export:ExportConfig",
-    "recipe": "configs.recipe:RecipeConfig",
-    "tokenizer": "configs.tokenizer:TokenizerTrainConfig",
-    "launch": "configs.launch:LaunchConfig",
-}
 
 # Options of every training command (name, default, help); pretrain/checkpoint/resume.py and pretrain/profiling.py carry
 # them out.

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from configs import presets
-from configs.cli import SCHEMAS, command_parser, entrypoint
+from configs.cli import command_parser, entrypoint
+from configs.kinds import SCHEMAS
 from configs.loader import ConfigError, load
 from configs.reference import explain
 from configs.starters import starter

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from configs.cli import SCHEMAS
+from configs.kinds import SCHEMAS, schema_of
 from configs.loader import ConfigError, filled_tree
-from configs.reference import schema_of
 
 OVERRIDE = re.compile(r"[\w.]+=")
 

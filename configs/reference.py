@@ -6,7 +6,6 @@ out of date.
 
 import difflib
 import functools
-import importlib
 import inspect
 import json
 import textwrap
@@ -20,7 +19,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from configs.cli import SCHEMAS
+from configs.kinds import schema_of
 from configs.loader import ConfigError
 from configs.section import Section, bare, section_in
 
@@ -45,15 +44,6 @@ class Key:
             return f"[{self.name}] ({self.default})\n{textwrap.indent(self.text, INDENT)}"
         default = self.default if self.default.startswith((REQUIRED, LEFT_OUT, AS)) else f"default {self.default}"
         return f"{self.name} = {self.kind} ({default})\n{textwrap.indent(self.text, INDENT)}"
-
-
-def schema_of(name: str) -> type[Section]:
-    """Returns the root schema of a kind of config. Raises ConfigError if there is no such kind."""
-    if name not in SCHEMAS:
-        raise ConfigError(f"there is no config {name!r}; choose one of: {', '.join(SCHEMAS)}")
-    module, _, schema = SCHEMAS[name].partition(":")
-    found: type[Section] = getattr(importlib.import_module(module), schema)
-    return found
 
 
 def keys_of(schema: type[Section], prefix: str = "", like: str = "") -> Iterator[Key]:

@@ -6,7 +6,8 @@ descriptions.
 
 from typing import Any
 
-from configs.reference import schema_of, sentence, toml_value
+from configs.kinds import schema_of
+from configs.reference import sentence, toml_value
 from configs.section import Section, section_in
 
 _TITLES = {

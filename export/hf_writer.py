@@ -16,7 +16,6 @@ from configs.files import write_atomic
 from configs.loader import plain, validate
 from configs.model import ModelConfig
 from configs.reward_model import RewardSection
-from export.checks import Reference
 from export.conversion.family_registry import family_of
 from export.conversion.table import Family
 from export.conversion.tensor_shapes import parameters
@@ -26,12 +25,13 @@ from export.hf_config import to_hf_config
 from export.hf_folder import TOKEN_IDS
 from export.hf_tokenizer import write_tokenizer
 from export.model_source import ModelSource, Weights
+from export.reloading import Reference
 from export.tensors import write_tensors
 from pretrain.model import Decoder, LayerContext
 from pretrain.model.adapters import add_adapters
 
 if TYPE_CHECKING:
-    from export.huggingface import Texts
+    from export.checked_texts import Texts
     from pretrain.generation.text_codec import TextCodec
 
 

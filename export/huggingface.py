@@ -8,9 +8,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +18,11 @@ from configs.files import file_sha256, write_atomic
 from configs.loader import ConfigError, plain
 
 if TYPE_CHECKING:
-    from export.checks import Check, Reference, Reloaded
+    from export.checked_texts import Texts
+    from export.checks import Check
     from export.model_source import ModelSource
-    from pretrain.generation.text_codec import TextCodec
+    from export.reloading import Reference, Reloaded
 
-HELDOUT_PROMPT = 16  # tokens at the start of a held-out passage that serve as a prompt
 EXAMPLE = "trivium export configs/export/demo.toml run=runs/demo/sft out=runs/demo/export/sft"
 
 
@@ -41,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from export import publishing
+    from export.checked_texts import read_texts
     from export.memory import check_layers, check_memory, free_memory
     from export.model_source import open_source
 
@@ -91,110 +90,8 @@ def check_merged(source: "ModelSource") -> None:
     )
 
 
-@dataclass(frozen=True)
-class Texts:
-    """Texts, as token ids, on which the exported model is checked: `passages` for logits, `prompts` to continue.
-
-    The passages are held-out text if `held_out`, else the prompts. Without a codec, which an imported model may lack,
-    both are tokens drawn at random.
-    """
-
-    codec: "TextCodec | None"
-    passages: list[list[int]]
-    held_out: bool
-    prompts: list[list[int]]
-
-
-def read_texts(source: "ModelSource", config: ExportConfig, console: Any) -> Texts:
-    """Reads the prompts of the config and held-out passages of the data plan, and prints a note if there are none.
-
-    Raises ConfigError if a continuation would be longer than the model's context, ValueError as `heldout_passages`.
-    """
-    from export.heldout_passages import heldout_passages
-
-    if source.tokenizer is None and source.architecture is not None:
-        return _drawn_texts(source, config, console)
-    codec, options = source.codec(), config.verify
-    if codec.chat_template is None:
-        prompts = [codec.encode_prompt(text) for text in config.prompts]
-    else:
-        prompts = [codec.encode_chat(user_message(text)) for text in config.chat_prompts]
-    passages: list[list[int]] = []
-    most, tokenizer = min(options.max_tokens, source.context), source.need_tokenizer()
-    if config.plan is not None:
-        passages = heldout_passages(config.plan, options.rows, most, tokenizer)
-    elif source.plan is not None:
-        try:
-            passages = heldout_passages(source.plan, options.rows, most, tokenizer)
-        except ValueError as error:
-            console.print(f"note: {error}", markup=False, soft_wrap=True)
-    if not passages and source.lost_plan is not None:
-        console.print(
-            f"note: the plan that the model was trained on, {source.lost_plan}, is gone or has changed",
-            markup=False,
-            soft_wrap=True,
-        )
-    if not passages:
-        console.print(
-            "note: logits are compared on the prompts alone, not on held-out text; plan=FOLDER names a data plan",
-            markup=False,
-            soft_wrap=True,
-        )
-    opening = min(HELDOUT_PROMPT, source.context // 2)  # so that there is room to continue
-    openings = [passage[:opening] for passage in passages[:: options.rows]]
-    _check_lengths(source.context, prompts, openings, config)
-    return Texts(codec, passages or prompts, bool(passages), prompts + openings)
-
-
-def _drawn_texts(source: "ModelSource", config: ExportConfig, console: Any) -> Texts:
-    """Returns random tokens for an imported model whose tokenizer Trivium cannot use.
-
-    Raises ConfigError as `read_texts`.
-    """
-    console.print(
-        f"note: {source.path} has no tokenizer that Trivium can use; outputs are compared on random tokens, and the "
-        "files of its tokenizer are copied as they are",
-        markup=False,
-        soft_wrap=True,
-    )
-    draw = random.Random(config.seed)
-    room = source.context - config.verify.greedy_tokens
-    lengths = [min(config.verify.max_tokens, source.context), max(1, min(HELDOUT_PROMPT, room))]
-    passage, prompt = ([draw.randrange(source.model.vocab_size) for _ in range(length)] for length in lengths)
-    _check_lengths(source.context, [prompt], [], config, sampled=False)
-    return Texts(None, [passage], False, [prompt])
-
-
-def _check_lengths(
-    context: int, prompts: list[list[int]], openings: list[list[int]], config: ExportConfig, sampled: bool = True
-) -> None:
-    """Raises ConfigError if a prompt and its continuation are longer than the context that the folder will state.
-
-    Without `sampled`, no continuations are sampled.
-    """
-    longest = max(map(len, prompts))
-    if longest >= context:
-        raise ConfigError(
-            f"a prompt of {longest} tokens leaves no room in the {context} that the model was trained on at a time; "
-            "shorten prompts, or chat_prompts of a model with a chat template"
-        )
-    wanted = {
-        "verify.greedy_tokens": (config.verify.greedy_tokens, context - max(map(len, prompts + openings))),
-    }
-    if sampled:
-        wanted["sample_tokens"] = (config.sample_tokens, context - longest)
-    over = {key: room for key, (asked_for, room) in wanted.items() if asked_for > room}
-    if over:
-        said = " and ".join(f"{key} = {wanted[key][0]}" for key in over)
-        raise ConfigError(
-            f"{said} after the longest prompt would go past the {context} tokens that the model was trained on at a "
-            f"time, which the folder will state; set {' '.join(f'{key}={room}' for key, room in over.items())}, or "
-            "shorten the prompts"
-        )
-
-
 def export(
-    source: "ModelSource", texts: Texts, config: ExportConfig, out: Path, made_from: dict[str, Any], console: Any
+    source: "ModelSource", texts: "Texts", config: ExportConfig, out: Path, made_from: dict[str, Any], console: Any
 ) -> int:
     """Writes, verifies and publishes the folder; returns 0. Raises ValueError if a check fails, leaving no folder."""
     from export import publishing
@@ -215,7 +112,7 @@ def export(
 
 
 def _write_adapter(
-    source: "ModelSource", texts: Texts, config: ExportConfig, partial: Path, console: Any
+    source: "ModelSource", texts: "Texts", config: ExportConfig, partial: Path, console: Any
 ) -> list["Check"]:
     """Writes and checks the adapters in PEFT's format: into the folder, or beside the merged model into one in it."""
     from export.peft.exporting import open_adapter, write_adapter
@@ -229,12 +126,13 @@ def _write_adapter(
 
 
 def _write_model(
-    source: "ModelSource", texts: Texts, config: ExportConfig, partial: Path, console: Any
+    source: "ModelSource", texts: "Texts", config: ExportConfig, partial: Path, console: Any
 ) -> list["Check"]:
     """Writes and checks the model; what the checks found is in the model card, too."""
-    from export.checks import has_odd_experts, reload, verify
+    from export.checks import verify
     from export.hf_writer import write_model
     from export.model_card import model_card
+    from export.reloading import has_odd_experts, reload
 
     with source.weights() as weights:
         with console.status("writing"):
@@ -258,7 +156,7 @@ def _write_model(
     return checks
 
 
-def fingerprint(source: "ModelSource", texts: Texts, config: ExportConfig) -> dict[str, Any]:
+def fingerprint(source: "ModelSource", texts: "Texts", config: ExportConfig) -> dict[str, Any]:
     """Returns everything that decides the folder's content and its checks, as hashes of contents and not as paths."""
     code, codec = sorted(Path(__file__).parent.rglob("*.py")), texts.codec
     return {
@@ -309,6 +207,8 @@ def sample(hf: "Reloaded", reference: "Reference", config: ExportConfig, console
     from rich.table import Table
     from transformers import GenerationConfig
 
+    from export.checked_texts import user_message
+
     codec = reference.codec
     assert codec is not None
     table = Table(title=f"written by transformers, temperature {config.sample_temperature:g}", show_lines=True)
@@ -334,11 +234,6 @@ def sample(hf: "Reloaded", reference: "Reference", config: ExportConfig, console
         text = hf.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
         table.add_row(_plain(prompt), _plain(text))
     console.print(table)
-
-
-def user_message(text: str) -> list[dict[str, str]]:
-    """Returns a dialogue of one user message."""
-    return [{"role": "user", "content": text}]
 
 
 def _plain(text: str) -> Any:

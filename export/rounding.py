@@ -8,17 +8,15 @@ measured: Trivium's decoder computes the same in fp64.
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from configs.model import ModelConfig
 from export.conversion.table import Family
 from export.conversion.walk import embedding_name
+from export.reloading import Reference, Reloaded
 from pretrain.model import Decoder
-
-if TYPE_CHECKING:
-    from export.checks import Reference, Reloaded
 
 MARGIN = 8.0  # of the rounding that was measured, since that of another order of additions may be larger
 
@@ -43,7 +41,7 @@ def allowed(ours: torch.Tensor, exact: torch.Tensor, tolerance: float) -> float:
     return max(tolerance, min(MARGIN * error, tolerance * largest))
 
 
-def first_layer(hf: "Reloaded", reference: "Reference", tokens: torch.Tensor, tolerance: float) -> str:
+def first_layer(hf: Reloaded, reference: Reference, tokens: torch.Tensor, tolerance: float) -> str:
     """Returns the first module whose output differs by more than is allowed, and by how much, as text."""
     decoder, exact = reference.decoder, in_fp64(reference.decoder)
     modules = module_names(reference.family, reference.compared)

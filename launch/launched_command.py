@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from configs.config_kind import OVERRIDE, command_for, kind_of, kind_of_command
+from configs.kinds import schema_of
 from configs.layout import SEQ_LENGTH, Layout
 from configs.loader import ConfigError, filled_tree, validate
-from configs.reference import schema_of
 from configs.train import PretrainConfig
 from launch.bootstrap import ON_RANKS, TRAINING
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from configs.checkpoint_folders import model_of, newest_manifest
-from configs.cli import SCHEMAS
 from configs.config_kind import kind_of_command
 from configs.files import file_sha256
+from configs.kinds import SCHEMAS, schema_of
 from configs.layout import Layout
 from configs.loader import ConfigError, load, read_overridden
 from configs.method_layout import check_method
 from configs.model import ModelConfig
-from configs.reference import schema_of
 from configs.section import Section
 
 MARKS = ("plan.json", "trivium_import.json", "manifest.json")  # what identifies a folder of other kinds

@@ -19,7 +19,7 @@ from configs.export import ExportConfig
 from configs.files import write_atomic
 from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
-from export.checks import Check, Reference, Reloaded, check_greedy, check_logits, check_tokenizer, reload
+from export.checks import Check, check_greedy, check_logits, check_tokenizer
 from export.conversion.walk import ConversionError, convert, fit
 from export.hf_folder import FolderTensors, HFFolder, content_sha256, open_hf_folder
 from export.hf_tokenizer import write_tokenizer
@@ -28,12 +28,13 @@ from export.model_source import ModelSource, open_source
 from export.peft import folder
 from export.peft.adapter import Base, OwnAdapter
 from export.peft.forms import form_of_kind
+from export.reloading import Reference, Reloaded, reload
 from pretrain.checkpoint.adapter_base import base_of
 from pretrain.checkpoint.storage import Reader, read_manifest
 from pretrain.model.adapters import is_adapter
 
 if TYPE_CHECKING:
-    from export.huggingface import Texts
+    from export.checked_texts import Texts
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 from configs.cli import command_parser, entrypoint
 from configs.config_kind import command_for, kind_of_command
+from configs.kinds import schema_of
 from configs.loader import ConfigError, load
-from configs.reference import schema_of
 from configs.train import PretrainConfig, TrainerConfig
 from launch.bootstrap import TRAINING
 from pretrain.doctor.after_run import after_run

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import cli
-from configs.cli import SCHEMAS
 from configs.data import DataConfig
+from configs.kinds import SCHEMAS
 from configs.loader import ConfigError, validate
 from configs.presets import filled_in
 from configs.reference import explain

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from configs.cli import SCHEMAS
 from configs.config_kind import command_for, kind_of
+from configs.kinds import SCHEMAS
 from configs.loader import ConfigError
 from configs.starters import starter
 from pretrain import train

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from configs.kinds import schema_of
 from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
-from configs.reference import schema_of
 from tests.remedies import changed, put, ways
 from tests.training_configs import BASES
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import cli
-from configs.cli import SCHEMAS
 from configs.config_command import main
+from configs.kinds import SCHEMAS, schema_of
 from configs.loader import ConfigError, plain, validate
-from configs.reference import AS, LEFT_OUT, NAME, REQUIRED, explain, keys_of, schema_of
+from configs.reference import AS, LEFT_OUT, NAME, REQUIRED, explain, keys_of
 from configs.starters import starter
 from data_pipeline.command import main as data_run
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 
 from configs import loader
+from configs.kinds import schema_of
 from configs.layout import SEQ_LENGTH, Layout
 from configs.loader import ConfigError, validate
-from configs.reference import schema_of
 from configs.starters import starter
 from configs.train import PretrainConfig
 from tests.remedies import drawn, follow, refused

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.cli import SCHEMAS
+from configs.kinds import SCHEMAS
 from configs.loader import ConfigError, load, toml
 from configs.sampling import split_keys
 from tests.training_configs import BASES

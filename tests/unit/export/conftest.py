@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from configs.export import ExportConfig
 from export import huggingface
+from export.checked_texts import read_texts
 from pretrain.model import Decoder, build_single
 from tests.tiny_models import make_source, random_weights, tiny, train_tokenizer
 
@@ -33,6 +34,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path) -> 
     out = tmp_path_factory.mktemp("exported") / "model"
     config = ExportConfig(run="unused", out=str(out), prompts=["It was"], chat_prompts=["a"], sample_tokens=1)
     source, console = make_source(tiny(), random_weights(tiny()), tokenizer_path), Console(file=io.StringIO())
-    texts = huggingface.read_texts(source, config, console)
+    texts = read_texts(source, config, console)
     assert huggingface.export(source, texts, config, out, {}, console) == 0
     return out

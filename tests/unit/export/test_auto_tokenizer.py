@@ -17,6 +17,7 @@ from data_pipeline.tokens.foreign import adopt, roles_file
 from data_pipeline.tokens.tokenizer import Tokenizer
 from data_pipeline.tokens.tokenizer_training import train_on_texts
 from export import checks, huggingface
+from export.checked_texts import read_texts
 from export.checks import ODD_TEXTS
 from export.hf_tokenizer import first_difference, write_tokenizer
 from posttrain.chat.chat_format import jinja_template
@@ -159,7 +160,7 @@ def test_a_model_with_a_tokenizer_trained_elsewhere_is_exported_and_verified(mak
     source = make_source(config, random_weights(config), Path(ours.origin))
     settings = ExportConfig(run="unused", out=str(tmp_path / "out"), prompts=["def f", "中"], sample_tokens=4)
     console = Console(width=200, file=io.StringIO())
-    texts = huggingface.read_texts(source, settings, console)
+    texts = read_texts(source, settings, console)
     assert huggingface.export(source, texts, settings, tmp_path / "out", {"key": "value"}, console) == 0
     begin = ours.bos_id if ours.bos_id >= 0 else None
     for name in ("config.json", "generation_config.json"):

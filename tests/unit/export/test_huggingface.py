@@ -11,15 +11,16 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import export.checks
 import export.hf_tokenizer
 import export.hf_writer
+import export.reloading
 import export.tensors
 from configs.export import ExportConfig
 from configs.loader import plain, validate
 from configs.model import ModelConfig
 from data_pipeline.tokens.tokenizer import Tokenizer
 from export import huggingface, publishing
+from export.checked_texts import read_texts
 from posttrain.chat.chat_format import ChatFormat, jinja_template
 from tests.tiny_models import ENGLISH, make_source, random_weights, tiny
 
@@ -30,7 +31,7 @@ def run(source, out: Path, **keys) -> tuple[int, str]:
         run="unused", out=str(out), prompts=["春眠", ENGLISH[:40]], chat_prompts=["春眠"], sample_tokens=8, **keys
     )
     console = Console(record=True, width=200, file=io.StringIO())
-    texts = huggingface.read_texts(source, config, console)
+    texts = read_texts(source, config, console)
     status = huggingface.export(source, texts, config, out, {"key": "value"}, console)
     return status, console.export_text()
 
@@ -275,7 +276,7 @@ def test_what_fp32_rounds_is_allowed(tmp_path, tokenizer_path):
 
 def test_a_fault_is_found_in_its_layer_among_large_hidden_states(tmp_path, tokenizer_path, monkeypatch):
     """Makes one element of the hidden state some ten thousands, which fp32 has to about 1e-3."""
-    original = export.checks.reload
+    original = export.reloading.reload
 
     def reload(*args):
         hf = original(*args)
@@ -283,7 +284,7 @@ def test_a_fault_is_found_in_its_layer_among_large_hidden_states(tmp_path, token
             hf.model.model.layers[2].mlp.up_proj.weight.mul_(1.1)
         return hf
 
-    monkeypatch.setattr(export.checks, "reload", reload)
+    monkeypatch.setattr(export.reloading, "reload", reload)
     weights = random_weights(tiny())
     weights["layers.0.mlp.down_proj.weight"][0] *= 1e3
     with pytest.raises(ValueError, match=r"first at the output of layers\.2"):

@@ -10,7 +10,7 @@ from configs.export import ExportConfig
 from configs.loader import ConfigError, validate
 from configs.model import ModelConfig
 from configs.train import ParallelConfig
-from export.huggingface import _check_lengths
+from export.checked_texts import _check_lengths
 from export.memory import check_memory
 from export.text_model import _layout
 from tests.remedies import remedies

@@ -15,6 +15,7 @@ from configs.export import ExportConfig
 from configs.loader import plain, validate
 from configs.model import ModelConfig
 from export import huggingface
+from export.checked_texts import read_texts
 from export.conversion.tensor_shapes import parameters
 from export.import_hf import import_directory
 from export.model_source import open_source
@@ -85,7 +86,7 @@ def test_a_model_of_2_gb_is_exported_and_imported_in_a_fraction_of_its_size(tmp_
     )  # fmt: skip
     console = Console(record=True, width=200, file=io.StringIO())
     source = open_source(run)
-    texts = huggingface.read_texts(source, config, console)
+    texts = read_texts(source, config, console)
     grown: list[int] = []
     with peak_growth(grown):
         assert huggingface.export(source, texts, config, out, {}, console) == 0
