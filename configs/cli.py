@@ -15,6 +15,7 @@ from configs import signals
 from configs.checkpoint_folders import check_start
 from configs.kinds import SCHEMAS
 from configs.loader import ConfigError, Failure, load
+from configs.memory_errors import lack_of_memory
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -186,7 +187,7 @@ def entrypoint(
         if signals.was_interrupted():
             signals.exit(_interrupted(prints_errors))
         of_all_ranks = isinstance(error, FloatingPointError)
-        if (said := _not_finite(error) or _file_fault(error)) is not None:
+        if (said := _not_finite(error) or _file_fault(error) or _memory_fault(error)) is not None:
             if of_all_ranks and not prints_errors:
                 time.sleep(TURN_SECONDS)
             else:
@@ -214,6 +215,13 @@ def _not_finite(error: Exception) -> str | None:
         return None
     more = ", without the newest checkpoint if it ends there again" if "lower optimizer.lr" in str(error) else ""
     return f"{error}{more}"
+
+
+def _memory_fault(error: Exception) -> str | None:
+    """Says that memory is used up, None for other errors; a training run names its settings, see pretrain/run."""
+    if (said := lack_of_memory(error)) is None:
+        return None
+    return f"{said}; end other programs on this machine, or take one with more memory, then {signals.AGAIN}"
 
 
 def _file_fault(error: Exception) -> str | None:

@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.heldout_loss import Evaluator
     from pretrain.parallel import groups
     from pretrain.run.dry_start import check_dry_start
+    from pretrain.run.memory_use import lack_is_told
     from pretrain.trainer import Trainer
 
     env = ClusterEnvironment.read()
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_dry_start(config, initial.model, source, initial.lineage, args.resume, env.is_main)
         return 0
 
-    with groups.joined(env, layout, config.parallel.backend) as mesh:
+    with groups.joined(env, layout, config.parallel.backend) as mesh, lack_is_told(config, initial.model, mesh):
         return Trainer(
             config,
             initial.model,

@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.rl.task_accuracy import TaskAccuracy
     from pretrain.parallel import groups
     from pretrain.run.dry_start import check_dry_start
+    from pretrain.run.memory_use import lack_is_told
     from pretrain.trainer import Trainer
 
     env = ClusterEnvironment.read()
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_dry_start(config, initial.model, source, initial.lineage, args.resume, env.is_main)
         return 0
 
-    with groups.joined(env, run.layout, config.parallel.backend) as mesh:
+    with groups.joined(env, run.layout, config.parallel.backend) as mesh, lack_is_told(config, initial.model, mesh):
         trainer = Trainer(
             config,
             initial.model,

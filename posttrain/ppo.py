@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.rl.text_rows import TextRows
     from pretrain.parallel import groups
     from pretrain.run.dry_start import check_dry_start
+    from pretrain.run.memory_use import lack_is_told
     from pretrain.trainer import Trainer
 
     env, ppo = ClusterEnvironment.read(), config.ppo
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"note: {unchecked}")
         return 0
 
-    with groups.joined(env, run.layout, config.parallel.backend) as mesh:
+    with groups.joined(env, run.layout, config.parallel.backend) as mesh, lack_is_told(config, initial.model, mesh):
         return Trainer(
             config,
             initial.model,

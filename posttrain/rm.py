@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from posttrain.reward_model.reward_losses import loss_of
     from pretrain.parallel import groups
     from pretrain.run.dry_start import check_dry_start
+    from pretrain.run.memory_use import lack_is_told
     from pretrain.trainer import Trainer
 
     env = ClusterEnvironment.read()
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     loss = loss_of(config.reward_model)
-    with groups.joined(env, layout, config.parallel.backend) as mesh:
+    with groups.joined(env, layout, config.parallel.backend) as mesh, lack_is_told(config, model, mesh):
         return Trainer(
             config,
             model,

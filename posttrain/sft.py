@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.parallel import groups
     from pretrain.report.mask_page import visible
     from pretrain.run.dry_start import check_dry_start
+    from pretrain.run.memory_use import lack_is_told
     from pretrain.trainer import Trainer
 
     masks = mask_xray.describe(examples, chat, mask_xray.IN_REPORT)
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluators: list[Evaluator] = [HeldoutLoss(heldout, chat.tokenizer.token_bytes)]
     if config.task and task:
         evaluators.append(TaskAccuracy(task, chat, seed, config.task.eval_prompts))
-    with groups.joined(env, layout, config.parallel.backend) as mesh:
+    with groups.joined(env, layout, config.parallel.backend) as mesh, lack_is_told(config, initial.model, mesh):
         title, lineage = config.run.name, initial.lineage
         return Trainer(
             config,

@@ -96,8 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch takes seconds to import, so mistakes in the config are reported before.
     from pretrain.data.data_check import DamagedTrainingData
     from pretrain.parallel import groups
+    from pretrain.run.memory_use import lack_is_told
 
-    with groups.joined(env, layout, config.parallel.backend) as mesh:
+    with groups.joined(env, layout, config.parallel.backend) as mesh, lack_is_told(config, config.model, mesh):
         try:
             name, plan = config.run.name, choice.plan
             heldout = _heldout(plan, config.eval.rows, mesh)

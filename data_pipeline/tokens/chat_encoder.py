@@ -46,7 +46,10 @@ class ChatEncoder:
         self.ends = tuple(name for name in written.ends if name not in tags)
         longest = sorted(self.controls, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest)) if longest else "(?!)")
-        self._control_ids = frozenset(tokenizer.added_ids[name] for name in self.controls)
+        # A word that the tokenizer does not know becomes <unk>, which forges nothing unless it ends an answer, too.
+        ending = {tokenizer.eos_id, *(tokenizer.added_ids[name] for name in self.ends)}
+        harmless = {tokenizer.unk_id} - ending
+        self._control_ids = frozenset(tokenizer.added_ids[name] for name in self.controls) - harmless
 
     def check(self) -> None:
         """Raises ValueError if the template writes no user's message, whether or not a system message comes first."""

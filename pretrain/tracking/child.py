@@ -92,6 +92,7 @@ class Prometheus:
         self._registry = self._library.CollectorRegistry()
         self._gauges: dict[str, Any] = {}
         self._name, self._file = settings["name"], settings["file"] or str(Path(settings["run_dir"], "metrics.prom"))
+        Path(self._file).absolute().parent.mkdir(parents=True, exist_ok=True)
         self.run = self._file
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -25,8 +25,10 @@ from typing import Any
 
 from configs.differences import flat
 from configs.files import write_atomic
+from configs.folders import check_writable
 from configs.loader import ConfigError, plain
 from configs.tracking import TrackingConfig
+from launch.environment import is_main
 
 CHILD = Path(__file__).with_name("child.py")
 FILE = "tracking.json"
@@ -44,7 +46,10 @@ LIBRARIES = {
 
 
 def check_installed(config: TrackingConfig) -> None:
-    """Raises ConfigError if the library of a tracker is not installed."""
+    """Raises ConfigError if the library of a tracker is not installed, or its file or folder cannot be written to.
+
+    Only the main rank writes there, and only it looks.
+    """
     for name in config.chosen:
         module, package = LIBRARIES[name]
         try:
@@ -55,6 +60,16 @@ def check_installed(config: TrackingConfig) -> None:
             raise ConfigError(
                 f"[tracking.{name}] needs the package {package}, which is not installed; run "
                 "`pip install 'trivium[tracking]'`, or take the section out"
+            )
+    if not is_main():
+        return
+    if config.mlflow and config.mlflow.uri and "://" not in config.mlflow.uri:
+        check_writable(config.mlflow.uri, "tracking.mlflow.uri")
+    if config.prometheus and (file := config.prometheus.file):
+        check_writable(Path(file).parent, "tracking.prometheus.file", file)
+        if Path(file).is_dir():
+            raise ConfigError(
+                f"tracking.prometheus.file = {file!r} is a folder; name a file in it, such as {file}/metrics.prom"
             )
 
 

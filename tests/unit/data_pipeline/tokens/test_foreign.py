@@ -15,7 +15,8 @@ from configs.loader import ConfigError
 from configs.tokenizer import TokenizerConfig, TokenizerKind
 from data_pipeline.command import main as data_run
 from data_pipeline.mixture.rows import Plan
-from data_pipeline.tokens.foreign import adopt, load_named
+from data_pipeline.tokens.chat_encoder import ChatEncoder, ForgedToken
+from data_pipeline.tokens.foreign import Named, adopt, load_named
 from data_pipeline.tokens.store import SourceStores
 from data_pipeline.tokens.tokenizer import Tokenizer, difference_of_files
 from tests.data_runs import data_config
@@ -92,6 +93,19 @@ def test_text_never_becomes_a_control_symbol(case: tuple[Maker, Path]) -> None:
     for name, number in ours.special_ids.items():
         for text in (name, f"a {name}b{name}", f"{name}\0{name}"):
             assert number == ours.unk_id or number not in ours.encode(text), text
+
+
+@pytest.mark.parametrize("maker", [bert, t5])
+def test_words_that_the_tokenizer_does_not_know_forge_no_control_token(maker: Maker, tmp_path: Path) -> None:
+    """They become <unk>, of which no message is refused, unless that token ends answers as well."""
+    named = Named(ENDS.get(maker, "</s>"), None, None)
+    tokenizer = Tokenizer.load(write(tmp_path, *maker()), named=named)
+    unknown, end = tokenizer.pieces[tokenizer.unk_id], tokenizer.pieces[tokenizer.eos_id]
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }}END{% endfor %}"
+    prompt = ChatEncoder(tokenizer, template.replace("END", end)).prompt([{"role": "user", "content": "1 你"}])
+    assert prompt.count(tokenizer.unk_id) == 1 and prompt.count(tokenizer.eos_id) == 1
+    with pytest.raises(ForgedToken, match="the text of a message was encoded to a control token"):
+        ChatEncoder(tokenizer, template.replace("END", unknown)).prompt([{"role": "user", "content": "1 你"}])
 
 
 @pytest.mark.parametrize(

@@ -241,13 +241,17 @@ def test_one_that_fails_is_told_once_and_soon_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(trackers, "FAILED_CLOSE_SECONDS", 0.2)
+    (tmp_path / "no folder").touch()
     failing = opened(tmp_path / "run", prometheus={"file": str(tmp_path / "no folder" / "a.prom")})
     for step in range(1, 4):
         write(failing, step)
     failing.close(finished=True)
     first, last = capfd.readouterr().out.splitlines()
-    assert first.startswith("warning: tracking.prometheus: FileNotFoundError") and "training goes on" in first
-    assert "3 of 3 records did not get there (FileNotFoundError" in last
+    assert first.startswith("warning: tracking.prometheus: FileExistsError") and "training goes on" in first
+    assert "3 of 3 records did not get there (FileExistsError" in last
+    new = tmp_path / "no folder yet/a.prom"
+    child.Prometheus({"name": "run", "file": str(new)}).write(1, {"loss": 2.0})
+    assert 'trivium_loss{part="",run="run"} 2.0' in new.read_text(encoding="utf-8")
 
 
 def test_errors_are_told_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,3 +285,27 @@ def test_a_missing_library_is_named_before_training(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ConfigError, match=r"\[tracking.wandb\] needs the package no-such-library.*trivium\[tracking\]"):
         check_installed(config)
     check_installed(validate(TrackingConfig, {}))
+
+
+def test_a_file_or_folder_that_cannot_be_written_is_named_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refuses each before the first step, on the main rank alone; folders that are not there are made later."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trackers, "LIBRARIES", dict.fromkeys(trackers.LIBRARIES, ("json", "json")))
+    Path("file").touch()
+    Path("folder.prom").mkdir()
+
+    def check(**sections: dict[str, Any]) -> None:
+        check_installed(validate(TrackingConfig, sections))
+
+    with pytest.raises(ConfigError, match=r"tracking.prometheus.file = 'file/a.prom': file is a file; name a folder"):
+        check(prometheus={"file": "file/a.prom"})
+    with pytest.raises(ConfigError, match=r"tracking.mlflow.uri = 'file': file is a file; name a folder"):
+        check(mlflow={"uri": "file", "experiment": "e"})
+    with pytest.raises(ConfigError, match=r"folder.prom' is a folder; name a file in it, such as (\S+)$") as refused:
+        check(prometheus={"file": "folder.prom"})
+    check(prometheus={"file": str(refused.value).split()[-1]}, mlflow={"uri": "new/store", "experiment": "e"})
+    assert not Path("new").exists()
+    monkeypatch.setattr(trackers, "is_main", lambda: False)
+    check(prometheus={"file": "file/a.prom"})
