@@ -2,8 +2,8 @@
 
 Files are JSON lines or text, in UTF-8, UTF-16 or UTF-32, plain or compressed with gzip or Zstandard, or Parquet.
 Compression, encoding and Parquet are recognized by a file's first bytes. An item that cannot be read ends the run with
-an error, since documents that hold its text would otherwise stay. Files may have different text keys: the items of one
-file have those that its first item has, and lead into nested objects as `a.b`.
+an error, since documents that hold its text would otherwise stay. Files may have different text keys, which lead into
+nested objects as `a.b`: every item of a file has at least those that the first one has.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,7 +87,7 @@ def _items(path: str, settings: DecontaminateConfig) -> Iterator[EvaluationItem]
                 if line.too_long or line.content.strip():
                     fields, where = _fields(line, name), f"line {line.number}"
                     keys = keys or _keys_of(name, where, fields, settings)
-                    yield _item(name, where, line.number, fields, keys, settings.id_key)
+                    yield _item(name, where, line.number, fields, keys, settings)
 
 
 def _content(file: BinaryIO, name: str) -> Iterator[bytes]:
@@ -149,7 +149,7 @@ def _rows(path: str, name: str, settings: DecontaminateConfig) -> Iterator[Evalu
             for fields in batch.to_pylist():
                 number += 1
                 keys = keys or _keys_of(name, f"row {number}", fields, settings)
-                yield _item(name, f"row {number}", number, fields, keys, settings.id_key)
+                yield _item(name, f"row {number}", number, fields, keys, settings)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(
             f"evaluation file {name} cannot be read after row {number} ({error}); replace it by a whole copy, or leave "
@@ -158,26 +158,33 @@ def _rows(path: str, name: str, settings: DecontaminateConfig) -> Iterator[Evalu
 
 
 def _keys_of(name: str, where: str, fields: Any, settings: DecontaminateConfig) -> list[str]:
-    """Returns the text keys that a file's first item has, which all of its items have to have.
+    """Returns the text keys that a file's first item has, which all of its items have to have; they may have more.
 
     Raises ValueError if it has none.
     """
-    keys = [key for key in settings.text_keys if isinstance(fields, Mapping) and lookup(dict(fields), key)]
+    found = {key: lookup(dict(fields), key) for key in settings.text_keys} if isinstance(fields, Mapping) else {}
+    keys = [key for key, slot in found.items() if slot and slot[0][slot[1]] is not None]
     if not keys:
         raise _no_texts(name, where, fields, " or ".join(map(repr, settings.text_keys)))
     return keys
 
 
-def _item(name: str, where: str, number: int, fields: Any, keys: Sequence[str], id_key: str) -> EvaluationItem:
+def _item(
+    name: str, where: str, number: int, fields: Any, needed: Sequence[str], settings: DecontaminateConfig
+) -> EvaluationItem:
     parts: list[str] = []
-    for key in keys:
+    keys: list[str] = []
+    for key in settings.text_keys:
         slot = lookup(fields, key) if isinstance(fields, dict) else None
         value = slot[0][slot[1]] if slot else None
+        if value is None and key not in needed:
+            continue
+        keys.append(key)
         texts: list[Any] = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts):
             raise _no_texts(name, where, fields, repr(key))
         parts.extend(texts)
-    own = lookup(fields, id_key)
+    own = lookup(fields, settings.id_key)
     named = own[0][own[1]] if own else None
     return EvaluationItem(name, str(number if named is None else named), "\n".join(parts), keys)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from configs.checkpoint_folders import newest_manifest
 from configs.cli import command_parser, entrypoint
 from configs.data import DataConfig
+from configs.folders import check_writable
 from configs.loader import ConfigError, load
 from configs.mixture import PlanConfig
 from configs.sealed import CHECKPOINT
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load(DataConfig, args.config, args.overrides)
     if args.out.exists():
         raise ConfigError(f"--out {args.out} exists already; name a new folder, nothing is overwritten")
+    check_writable(args.out.parent, "--out", args.out)
     plan, samples = used(args.after, args.plan)
     stages = rest(config.plans(), plan.first_sample + samples)
     run_dir, console = Path(config.run.dir), wide_console()

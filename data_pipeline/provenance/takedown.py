@@ -16,6 +16,7 @@ from typing import Any
 from configs.cli import command_parser, entrypoint
 from configs.data import DataConfig
 from configs.files import write_atomic
+from configs.folders import check_writable
 from configs.loader import ConfigError, load
 from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.stage import read_manifest
@@ -152,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = read_list(args.list)
     if args.out.exists() and not args.dry_run:
         raise ConfigError(f"--out {args.out} exists already; name a new folder, nothing is overwritten")
+    check_writable(args.out.parent, "--out", args.out)
     run_dir, console = Path(config.run.dir), wide_console()
     if read_manifest(run_dir / "plan") is None:
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no plan yet; run: trivium data run {args.config}")

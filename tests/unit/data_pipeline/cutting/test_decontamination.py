@@ -246,6 +246,11 @@ def test_evaluation_files_may_have_keys_of_their_own(tmp_path: Path) -> None:
     assert found == [("1", "two words"), ("2", "and more"), ("x", "why\nA\nB"), ("x", "why\nA\nB")]
     with pytest.raises(ValueError, match=r"under .prompt.; set .* this one has question\.stem, .*choices"):
         list(read_items(files, settings.model_copy(update={"text_keys": ("prompt",)})))
+    rows = [{"prompt": "a", "context": None}, {"prompt": "b", "context": "c"}, {"prompt": "d"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    more = settings.model_copy(update={"text_keys": ("context", "prompt")})
+    for file in (jsonl(tmp_path / "d.jsonl", rows), str(tmp_path / "d.parquet")):
+        assert [item.text for item in read_items([file], more)] == ["a", "c\nb", "d"]
     with pytest.raises(ConfigError, match=r"has .answer., which the first item of no evaluation .* leave it out"):
         check_first_items(files, settings.model_copy(update={"text_keys": (*keys, "answer")}))
     jsonl(tmp_path / "a.jsonl", [{"prompt": "one"}, {"question": "other"}])

@@ -45,6 +45,9 @@ def test_exact_hash_ignores_case_and_spaces_only() -> None:
 def test_one_address_in_many_spellings() -> None:
     same = ["http://www.Example.org/a/", "https://example.org/a#top", "https://example.org:443/a"]
     assert len({url_key(url) for url in same}) == 1
+    same = ["http://Müller.de/Köln?q=%c3%A9%7e a", "http://xn--mller-kva.de./K%C3%B6ln?q=é~%20a"]
+    assert url_key(same[0]) == url_key(same[1]) != url_key("http://xn--mller-kva.de/K%C3%B6ln?q=é~%2520a")
+    assert url_key("http://a.org/b%2Fc") != url_key("http://a.org/b/c")
     assert len({url_key(url) for url in [same[0], "example.org/b", "https://example.org/a?page=2", "http://[x"]}) == 4
     assert url_key("") == 0
 

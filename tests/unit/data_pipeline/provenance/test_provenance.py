@@ -12,7 +12,7 @@ from configs.loader import ConfigError
 from configs.mixture import PlanConfig
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
-from data_pipeline.provenance import takedown, trace
+from data_pipeline.provenance import replan, takedown, trace
 from data_pipeline.provenance.lookup import stored, uses
 from data_pipeline.tokens import store
 from data_pipeline.tokens.tokenizer import Tokenizer
@@ -136,6 +136,10 @@ def test_a_takedown_leaves_nothing_of_a_document(
     }
     with pytest.raises(ConfigError, match=re.escape(f"--out {out} exists already")):
         takedown.main(command)
+    below = tmp_path / "list.txt/clean"
+    for main, more in ((takedown.main, [str(tmp_path / "list.txt")]), (replan.main, ["--after", "step_1"])):
+        with pytest.raises(ConfigError, match=r"--out = '.*clean': .*list\.txt is a file; name a folder"):
+            main([str(config), *more, "--out", str(below)])
 
 
 def test_documents_are_found_by_address(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
