@@ -105,6 +105,15 @@ iframe { width: 100%; height: 70vh; border: 1px solid var(--grid); border-radius
 """
 
 
+READING = (
+    "An arrow leads from the first value to the last one. Losses are means over the tokens, pairs or examples that are "
+    "trained on. What is held out is never trained on; bits a byte are the loss on it for each byte of text. Held-out "
+    "problems are answered twice: greedy answers consist of the likeliest tokens, sampled ones of tokens drawn at "
+    "random. A mean score is that of all rewards together, and NAME/accuracy the mean of the reward that says whether "
+    "an answer to the problems NAME is right."
+)
+
+
 def write_html(
     title: str,
     stages: Sequence[RecipeStage],
@@ -147,6 +156,7 @@ def write_html(
         f"<h1>{html.escape(title)}</h1>",
         *([f"<p><b>{html.escape(stop.what)}</b></p><p>{html.escape(stop.remedy)}</p>"] if stop else []),
         f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>',
+        f"<p>{READING}</p>",
         *_gates_html(stages),
         *_comparison_html(comparison(stages)),
         *(f"<pre>$ {html.escape(str(specimen))}\n{html.escape(text)}</pre>" for specimen, text in written),

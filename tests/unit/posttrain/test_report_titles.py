@@ -14,6 +14,7 @@ def test_every_number_of_post_training_has_a_title_and_a_unit() -> None:
     names = [*DRAWN, *(name for loss in losses for name in loss.metrics)]
     names += ["logprob_difference", "kl_rollout", "clipped", "kl_reference", "kl_to_reference", "correction_weight"]
     names += ["corrected", "ptx_loss", "turns", "value_loss", "value_grad_norm", "reward/sort/accuracy", "mtp_loss_1"]
+    names += ["pairs", "drawn_prompts"]
     assert [name for name in names if not titled(name)[1]] == []
     assert titled("reward/sort/accuracy") == ("Mean reward: sort/accuracy", "reward")
     assert titled("mtp_loss_1") == ("Loss of multi-token prediction, head 1", "nats per token")
