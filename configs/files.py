@@ -1,9 +1,11 @@
-"""Atomic writes and checksums of files."""
+"""Atomic writes of files and folders, and checksums of files."""
 
 import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -38,6 +40,20 @@ def write_atomic(path: str | Path, content: bytes) -> None:
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(path), None
         raise
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yields a folder beside `out`, which becomes `out` at the end; after an error nothing is left of it."""
+    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        sync(partial)
+        partial.rename(out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _is_open_or_special(path: Path) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from configs.checkpoint_folders import newest_manifest
 from configs.cli import command_parser, entrypoint
 from configs.data import DataConfig
+from configs.files import new_folder
 from configs.folders import check_writable
 from configs.loader import ConfigError, load
 from configs.mixture import PlanConfig
@@ -108,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_dir, console = Path(config.run.dir), wide_console()
     check_tokenizer(run_dir / "tokenizer", plan, args.after)
     try:
-        build_stages(run_dir / "tokens", run_dir / "tokenizer", args.out, stages, after=(plan, samples))
+        with new_folder(args.out) as folder:
+            build_stages(run_dir / "tokens", run_dir / "tokenizer", folder, stages, after=(plan, samples))
         made = open_plans(args.out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

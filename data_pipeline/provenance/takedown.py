@@ -15,7 +15,7 @@ from typing import Any
 
 from configs.cli import command_parser, entrypoint
 from configs.data import DataConfig
-from configs.files import write_atomic
+from configs.files import new_folder, write_atomic
 from configs.folders import check_writable
 from configs.loader import ConfigError, load
 from data_pipeline.core.console import say, wide_console
@@ -189,8 +189,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stdout if known else sys.stderr,
             )
             return 0 if known else 1
-        rows = without(config, found, args.out, args.after)
-        write_atomic(args.out / "takedown.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+        with new_folder(args.out) as folder:
+            rows = without(config, found, folder, args.after)
+            write_atomic(folder / "takedown.json", (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     except ConfigError:
         raise
     except ValueError as error:

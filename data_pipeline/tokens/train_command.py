@@ -4,8 +4,6 @@ The folder is written under another name and renamed when it is complete. A data
 `tokenizer.file`.
 """
 
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -15,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from configs.cli import entrypoint, parse_args
-from configs.files import sync
+from configs.files import new_folder
 from configs.folders import check_writable
 from configs.loader import ConfigError
 from configs.tokenizer import TokenizerTrainConfig
@@ -90,8 +88,7 @@ def _train(
     config: TokenizerTrainConfig, files: FileTexts, shards: Sequence[Path], out: Path, console: Console
 ) -> Tokenizer:
     """Trains, and publishes the folder `out`; returns the tokenizer. Raises ValueError as `train_on_texts` does."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with new_folder(out) as partial:
         with Progress(console=console, transient=True) as bar:
             task = bar.add_task("reading", total=None)
 
@@ -103,11 +100,6 @@ def _train(
 
             train_on_texts(texts(), partial, config.tokenizer)
         Tokenizer.load(partial)
-        sync(partial)
-        partial.rename(out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Tokenizer.load(out)
 
 

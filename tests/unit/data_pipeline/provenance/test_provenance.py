@@ -1,5 +1,6 @@
 """Compares tracing of documents to rows and steps, and back, with brute force; tests plans without some documents."""
 
+import errno
 import json
 import re
 import shutil
@@ -102,7 +103,12 @@ def test_a_step_is_its_samples(run_dir: Path, training_run: Path, capsys: pytest
 
 
 def test_a_takedown_leaves_nothing_of_a_document(
-    run_dir: Path, training_run: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_dir: Path,
+    training_run: Path,
+    config: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = Plan.open(run_dir / "plan")
     gone = [plan.provenance(i)[0]["document_id"] for i in (3, 99)]
@@ -113,6 +119,14 @@ def test_a_takedown_leaves_nothing_of_a_document(
     (run_dir / "language").mkdir(exist_ok=True)
     assert takedown.main([*command, "--dry-run"]) == 0
     assert not out.exists()
+
+    def fail(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(takedown, "write_atomic", fail)
+        takedown.main(command)
+    assert not list(tmp_path.glob("*clean*"))  # so that the same command can be run again
     assert takedown.main(command) == 0
     said = capsys.readouterr().out
     assert "nobody: not found" in said and "without 3 documents" in said.replace("\n", " ")
