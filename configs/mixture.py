@@ -26,7 +26,7 @@ class PlanConfig(Section):
     """The seed that orders documents and rows."""
     weights: dict[str, float] | None = None
     """The share of each source, by name; shares need not sum to one, and a source left out is not used."""
-    temperature: float | None = Field(default=None, gt=0)
+    temperature: float | None = Field(default=None, ge=0.1)
     """Each source's share is proportional to tokens ** (1 / temperature): 1 is by size, more is more even."""
     unimax: bool = False
     """Whether the shares of all sources are as even as their limits on epochs allow (UniMax, arXiv:2304.09151)."""

@@ -285,7 +285,10 @@ def main() -> int:
     wrong = [name for name in manifest if manifest[name]["raw_sha256"] != committed[name]["raw_sha256"]]
     recompressed = [name for name in manifest if manifest[name]["sha256"] != committed[name]["sha256"]]
     if wrong:
-        print(f"differ from manifest.json: {', '.join(wrong)}; a package's content changed", file=sys.stderr)
+        print(
+            f"differ from manifest.json: {', '.join(wrong)}; a package's content changed, and --write takes it",
+            file=sys.stderr,
+        )
         return 1
     if recompressed:
         print(f"same content, compressed differently (another zlib): {', '.join(recompressed)}")

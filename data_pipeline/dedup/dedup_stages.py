@@ -82,8 +82,6 @@ def _dedup(context: RunContext, folder: Path, logs: Path) -> Tally:
     for run in (context.run_dir, *map(Path, settings.index)):
         _check_keys(run / "signatures")
     documents = Numbering(context.run_dir / "filter")
-    if not documents.documents:
-        raise ValueError("no document is left to deduplicate; see the drops of the filter stage before it")
     work = folder / "work"
     work.mkdir()
     wanted = {EXACT: settings.exact, URL: settings.url}

@@ -51,8 +51,11 @@ class Executor(ABC):
         """
 
     def serve(self) -> int:
-        """Runs tasks for the leading process until that ends the run. Returns an exit status."""
-        raise AssertionError("`serve` was called in a process that leads")
+        """Runs tasks for the leading process until that ends the run; of executors with processes that do not lead.
+
+        Returns an exit status.
+        """
+        raise NotImplementedError
 
     def perform(
         self, title: str, steps: Sequence[PipelineStep], tasks: int, logs: Path, total_bytes: int, console: Console

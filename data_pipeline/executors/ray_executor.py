@@ -38,7 +38,7 @@ def too_small(nodes: Sequence[Mapping[str, float]], options: RayConfig) -> str:
     if gb * cores <= memory:
         return ""
     fits = math.floor(1000 * memory / cores) / 1000
-    remedy = f"set run.ray.mem_per_cpu_gb={fits}" if fits else "free memory on a node"
+    remedy = f"set run.ray.mem_per_cpu_gb={fits}" if fits else "start nodes with memory"
     return (
         f"run.ray.mem_per_cpu_gb = {gb:g} is {gb * cores:,.1f} GiB for the {cores} cores of a task, and no node of the "
         f"Ray cluster with so many cores has more than {memory:,.1f}; {remedy}"

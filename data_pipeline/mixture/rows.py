@@ -396,5 +396,5 @@ def _find_tokenizer(model: Path, sha256: str) -> Path:
         if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
             return path.resolve()
     if not found:
-        raise ValueError(f"the plan's tokenizer {model} does not exist; {_RESTORE}")
-    raise ValueError(f"tokenizer {model} is not the one that the plan was made with; {_RESTORE}")
+        raise ValueError(f"the plan's tokenizer {model} does not exist; {remedy(model, _RESTORE)}")
+    raise ValueError(f"tokenizer {model} is not the one that the plan was made with; {remedy(model, _RESTORE)}")

@@ -58,8 +58,8 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             said = f"line {error.lineno}: {str(error.message).rstrip('.')}"
             raise ValueError(f"the chat template is not valid Jinja: {said}; correct it") from None
-        except RecursionError:
-            raise ValueError("the chat template is nested too deeply to be compiled") from None
+        except (RecursionError, SyntaxError):  # Python's limits for expressions, loops and indentation
+            raise ValueError("the chat template is nested too deeply to be compiled; make it flatter") from None
         self.marks_answers = environment.answers.used  # type: ignore[attr-defined]
 
     def render(

@@ -93,7 +93,10 @@ def build(
     """
     out = Path(out)
     if tokenizer.eos_id < 0:
-        raise ValueError(f"tokenizer {tokenizer.origin} has no token that ends a document; a store puts one after each")
+        raise ValueError(
+            f"tokenizer {tokenizer.origin} has no token that ends a document, and a store puts one after each; set "
+            "tokenizer.end_of_document"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = {suffix: out.with_name(f".{out.name}{suffix}.{os.getpid()}.tmp") for suffix in SUFFIXES}
     try:

@@ -93,18 +93,17 @@ class Tokenizer(ABC):
             raise ValueError(
                 f"tokenizer {path} does not exist; make it with `trivium data run` or `trivium tokenizer train`"
             )
-        tokenizer: Tokenizer
-        if path.suffix == ".json":
-            tokenizer = HuggingFaceTokenizer(path.read_bytes(), str(path), threads, named, complete)
-        else:
-            tokenizer = SentencePieceTokenizer(path.read_bytes(), str(path), threads)
-        expected = str(read_info(path).get("sha256", tokenizer.sha256))
-        if expected != tokenizer.sha256:
+        content = path.read_bytes()
+        found = hashlib.sha256(content).hexdigest()
+        expected = str(read_info(path).get("sha256", found))
+        if expected != found:
             raise ValueError(
-                f"tokenizer {path} has SHA-256 {tokenizer.sha256[:12]}..., but {path.with_name(INFO_FILE)} expects "
+                f"tokenizer {path} has SHA-256 {found[:12]}..., but {path.with_name(INFO_FILE)} expects "
                 f"{expected[:12]}...: the file was changed or damaged; {remade(path)}"
             )
-        return tokenizer
+        if path.suffix == ".json":
+            return HuggingFaceTokenizer(content, str(path), threads, named, complete)
+        return SentencePieceTokenizer(content, str(path), threads)
 
     def _symbols_of_roles(self) -> dict[str, str]:
         ids = {"bos": self.bos_id, "eos": self.eos_id, "pad": self.pad_id, "unk": self.unk_id}

@@ -134,7 +134,9 @@ def test_ranks_that_differ_train_when_what_the_message_names_is_the_same(ranks: 
     assert not told(("fp32", "fp32"), begun=(0, 0))
 
 
-def test_a_run_goes_on_with_its_own_plan(ranks: RanksOf, data: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_its_own_plan(
+    ranks: RanksOf, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, first = tmp_path / "run", publish(data)
     assert train(ranks, tmp_path / "straight", data / "plan", 3)["status"] == 0
     assert train(ranks, run, data / "plan", 1)["status"] == 0
@@ -154,7 +156,9 @@ def test_a_run_goes_on_with_its_own_plan(ranks: RanksOf, data: Path, tmp_path: P
         '[sources.prose]\nfiles=["x"]\nformat="jsonl"\nrules={any="r"}\n[rules.r]\n'
         "[mixture]\nseq_length=32\nsamples=20\nmax_epochs=9\nweights={code=1.0}\n"
     )
+    capsys.readouterr()
     assert replan.main([str(config), "--after", checkpoint, "--out", str(tmp_path / "rest")]) == 0
+    assert f" of the run: train with data.plan={tmp_path / 'rest'}\n" in capsys.readouterr().out
     shutil.copytree(run, tmp_path / "other")
     new = tmp_path / "new"
     said = train(ranks, new, tmp_path / "rest", 5)["error"]

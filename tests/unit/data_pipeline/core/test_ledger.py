@@ -10,7 +10,9 @@ def test_a_lost_document_is_noticed() -> None:
     tally.came_in("s", 10)
     tally.came_in("s", 20)
     tally.kept("s", 10)
-    with pytest.raises(LedgerError, match="2 documents came in, but 1 were kept and 0 dropped"):
+    with pytest.raises(
+        LedgerError, match=r"2 documents came in, but 1 were kept and 0 dropped; 1 are unaccounted for$"
+    ):
         tally.check("filter")
     tally.dropped("s", "why", 20)
     tally.check("filter")

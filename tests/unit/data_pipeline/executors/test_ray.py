@@ -31,6 +31,8 @@ def test_a_task_of_the_size_that_the_message_says_fits_a_node_of_ray(
         name, value = re.findall(r"set run\.ray\.(\w+)=([\d.]+)$", message)[0]
         assert float(value) < wanted[name]
         wanted, said = wanted | {name: json.loads(value)}, said + 1
+        if name == "cpus_per_task":
+            assert f", and no node of Ray has more than {value} cores; set" in message
     assert said == messages
     assert any(node["CPU"] >= wanted["cpus_per_task"] for node in nodes)
 
@@ -59,3 +61,11 @@ def test_a_ray_without_cluster_is_told_and_this_machine_does_as_the_message_says
     assert begun == ["auto"], "Ray itself would try for minutes where nothing answers"
     with choose(DataRunConfig(dir="x", executor="ray")):
         assert begun == ["auto", "local"]
+
+
+def test_a_task_fits_once_ray_has_nodes_with_room_as_the_message_says() -> None:
+    options = RayConfig(cpus_per_task=2, mem_per_cpu_gb=1)
+    for wrong in ([], [{"memory": 9e9}]):
+        assert too_small(wrong, options).endswith("no node of Ray has more than 0 cores; start nodes with cores")
+    assert too_small([{"CPU": 2, "memory": 0}], options).endswith("has more than 0.0; start nodes with memory")
+    assert not too_small([{"CPU": 2, "memory": 9e9}], options)

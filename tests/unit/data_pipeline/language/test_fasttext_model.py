@@ -51,3 +51,11 @@ def test_a_file_that_is_no_whole_model_is_named(tmp_path: Path, kept: int) -> No
     (tmp_path / "a.ftz").write_bytes(model_path().read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"a\.ftz cannot be read as a fastText model: "):
         FastTextModel(tmp_path / "a.ftz")
+
+
+def test_a_model_of_another_kind_is_named(tmp_path: Path) -> None:
+    content = bytearray(model_path().read_bytes())
+    content[32] = 3  # softmax, which has no tree of labels
+    (tmp_path / "a.ftz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"it is not a supervised model with hierarchical softmax and single words$"):
+        FastTextModel(tmp_path / "a.ftz")

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from configs.mixture import PlanConfig
+from configs.sealed import STAGE
 from configs.tokenizer import TokenizerConfig
+from data_pipeline.mixture.plan_files import build_plan, build_stages
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens import store
 from data_pipeline.tokens.tokenizer_training import train
@@ -82,7 +85,8 @@ def test_too_few_tokens_say_how_many_and_what_to_change(tokens: Path, tokenizer_
         make(tokens, tokenizer_folder, tmp_path, **changes)
     message = str(error.value)
     total = int(store.SourceStores.in_folder(tokens / "train" / "chinese").lengths.sum())
-    assert f"{total:,} tokens" in message and "chinese is to give 4,000 rows" in message
+    assert f"({total:,} tokens in " in message and " documents): at most " in message
+    assert "chinese is to give 4,000 rows" in message
     assert not (tmp_path / "plan.json").exists()
     # The number of samples that the message names works; one more does not.
     most = int(message.split("Lower mixture.samples to ")[1].split(", ")[0].replace(",", ""))
@@ -106,7 +110,7 @@ def test_temperature_takes_all_sources(tokens: Path, tokenizer_folder: Path, tmp
 def test_bad_settings_are_named(tokens: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     cases = [
         ({"weights": {"english": 1, "klingon": 1}}, r"mixture\.weights\.klingon"),
-        ({"weights": {"english": 0.0}}, "expected above 0"),
+        ({"weights": {"english": 0.0}}, "source english has weight 0.0, expected above 0; leave it out of the mixture"),
         ({"temperature": 1.0}, "exactly one"),
         ({"weights": None}, "exactly one"),
         ({"unimax": True}, "exactly one"),
@@ -120,6 +124,38 @@ def test_bad_settings_are_named(tokens: Path, tokenizer_folder: Path, tmp_path: 
             make(tokens, tokenizer_folder, tmp_path, **changes)
     with pytest.raises(ValueError, match="no token stores"):
         make(tmp_path, tokenizer_folder, tmp_path / "p")
+    assert make(tokens, tokenizer_folder, tmp_path / "all", weights=None, temperature=0.1)["samples"] == 1000
+
+
+def test_a_plan_is_made_once_each_source_has_documents_as_the_messages_say(
+    tokens: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Takes down all documents of a source, and names one that the data run has no document of."""
+    stores = store.SourceStores.in_folder(tokens / "train/code").stores
+    gone = {"train/code": [(one.path.name, document) for one in stores for document in range(len(one))]}
+    settings: dict[str, Any] = {"seq_length": 64, "samples": 50}
+    mixed = PlanConfig(**settings, weights={"code": 0.5, "chinese": 0.5})
+    with pytest.raises(
+        ValueError, match=r"source code has no tokens under \S+train/code; leave it out of the mixture$"
+    ):
+        build_plan(tokens, tokenizer_folder, tmp_path / "p", mixed, without=gone)
+    build_plan(tokens, tokenizer_folder, tmp_path / "p", PlanConfig(**settings, weights={"chinese": 1}), without=gone)
+
+    run = tmp_path / "tokens"
+    (run / "train").mkdir(parents=True)
+    for source in ("code", "chinese"):
+        (run / "train" / source).symlink_to(tokens / "train" / source)
+    (run / "stage.json").write_bytes(STAGE.write({"sources": {"code": {}, "empty": {}}}))
+    bare = PlanConfig(**settings, weights={"empty": 1.0})
+    told = (
+        r"mixture\.weights: none of empty has a document to train on; loosen their rules, give them more files, or gi"
+    )
+    with pytest.raises(ValueError, match=told):
+        build_stages(run, tokenizer_folder, tmp_path / "q", {"": bare})
+    other = PlanConfig(**settings, weights={"empty": 1.0, "code": 1.0})
+    build_stages(run, tokenizer_folder, tmp_path / "other", {"": other})
+    (run / "train/empty").symlink_to(tokens / "train/chinese")  # as with more files, or other rules
+    build_stages(run, tokenizer_folder, tmp_path / "more", {"": bare})
 
 
 def test_another_tokenizer_is_refused(tokens: Path, tmp_path: Path) -> None:

@@ -155,6 +155,8 @@ def test_a_longer_last_stage_begins_with_the_same(tokens: Path, tokenizer_folder
     assert first_difference(last, longest, 450) is None
     assert first_difference(last, shifted, 450) == 0
     assert "it goes on after another plan" in differences(last.facts, shifted.facts)
+    assert differences(last.facts, last.facts) == "the same settings and documents, laid out in another order"
+    assert differences(last.facts, {**last.facts, "tokenizer": "0"}) == "the tokenizer differs"
     assert Plan.open(tmp_path / "b/annealing").fingerprint == Plan.open(tmp_path / "a/annealing").fingerprint
 
 

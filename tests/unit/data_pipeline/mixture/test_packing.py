@@ -109,7 +109,7 @@ def test_stats_by_hand() -> None:
 def test_impossible_input_is_refused() -> None:
     with pytest.raises(ValueError, match="seq_length = 0"):
         best_fit([1], 0)
-    with pytest.raises(ValueError, match="none below 0"):
+    with pytest.raises(ValueError, match="document lengths must be one list of numbers, none below 0"):
         concat([3, -1], 8)
 
 

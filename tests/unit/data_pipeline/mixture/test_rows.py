@@ -130,7 +130,7 @@ def test_every_heldout_document_once(plan: Plan, tokens: Path) -> None:
         labels = np.concatenate([row.labels[row.loss_mask] for row in rows])
         np.testing.assert_array_equal(np.sort(labels), np.sort(expected[expected != plan.special_ids["<s>"]]))
         assert {row.source for row in rows} == {plan.sources.index(source)}
-        with pytest.raises(ValueError, match="does not exist"):
+        with pytest.raises(ValueError, match=rf"row {len(rows)} of {source} does not exist; it has {len(rows)}$"):
             plan.heldout_row(source, len(rows))
 
 
@@ -147,7 +147,7 @@ def test_numbers_out_of_range_are_refused(plan: Plan) -> None:
             plan.row(i)
         with pytest.raises(ValueError, match="outside the plan's 600"):
             plan.provenance(i)
-    with pytest.raises(ValueError, match="english, chinese, code"):
+    with pytest.raises(ValueError, match="source 'klingon' is not in the plan; it has english, chinese, code"):
         plan.heldout_rows("klingon")
 
 
@@ -180,13 +180,18 @@ def test_opening_refuses_what_does_not_belong(moved: Path) -> None:
             Plan.open(plan)
         assert "trivium data run" in str(error.value)
         path.write_bytes(kept)
+        Plan.open(plan)
 
     array = plan / "train.code.start.npy"
     refused(array, array.read_bytes()[:-1] + b"\x01", "checksum")
     refused(array, None, "lacks train.code.start.npy")
     refused(plan / "plan.json", b"{", "is not JSON")
     refused(plan / "plan.json", b'{"format": "other"}', "is not a trivium-plan file")
-    refused(moved / "tokenizer/tokenizer.model", None, "does not exist")
+    refused(
+        moved / "tokenizer/tokenizer.model",
+        None,
+        "the plan's tokenizer .* does not exist; restore what the plan was made of",
+    )
     refused(moved / "tokenizer/tokenizer.model", b"x", "not the one")
     store = moved / "tokens/train/code/00000"
     refused(store.with_name("00000.bin"), None, "no .bin")

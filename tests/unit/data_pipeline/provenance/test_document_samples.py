@@ -114,7 +114,10 @@ def test_other_stages(config: Path, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--reason", "word_count_mn"], r"drops or cuts for: word_count_min \(9\)"),
+        (
+            ["--reason", "word_count_mn"],
+            r"stage filter has no such document for word_count_mn; it drops or cuts for: word_count_min \(9\)$",
+        ),
         (["--stage", "lines", "--reason", "x"], r"duplicate_line \(\d+\)"),
         (["--stage", "tokens"], "--stage 'tokens'"),
         (["--stage", "substrings"], r"switched off; add a section \[substrings\], and run it"),

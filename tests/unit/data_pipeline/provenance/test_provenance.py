@@ -71,7 +71,7 @@ def test_uses_are_all_segments_of_a_document(run_dir: Path) -> None:
     for (source, shard, document), uses_of_one in expected.items():
         assert plan.uses(source, shard, document) == uses_of_one
     assert plan.uses("poems", "00000", 0) == []
-    with pytest.raises(ValueError, match="no token store '77777'"):
+    with pytest.raises(ValueError, match="there is no token store '77777' here; there are 00000, 00001"):
         plan.uses("code", "77777", 0)
 
 

@@ -62,6 +62,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "no sidecar": ("tokens/train/prose/*.parquet", Path.unlink),
     "a count of a store": ("tokens/train/prose/*.json", count),
     "a bit of a text": ("documents/train/pages/*.jsonl.zst", flip),
+    "a text cut": ("documents/train/pages/*.jsonl.zst", cut),
     "a bit of a table": ("score/prose/*.parquet", flip),
     "a count of a stage": ("dedup/stage.json", count),
     "no manifest": ("filter/stage.json", Path.unlink),
@@ -83,6 +84,9 @@ def test_damage_is_named(name: str, run_dir: Path, tmp_path: Path, capsys: pytes
     told = [line for line in said.err.splitlines() if line.startswith("damaged: ") and names in line]
     assert told, said.err
     assert str(copy / pattern.split("/")[0]) in told[0]
+    if name == "a text cut":
+        size = path.stat().st_size
+        assert f" has {size:,} bytes and was written with {size + 10:,}; " in told[0]
     assert re.search(rf"{pattern.split('/')[0]} .* damaged", said.out)
 
 

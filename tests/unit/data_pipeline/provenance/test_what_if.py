@@ -104,3 +104,14 @@ def test_the_margin_is_nearest_first_on_both_sides(config: Path) -> None:
 def test_what_scores_do_not_decide_is_refused(config: Path, override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
         main([str(config), override])
+
+
+def test_a_change_is_compared_once_one_is_made_as_the_message_says(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = r"no bound differs from the config's; change one, e\.g\. (\S+)"
+    assert main([str(config)]) == 0
+    change = re.search(told, capsys.readouterr().out)
+    assert change and main([str(config), change[1]]) == 0
+    said = capsys.readouterr().out
+    assert "word_count.min of english: 50.0 -> 100.0" in said and not re.search(told, said)

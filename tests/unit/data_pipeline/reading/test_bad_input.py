@@ -1,6 +1,7 @@
 """Tests harmful input files: their content is set aside with position and reason, in bounded memory."""
 
 import gzip
+import io
 import json
 import os
 import re
@@ -14,11 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from configs.sources import ExtractConfig
+from configs.sources import ExtractConfig, SourceConfig
 from data_pipeline.extraction.extract import repair
 from data_pipeline.extraction.page_limits import too_complex
 from data_pipeline.reading.decompression import Fault, members
-from data_pipeline.reading.input_records import BROKEN
+from data_pipeline.reading.input_records import BROKEN, FoundFile
+from data_pipeline.reading.parquet import read_parquet
 from tests.unit.data_pipeline.reading.raw_files import PAGE, read, reasons, warc
 
 ROOT = Path(__file__).parents[4]
@@ -344,3 +346,16 @@ def test_zeros_in_an_uncompressed_warc_are_padding_and_what_is_cut_is_not(tmp_pa
         ):
             found = reasons(read(tmp_path / "a.warc", content, "warc"))
             assert [reason.replace("cut_record", "bad_warc") for reason in found] == expected
+
+
+def test_a_parquet_file_of_fewer_rows_than_its_footer_counts_is_set_aside(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a", "b", "c", "d", "e"]}), tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    rows = b"\x16\x0a\x19\x1c"  # as Thrift writes a count of 5, and after it a list of one row group
+    assert whole.count(rows) == 1
+    source, file = SourceConfig(files=("-",), format="parquet", rules={"any": "r"}), FoundFile("-", len(whole))
+    damaged = whole.replace(rows, b"\x16\x0c\x19\x1c")
+    for content, texts in ((damaged, ["the footer contradicts itself"]), (whole, list("abcde"))):
+        records = list(read_parquet(io.BytesIO(content), file, source, ExtractConfig(), lambda size: None))
+        assert [record.text for record in records] == texts
+        assert {record.reason for record in records} == {"" if content is whole else "bad_parquet"}

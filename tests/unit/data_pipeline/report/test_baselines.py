@@ -69,5 +69,7 @@ def test_tokens_without_bytes_give_no_n_gram_model(config: Path, run_dir: Path, 
 
 
 def test_a_run_without_tokens_is_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert baselines.main([str(config), f"run.dir={tmp_path}", "--dry-run"]) == 0
+    assert f"would measure the held-out text of {tmp_path}" in capsys.readouterr().out
     assert baselines.main([str(config), f"run.dir={tmp_path}"]) == 1
     assert "has no tokens yet; run: trivium data run CONFIG" in capsys.readouterr().err

@@ -152,7 +152,9 @@ def test_models_that_cannot_be_used_are_named(trained: Path, tmp_path: Path) -> 
     plain.write_bytes(unquantised()[:-1])
     with pytest.raises(ValueError, match="cut short"):
         load(plain)
-    with pytest.raises(ValueError, match=r"'hq' is not a label of .*; set it to '(\w+)'$") as refused:
+    with pytest.raises(
+        ValueError, match=r"scores\.classifier_label = 'hq' is not a label of .*; set it to '(\w+)'$"
+    ) as refused:
         load(trained / "one.model", "hq")
     load(trained / "one.model", str(refused.value).rpartition(" ")[2].strip("'"))
 

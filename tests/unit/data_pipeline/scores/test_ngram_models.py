@@ -189,8 +189,24 @@ def test_unigrams_agree_with_datatroves_filter(tmp_path: Path, monkeypatch: pyte
 def test_a_bad_table_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "f.tsv"
     path.write_text(f"cat\t2\n{line}\n")
-    with pytest.raises(ValueError, match=re.escape(f"{path}, entry 2:")):
+    with pytest.raises(ValueError, match=re.escape(f"{path}, entry 2:") + ".* should be a word and a count above 0$"):
         Unigrams(path)
+    path.write_text("cat\t2\nthe\t1\n")
+    Unigrams(path)
+
+
+def test_a_table_is_read_once_it_is_as_the_message_says(tmp_path: Path) -> None:
+    table, lines = tmp_path / "f.json", tmp_path / "f.tsv"
+    for wrong in ("[1]", "{"):
+        table.write_text(wrong)
+        with pytest.raises(ValueError, match=r"f\.json is not a JSON object of the form (\{word: count\})$") as said:
+            Unigrams(table)
+    table.write_text(str(said.value)[-13:].replace("word", '"word"').replace("count", "7"))
+    lines.write_text("")
+    with pytest.raises(ValueError, match=r"contains no words; each line should be a word, a tab and a count$"):
+        Unigrams(lines)
+    lines.write_text("word\t7\n")
+    assert Unigrams(table)("word") == Unigrams(lines)("word") == 0.0
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "wrong sum"])

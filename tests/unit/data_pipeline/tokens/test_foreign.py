@@ -234,6 +234,8 @@ def test_two_tokenizers_are_told_apart_in_words(tmp_path: Path) -> None:
     assert told(vocab=vocab | {"new": size}) == f"the first has {size} tokens and the second {size + 1}"
     renamed = {"new" if name == piece else name: one for name, one in vocab.items()}
     assert told(vocab=renamed) == f"token {number} is {piece!r} in the first and 'new' in the second"
+    plain = [described["added_tokens"][0] | {"special": False}]
+    assert told({}, added_tokens=plain) == "'<|endoftext|>' is a control symbol in one of them alone"
     assert told(roles | {"bos_token": "a"}) == "bos_token is '<|endoftext|>' in the first and 'a' in the second"
     assert told(normalizer={"type": "NFC"}).startswith("the same text becomes ")
     swapped = [*merges[1:], merges[0]]

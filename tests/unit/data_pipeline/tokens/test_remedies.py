@@ -14,6 +14,7 @@ from configs.tokenizer import TokenizerConfig
 from data_pipeline.tokens import train_command
 from data_pipeline.tokens.foreign import load_named
 from data_pipeline.tokens.published import open_published
+from data_pipeline.tokens.store import build
 from data_pipeline.tokens.tokenizer import Tokenizer
 from tests.foreign_tokenizers import bert, gpt2, llama3, write
 from tests.shards import write_shard
@@ -79,6 +80,20 @@ def test_damaged_files_are_restored_or_removed(
 
 def test_our_own_file_is_restored_too(tokenizer_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tokenizer_folder, tmp_path / "copy"))
+    for file, damaged, words in (
+        ("tokenizer.model", b"nothing of the kind", "the file was changed or damaged; restore it, or train one"),
+        (
+            "info.json",
+            b"[1]",
+            r"info\.json is not a JSON object; restore it, or train one with `trivium tokenizer train`",
+        ),
+    ):
+        (folder / file).write_bytes(damaged)
+        with pytest.raises(ValueError, match=words):
+            Tokenizer.load(folder)
+        shutil.copy(tokenizer_folder / file, folder)
+        Tokenizer.load(folder)
+    (folder / "info.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match=r"is not a sentencepiece model; restore it, or train one with `trivium tok"):
         Tokenizer.load(folder)
@@ -153,3 +168,14 @@ def test_a_tokenizer_that_cannot_be_measured_is_replaced_by_one_that_can(tmp_pat
         with pytest.raises(ConfigError, match=words):
             open_published(tmp_path / name)
     assert open_published(folder).encode(["a b"]) == open_published(folder / "tokenizer.json").encode(["a b"])
+
+
+def test_a_store_is_written_once_the_tokenizer_has_the_end_that_the_message_asks_for(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "a.jsonl.zst", [{"text": "some words", "id": "0", "metadata": {}}])
+    file = write(tmp_path / "bert", *bert())
+    with pytest.raises(
+        ValueError, match=r"no token that ends a document, and a store puts one .*; set (\S+)$"
+    ) as raised:
+        build(shard, tmp_path / "out", Tokenizer.load(file, complete=False))
+    key = str(raised.value).rpartition(".")[2]
+    build(shard, tmp_path / "out", load_named(of(file, **{key: "[SEP]"})))

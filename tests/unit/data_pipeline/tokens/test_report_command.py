@@ -61,6 +61,7 @@ def test_the_numbers_are_those_of_the_text(run: Path, tmp_path: Path, capsys: py
     longest = mine["longest"][0]
     assert longest["bytes"] == own.token_bytes.max() and longest["text"] == own.decode([longest["id"]])
     said = capsys.readouterr().out
+    assert f"{own.vocab_size:,} tokens; not used by this text {mine['unused']:,}" in " ".join(said.split())
     assert "gpt2" in said and f"{rows['all', 'all']['bytes_per_token']['own']:.3f}" in said and "longest" in said
 
 

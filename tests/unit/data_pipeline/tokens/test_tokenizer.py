@@ -179,9 +179,11 @@ def test_impossible_vocabularies_are_refused(documents: Path, tmp_path: Path) ->
         train([path], tmp_path / "out", TokenizerConfig(vocab_size=5000))
     with pytest.raises(ValueError, match="too small"):
         train([path], tmp_path / "out", TokenizerConfig.model_construct(vocab_size=200))
-    with pytest.raises(ValueError, match="no text"):
-        train([write_shard(tmp_path / "b.jsonl.zst", [])], tmp_path / "out", TokenizerConfig(vocab_size=300))
+    none, more = write_shard(tmp_path / "b.jsonl.zst", []), sorted(documents.glob("train/code/*.zst"))[0]
+    with pytest.raises(ValueError, match=r"no text to train a tokenizer on; check what the filters dropped, or name m"):
+        train([none], tmp_path / "out", TokenizerConfig(vocab_size=300))
     assert not (tmp_path / "out").exists()
+    train([none, more], tmp_path / "out", TokenizerConfig(vocab_size=400, train_bytes=20_000))
 
 
 def test_missing_and_damaged_models_are_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -192,8 +194,11 @@ def test_missing_and_damaged_models_are_refused(tokenizer_folder: Path, tmp_path
     assert Tokenizer.load(model).vocab_size == 3000
     info = folder / "info.json"
     info.write_text(info.read_text().replace('"sha256": "', '"sha256": "0'))
-    with pytest.raises(ValueError, match="SHA-256"):
+    with pytest.raises(
+        ValueError, match=r"has SHA-256 .*\.\.\.: the file was changed or damaged; restore it, or train"
+    ):
         Tokenizer.load(folder)
+    info.unlink()
     model.write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="not a sentencepiece model"):
         Tokenizer.load(folder)

@@ -12,6 +12,7 @@ import tomli_w
 
 from configs.loader import ConfigError
 from configs.tokenizer import TokenizerConfig, TokenizerKind
+from data_pipeline.tokens.foreign import load_named
 from data_pipeline.tokens.tokenizer import SPECIALS, Tokenizer
 from data_pipeline.tokens.tokenizer_training import train
 from data_pipeline.tokens.train_command import main
@@ -123,4 +124,6 @@ def test_a_vocabulary_without_room_for_runs_says_how_many_it_needs(
     remedy = re.search(r"raise tokenizer\.vocab_size to (\d+), or lower", capsys.readouterr().err)
     assert remedy and not (tmp_path / "out").exists()
     assert main([str(config), f"tokenizer.vocab_size={remedy[1]}"]) == 0
+    said = re.search(r"8 are control symbols; a data run takes it as tokenizer\.file=(\S+)", capsys.readouterr().out)
+    assert said and load_named(TokenizerConfig(file=said[1])).vocab_size == int(remedy[1])
     assert len(Tokenizer.load(tmp_path / "out").encode(" " * 60)) == 1
