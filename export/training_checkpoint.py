@@ -137,7 +137,8 @@ def _unsupported(model: ModelConfig, kind: Kind) -> list[str]:
     if model.moe is None:
         return []
     return [
-        f"the config.json has experts, and of {kind} checkpoints only LLaMA shapes are read; export the model first"
+        f"the config.json has experts, and of {kind} checkpoints only LLaMA shapes are read; save the model with "
+        "transformers and import that folder"
     ]
 
 

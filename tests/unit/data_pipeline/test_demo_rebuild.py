@@ -1,4 +1,4 @@
-"""What the rebuild of the demo corpus says about its files, with stand-ins for the packages that it would fetch."""
+"""Rebuilds the demo corpus with stand-ins for the packages that it would fetch: what it says of its files is right."""
 
 import gzip
 import importlib.util

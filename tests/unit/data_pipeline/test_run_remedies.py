@@ -1,4 +1,4 @@
-"""What a data run says of its files and results is done as it says, and the run or its plan is right then."""
+"""Remedies in what a data run says of its files and results: each is done, and the run or its plan is right then."""
 
 import re
 import shutil

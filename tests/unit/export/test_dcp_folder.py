@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
+from export import import_hf
 from export.conversion.walk import ConversionError
 from export.dcp_folder import DcpFolder
 from export.training_checkpoint import open_checkpoint
+from tests.unit.export.conversion.parity import random_model
 
 
 class PickledCommand:
@@ -121,3 +124,61 @@ def test_tensors_of_unknown_names_are_read_once_they_are_named_as_the_message_sa
     dcp.save(dict(named), checkpoint_id=tmp_path / "named", no_dist=True)
     opened = open_checkpoint(tmp_path / "named", "dcp", exported)
     assert torch.equal(opened.tensors.read("model.norm.weight"), named["model.norm.weight"])
+
+
+def _no_parts(metadata: Any) -> None:
+    metadata.state_dict_metadata["model.a"].chunks = []
+
+
+def _no_locations(metadata: Any) -> None:
+    metadata.storage_data = {}
+
+
+def _compressed(metadata: Any) -> None:
+    for info in metadata.storage_data.values():
+        info.transform_descriptors = ["zstd"]
+
+
+class PicklerOfOthers(pickle.Pickler):
+    """Writes the text of a planner as an object that is somewhere else."""
+
+    def persistent_id(self, value: Any) -> str | None:
+        return "elsewhere" if value == "planner" else None
+
+
+def _refers(metadata: Any) -> None:
+    metadata.planner_data = "planner"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_no_parts, r"model\.a in \S+ has 0 of 12 elements; save the model again$"),
+        (_no_locations, r"does not say where a part of model\.a is; save the model again$"),
+        (_compressed, r"model\.a in \S+ is compressed or encrypted; save the model without that$"),
+        (_refers, "it refers to objects outside the file; save the model again with torch's own writer$"),
+    ],
+)
+def test_a_tensor_is_read_once_the_model_is_saved_again_as_the_message_says(
+    saved: tuple[Path, dict[str, torch.Tensor]], damage: Callable[[Any], None], words: str
+) -> None:
+    folder, tensors = saved
+    metadata, file = pickle.loads((folder / ".metadata").read_bytes()), io.BytesIO()
+    damage(metadata)
+    PicklerOfOthers(file).dump(metadata)
+    (folder / ".metadata").write_bytes(file.getvalue())
+    with pytest.raises(ValueError, match=words):
+        DcpFolder(folder).read("model.a")
+    dcp.save(dict(tensors), checkpoint_id=folder, no_dist=True)
+    assert torch.equal(DcpFolder(folder).read("model.a"), tensors["model.a"])
+
+
+def test_a_model_with_experts_is_imported_from_the_folder_that_the_message_asks_for(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2}
+    model = random_model("mixtral", **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    model.save_pretrained(tmp_path / "hf")
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    words = r"of dcp checkpoints only LLaMA shapes are read; save the model with transformers and import that folder"
+    with pytest.raises(ConversionError, match=words):
+        open_checkpoint(tmp_path / "dcp", "dcp", tmp_path / "hf")
+    assert import_hf.main([str(tmp_path / "hf"), str(tmp_path / "out"), "--dry-run"]) == 0

@@ -151,4 +151,8 @@ def test_an_export_of_a_folder_that_says_other_ends_is_made_anew(
     for says_it_again in (False, True):
         capsys.readouterr()
         exports(hub, tmp_path / "back")
-        assert ("is up to date with" in capsys.readouterr().out.replace("\n", " ")) == says_it_again
+        said = " ".join(capsys.readouterr().out.split())
+        assert (f"back is up to date with {hub}; --force exports it again" in said) == says_it_again
+    assert huggingface.main([str(tmp_path / "back.toml"), "verify.greedy_tokens=8", "--force"]) == 0
+    assert "weights imported as LlamaForCausalLM" in (tmp_path / "back/README.md").read_text()
+    assert f"published {tmp_path / 'back'}; load it with" in " ".join(capsys.readouterr().out.split())

@@ -103,7 +103,11 @@ def opened(tmp_path_factory, tokenizer_path) -> Iterator[TextModel]:
         ('{"text": "a"}', r"line 2: has the keys \['text'\], and needs either prompt or messages", '{"prompt": "a"}'),
         ('{"prompt": "a", "messages": []}', "needs either", '{"prompt": "a"}'),
         ('{"prompt": 3}', "prompt is int, not a text", '{"prompt": "3"}'),
-        ('{"prompt": "a", "ending": 3}', "has the key 'ending', which is written", '{"prompt": "a"}'),
+        (
+            '{"prompt": "a", "ending": 3}',
+            "has the key 'ending', which is written for the continuation",
+            '{"prompt": "a"}',
+        ),
         ('{"prompt": "\\ud800"}', "half a surrogate pair", '{"prompt": "\\ud83d\\ude00"}'),
         (
             '{"prompt": "' + "It was the age of wisdom, " * 20 + '"}',

@@ -14,7 +14,7 @@ from configs.tokenizer import TokenizerConfig, TokenizerKind
 from data_pipeline.tokens.tokenizer import SPACE, Tokenizer
 from data_pipeline.tokens.tokenizer_training import train
 from export.checks import ODD_TEXTS
-from export.hf_tokenizer import PIECE, first_difference, read_model, write_tokenizer
+from export.hf_tokenizer import PIECE, convert, first_difference, read_model, write_tokenizer
 from posttrain.chat.chat_format import ChatFormat, jinja_template
 from tests.shards import write_shard
 from tests.tiny_models import CHINESE, ENGLISH, odd_strings
@@ -148,3 +148,13 @@ def test_missing_and_damaged_files(tmp_path: Path):
     (tmp_path / "damaged.model").write_bytes(b"\xff\xffnot a model")
     with pytest.raises(ValueError, match="not a sentencepiece model"):
         read_model(tmp_path / "damaged.model")
+
+
+def test_a_model_is_converted_once_its_pieces_are_all_different(tokenizer_path: Path) -> None:
+    model = read_model(tokenizer_path)
+    whole = model.SerializeToString()
+    model.pieces[-1].piece = model.pieces[-2].piece
+    with pytest.raises(ValueError, match="two pieces of the same text; it is damaged, train it again"):
+        convert(model)
+    model.ParseFromString(whole)
+    assert convert(model).get_vocab_size() == len(model.pieces)

@@ -43,6 +43,7 @@ def test_export_loads_in_transformers_and_agrees(tmp_path, tokenizer_path, moe, 
     status, printed = run(make_source(config, random_weights(config), tokenizer_path), out)
     assert status == 0
     assert "FAILED" not in printed
+    assert "transformers loads it" in printed and re.search(r"\d+ tensors bit-identical", printed)
     assert "64 identical on 2 prompts" in printed
     assert "2 prompts (no held-out documents)" in printed
     assert "written by transformers" in printed
@@ -184,6 +185,17 @@ def _config_key(key, value):
     return change
 
 
+def _head_adds_one(monkeypatch):
+    original = export.checks.reload
+
+    def changed(*args, **keys):
+        hf = original(*args, **keys)
+        hf.model.lm_head.register_forward_hook(lambda module, given, logits: logits + 1)
+        return hf
+
+    monkeypatch.setattr(export.checks, "reload", changed)
+
+
 def _reverse_merges(monkeypatch):
     original = export.hf_tokenizer.merges
     monkeypatch.setattr(export.hf_tokenizer, "merges", lambda model: original(model)[::-1])
@@ -199,6 +211,7 @@ def _reverse_merges(monkeypatch):
             r"logits, max difference: first at the output of layers\.0",
         ),
         (_config_key("rms_norm_eps", 1e-2), r"first at the output of layers\.0"),
+        (_head_adds_one, "logits, max difference: lm_head, all layers before it agree"),
         (_reverse_merges, r"tokenizer: text"),
     ],
 )

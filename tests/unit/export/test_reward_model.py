@@ -1,6 +1,9 @@
 """Reward models as transformers' classes for sequence classification, and back."""
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +12,9 @@ import transformers
 from configs.loader import ConfigError
 from configs.model import ModelConfig
 from configs.model_parts import AttentionConfig
-from export import generate, huggingface, import_hf
+from export import checks, generate, huggingface, import_hf
 from export.model_source import open_source
+from export.publishing import RECORD
 from tests.tiny_models import tiny, write_imported
 
 
@@ -30,6 +34,8 @@ def test_scores_are_the_same_in_transformers_and_come_back_bit_for_bit(
     write_imported(tmp_path / "ours", config, tokenizer_path)
     argv = ["configs/export/demo.toml", f"run={tmp_path / 'ours'}", f"out={tmp_path / 'out'}"]
     assert huggingface.main(argv) == 0
+    measured = json.loads((tmp_path / "out" / RECORD).read_text())["checks"]["scores, max difference"]
+    assert re.search(r"over \d+ texts, one by one and in a batch$", measured)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", local_files_only=True)
     assert type(model).__name__ == f"{name}ForSequenceClassification" and model.num_labels == outputs
     assert model.config.pad_token_id == 3
@@ -60,3 +66,22 @@ def test_a_reward_model_writes_no_text(tokenizer_path: Path, tmp_path: Path) -> 
     folder = write_imported(tmp_path / "ours", tiny().with_values(), tokenizer_path)
     with pytest.raises(ConfigError, match="is a reward model, which writes no text"):
         generate.main([str(folder), "--prompt", "a"])
+
+
+def test_scores_that_change_with_padding_are_told_and_not_published(
+    tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_imported(tmp_path / "ours", tiny().with_values(), tokenizer_path)
+    original = checks.reload
+
+    def changed(*args: Any, **keys: Any) -> checks.Reloaded:
+        """Returns a model whose scores are higher by one in a batch of several rows."""
+        hf = original(*args, **keys)
+        hf.model.score.register_forward_hook(lambda module, given, scores: scores + (len(scores) > 1))
+        return hf
+
+    monkeypatch.setattr(checks, "reload", changed)
+    argv = ["configs/export/demo.toml", f"run={tmp_path / 'ours'}", f"out={tmp_path / 'out'}"]
+    assert huggingface.main(argv) == 1
+    assert re.search(r"in a batch padded with token 3, \S+ one by one", " ".join(capsys.readouterr().out.split()))
+    assert not (tmp_path / "out").exists()

@@ -66,7 +66,11 @@ def test_jobs_of_slurm_take_fewer_nodes(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_job_is_told_how_many_of_its_nodes_have_work(capsys: pytest.CaptureFixture[str]) -> None:
     for nodes, used, said in (
         (4, 4, ""),
-        (3, 2, "3 of 4 nodes with 24 ranks: tp2 pp2 dp8 zero1 becomes tp2 pp2 dp4 zero1; 8 of 24 ranks stay idle, "),
+        (
+            3,
+            2,
+            "3 of 4 nodes with 24 ranks: tp2 pp2 dp8 zero1 becomes tp2 pp2 dp4 zero1; 8 of 24 ranks stay idle, since ",
+        ),
         (2, 2, "2 of 4 nodes with 16 ranks: tp2 pp2 dp8 zero1 becomes tp2 pp2 dp4 zero1; the global batch and its "),
     ):
         assert elastic.main([str(nodes), "4", "8", "pretrain.train", *TRAIN[1:]]) == 0

@@ -96,19 +96,23 @@ def test_variables_read_back_as_the_same_environment() -> None:
 @pytest.mark.parametrize(
     ("env", "words", "unset"),
     [
-        ({**TORCHRUN, "RANK": "4"}, "RANK=4 is not below WORLD_SIZE=4", "RANK"),
+        (
+            {**TORCHRUN, "RANK": "4"},
+            "RANK=4 is not below WORLD_SIZE=4; ranks count from 0 and the launcher sets both",
+            "RANK",
+        ),
         ({**TORCHRUN, "RANK": "x"}, "RANK is 'x'", "RANK"),
         ({"RANK": "0"}, "WORLD_SIZE is not set", "RANK"),
         ({**TORCHRUN, "WORLD_SIZE": "0"}, "WORLD_SIZE is '0'", None),
         ({**TORCHRUN, "MASTER_PORT": "http"}, "MASTER_PORT is 'http'", "MASTER_PORT"),
         ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "MASTER_ADDR is not set and openmpi", None),
         ({**SRUN, "SLURM_NODEID": "3"}, "SLURM_NODEID=3 is beyond", None),
-        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4x2"}, "4x2", None),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4x2"}, "='4x2' is not of the form 4(x2),3; unset it, srun", None),
     ],
 )
 def test_what_is_wrong_is_named(env: dict[str, str], words: str, unset: str | None) -> None:
     """Follows the remedy: without the variable `unset`, or with the launcher's values if it is None, all is read."""
-    with pytest.raises(ValueError, match=words.replace("(", r"\(")) as raised:
+    with pytest.raises(ValueError, match=re.escape(words)) as raised:
         ClusterEnvironment.read(env)
     if "export MASTER_ADDR=HOST" in str(raised.value):
         assert ClusterEnvironment.read({**env, "MASTER_ADDR": "gpu7"}).master_address == "gpu7"

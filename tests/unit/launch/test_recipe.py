@@ -69,7 +69,8 @@ def test_stages_run_in_order_and_end_in_a_table(stages: list[RecipeStage], tmp_p
     assert status == 0
     assert (tmp_path / "calls").read_text() == "one two three "
     assert (tmp_path / "logs" / "two.log").read_text() == "two in a pipe\n"
-    assert "in → out" in text and str(tmp_path / "report.html") in text.replace("\n", "")
+    assert "in → out" in text and " s this time. The report, with curves: " in text.replace("\n", " ")
+    assert str(tmp_path / "report.html") in text.replace("\n", "")
     page = (tmp_path / "report.html").read_text()
     assert page.count("<tr>") == 4 and "http" not in page
 

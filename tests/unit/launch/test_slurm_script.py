@@ -70,6 +70,7 @@ def test_a_job_has_the_clusters_options_and_goes_on_after_its_time_limit(capsys:
     assert "--job-name=trivium-train-pretrain" in given
     assert words_in(script, "check")[-2:] == ["--ranks", "8"]
     bare = printed(capsys, "--set", "slurm.check_nodes=false", "--set", "slurm.cpus_per_node=12", *TRAIN)
+    assert "\nexport SRUN_CPUS_PER_TASK=12\n" in bare
     assert words_in(bare, "check") == [] and "--cpus-per-task=12" in options(bare)
     assert not any(option.startswith(("--gpus", "--partition", "--dependency")) for option in options(bare))
 

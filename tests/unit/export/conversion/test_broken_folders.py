@@ -46,6 +46,17 @@ def test_each_fault_is_one_clear_error(tmp_path: Path, family: str, capsys: pyte
     model, folder = random_model(family, **sizes, tie_word_embeddings=False), tmp_path / "hf"
     model.save_pretrained(folder, max_shard_size="40KB")
     shard = sorted(folder.glob("model-*.safetensors"))[1]
+    whole = load_file(shard)
+    lost = min(whole)
+    save_file({name: one for name, one in whole.items() if name != lost} | {"x": torch.ones(1)}, shard)
+    index = "there by model.safetensors.index.json; fetch the file again"
+    assert f"{shard} lacks {lost}, {index}" in refused(folder)
+    save_file(whole | {lost: torch.ones(7, 7, 7)}, shard)
+    assert f"1 tensor is of another shape than the config gives: {lost} (7, 7, 7) instead of" in refused(folder)
+    save_file(whole, shard, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main([str(folder), str(tmp_path / "dry"), "--dry-run"]) == 0
+    assert ": every tensor is there; nothing was written" in " ".join(capsys.readouterr().out.split())
     shard.unlink()
     assert refused(folder) == f"{shard} is missing, but model.safetensors.index.json names it; fetch it again"
     for file in folder.glob("model*"):

@@ -114,3 +114,25 @@ def test_gpt_oss_is_scaled_where_config_json_says_nothing():
     assert scaling is not None
     assert (scaling.kind, scaling.factor, scaling.original_length, scaling.truncate) == ("yarn", 32.0, 4096, False)
     assert model.position.theta == 150000.0
+
+
+@pytest.mark.parametrize(
+    ("family", "wrong", "said", "right"),
+    [
+        *(
+            (family, {"rope_parameters": [1]}, "expected a section for each type of layer", {"rope_parameters": ropes})
+            for ropes in [{name: {"rope_theta": 900.0} for name in ("full_attention", "sliding_attention")}]
+            for family in ("gemma3_text", "olmo3")
+        ),
+        (
+            "gpt_oss",
+            {"sliding_window": None},
+            "expected a number of tokens, as layer_types has 'sliding_attention'",
+            {"sliding_window": 8},
+        ),
+    ],
+)
+def test_a_config_is_read_once_a_key_has_what_is_expected(family, wrong, said, right):
+    with pytest.raises(ConversionError, match=said):
+        from_hf_config({"model_type": family, **GEMMA, **wrong})
+    assert from_hf_config({"model_type": family, **GEMMA, **right}).num_layers == 3

@@ -77,7 +77,10 @@ def test_every_fourth_layer_has_no_positions_where_nothing_says_so(stated):
     [
         ({"num_experts_per_tok": 2}, "num_experts_per_tok = 2 is not supported in Llama4ForCausalLM; expected 1"),
         ({"attention_chunk_size": None}, "attention_chunk_size = None is not supported"),
-        ({"no_rope_layers": [1, 0]}, r"no_rope_layers = \[1, 0\] is not supported.* expected 4 values"),
+        (
+            {"no_rope_layers": [1, 0]},
+            r"no_rope_layers = \[1, 0\] is not supported.* expected 4 values, each 1 for a layer with positions or 0",
+        ),
         ({"moe_layers": []}, r"moe_layers = \[\] is not supported.* at least one layer with experts"),
         ({"layer_types": ["sliding_attention"] * 4}, "layer_types = .* each 'chunked_attention' or 'full_attention'"),
     ],

@@ -1,5 +1,6 @@
 """Families' tables against facts: names, shapes and config.json that transformers writes for a tiny model of each."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -169,8 +170,20 @@ def test_a_family_is_taken_by_what_the_config_says():
     ],
 )
 def test_what_no_family_computes_is_named_with_the_nearest_family(more, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=said) as refused:
         family_of(validate(ModelConfig, SIZES | more))
+    told = r"has (.+); train a model with (?:that value|those values) to export it$"
+    values = re.findall(r"model\.(\w+)\.(\w+) = (.+?), not ", re.findall(told, str(refused.value))[0])
+    for section, key, value in values:
+        more = more | {section: more[section] | {key: ast.literal_eval(value)}}
+    assert "in layer" in said or family_of(validate(ModelConfig, SIZES | more))
+
+
+def test_a_type_of_model_that_is_read_is_one_that_the_message_names():
+    with pytest.raises(ValueError, match=r"config\.json: model_type = 'rwkv' is not supported; supported are ") as told:
+        family_of_config({"model_type": "rwkv"})
+    for name in str(told.value).rpartition(" are ")[2].split(", "):
+        assert family_of_config({"model_type": name}).model_type == name
 
 
 def test_norms_of_heads_and_of_whole_projections_are_not_the_same():

@@ -1,5 +1,6 @@
 """Remedies in messages about adapters: each is done word for word, and the export or the import goes on then."""
 
+import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -8,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from configs.adapters import AdapterConfig
 from configs.initial import InitConfig
@@ -23,6 +26,7 @@ from export.peft import importing
 from export.peft.adapter import Base, OwnAdapter, PeftError
 from export.peft.forms import form_of_kind
 from export.peft.low_rank import LowRankForm
+from export.publishing import RECORD
 from pretrain.checkpoint import storage
 from pretrain.model import Decoder, LayerContext, init_weights
 from pretrain.model.adapters import add_adapters, is_adapter
@@ -201,3 +205,24 @@ def test_a_damaged_adapter_is_read_once_its_files_are_as_the_message_says(runs: 
         import_hf.main(arguments)
     save_file(torch.load(pickled), tensors)
     assert import_hf.main(arguments) == 0
+
+
+def test_an_adapter_is_loaded_as_its_export_says(
+    runs: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exports where peft is not installed, which is told, and fits the folder on its base without writing anything."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "peft" else find_spec(name))
+    out, config = tmp_path / "out", tmp_path / "export.toml"
+    config.write_text(f'run = "{runs}/text_lora"\nout = "{out}"\nprompts = ["It was"]\nsample_tokens = 1\n')
+    assert huggingface.main([str(config), "adapter=peft", "verify.greedy_tokens=8"]) == 0
+    checks = json.loads((out / RECORD).read_text())["checks"]
+    assert re.fullmatch(r"\d+ tensors; not loaded, since peft is not installed", checks["adapter"])
+    said = " ".join(capsys.readouterr().out.split())
+    loads = f'load it with PeftModel.from_pretrained(base, "{out}")'
+    assert f"published {out}; {loads}" in said
+    monkeypatch.undo()
+    base = AutoModelForCausalLM.from_pretrained(exported, local_files_only=True)
+    assert PeftModel.from_pretrained(base, str(out)).peft_config
+    assert import_hf.main([str(out), str(tmp_path / "again"), "--dry-run"]) == 0
+    assert ": every tensor fits; nothing was written" in " ".join(capsys.readouterr().out.split())
