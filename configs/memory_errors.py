@@ -1,4 +1,4 @@
-"""Recognition of errors which say that the memory of a machine or a GPU is used up, by their words. Imports no torch."""
+"""Recognition of errors that say that the memory of a machine or a GPU is used up, by their words. Imports no torch."""
 
 import errno
 import re
