@@ -91,8 +91,11 @@ class Chat(abc.ABC):
         return int(self.render([*read, {"role": "assistant", "content": answer}])[1].sum())
 
     def decode_answer(self, tokens: Sequence[int]) -> str:
-        """Returns the text of a sampled answer, up to the end of its turn; other control tokens are spelled out."""
-        tokens = list(tokens)
+        """Returns the text of a sampled answer, up to the end of its turn; other control tokens are spelled out.
+
+        Ids that only fill up the model's vocabulary, beyond the tokenizer's, have no text.
+        """
+        tokens = [token for token in tokens if token < self.tokenizer.vocab_size]
         stop = next((i for i, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
         # A model may sample any id. Control tokens inside an answer stay visible, so that a verifier sees them.
         names = {number: name for name, number in self.tokenizer.special_ids.items()}

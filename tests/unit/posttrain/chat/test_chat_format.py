@@ -137,3 +137,5 @@ def test_decoding_an_answer(chat: ChatFormat) -> None:
     assert chat.decode_answer(reply) == "123 你好"
     assert chat.decode_answer([*reply, chat.ids["<|user|>"], *reply, chat.end_id]) == "123 你好<|user|>123 你好"
     assert chat.decode_answer([chat.end_id]) == ""
+    filler = chat.tokenizer.vocab_size  # a model may have more ids than its tokenizer, and samples them too
+    assert chat.decode_answer([filler, *reply, filler + 7, chat.end_id]) == "123 你好"
