@@ -31,15 +31,15 @@ class StartRecorder:
         self._path, self._activities, self._writes = run_dir / FILE, activities, writes
         self._earlier: list[StartRecord] = []
         self._record: StartRecord | None = None
-        self._written = 0.0
+        self._began = self._written = 0.0
         self._undone = 0  # steps of this start that a rewind undid
 
     @contextmanager
     def of_start(self, first_step: int) -> Iterator["StartRecorder"]:
         """Context of the training of a start that goes on after `first_step` steps; writes the record at the end."""
-        now = time.time()
+        self._began = time.monotonic() - _age()
         self._earlier = read(self._path.parent)
-        self._record = StartRecord(now - _age(), now, first_step, first_step)
+        self._record = StartRecord(0.0, 0.0, first_step, first_step)
         try:
             yield self
         finally:
@@ -78,10 +78,11 @@ class StartRecorder:
             lost = seconds[name] * min(1.0, self._undone / max(1, steps))
             seconds[name] -= lost
             seconds["lost"] += lost
-        now = time.time()
-        began = self._record.began
-        seconds[START] += max(0.0, now - began - sum(seconds.values()))
-        self._record.updated, self._record.seconds = now, {name: round(value, 3) for name, value in seconds.items()}
+        # The clock may be set while a run trains, to its true time most likely: no second is gained or lost by that.
+        now, age = time.time(), time.monotonic() - self._began
+        seconds[START] += max(0.0, age - sum(seconds.values()))
+        self._record.began, self._record.updated = now - age, now
+        self._record.seconds = {name: round(value, 3) for name, value in seconds.items()}
         self._written = time.monotonic()
         records = [asdict(record) for record in (*self._earlier, self._record)]
         try:

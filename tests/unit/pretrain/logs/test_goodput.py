@@ -72,6 +72,18 @@ def test_the_recorder_keeps_all_starts(tmp_path: Path) -> None:
     assert sum(second.seconds.values()) >= second.updated - second.began - 0.01  # rounded to milliseconds
 
 
+@pytest.mark.parametrize("days", [-1, 1])
+def test_a_clock_that_is_set_adds_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, days: int) -> None:
+    with StartRecorder(tmp_path, Activities(), writes=True).of_start(0) as recorder:
+        set_to = time.time() + 86_400 * days
+        monkeypatch.setattr("time.time", lambda: set_to)
+        recorder.update(1)
+    (start,) = read(tmp_path)
+    lifetime = start.updated - start.began
+    assert start.updated == set_to and 0 < lifetime < 43_200
+    assert sum(start.seconds.values()) == pytest.approx(lifetime, abs=0.02)  # rounded to milliseconds
+
+
 def test_only_one_rank_writes_and_a_broken_file_is_no_error(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("{")
     assert read(tmp_path) == [] and goodput([])["training"] == 0
