@@ -245,9 +245,14 @@ class ModelConfig(Section):
             return f"model.position.max_positions is for learned positions, not {position.kind}; leave it out"
         if position.scaling and position.kind != "rotary":
             return f"model.position.scaling is for rotary positions, not {position.kind}; leave it out"
+        latent = self.attention.latent
+        pairs = (latent.rope_head_dim if latent else round(self.dim_per_head * position.fraction)) // 2
+        if position.scaling and position.scaling.kind == "dynamic" and pairs == 1:
+            return (
+                "model.position.scaling.kind = 'dynamic' slows all pairs of rotated elements of a head but the first, "
+                "and there is one; set model.position.scaling.kind=linear, or give heads 4 rotated elements or more"
+            )
         if position.scaling and position.scaling.kind == "longrope":
-            latent = self.attention.latent
-            pairs = (latent.rope_head_dim if latent else round(self.dim_per_head * position.fraction)) // 2
             for name in ("short_factor", "long_factor"):
                 factors = getattr(position.scaling, name) or ()
                 if len(factors) != pairs:

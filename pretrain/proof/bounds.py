@@ -19,7 +19,9 @@ The reference measures the factor, and it multiplies the bound.
 Some models amplify rounding: a norm over few elements, or terms that cancel, up to a gradient that is zero in exact
 arithmetic. There the derived bound is too small for one rank's own rounding. So the reference computes its first step
 twice, in its own precision and in fp64 (in fp32 where its own is fp64), and a tensor's bound is at least MARGIN times
-the error that this shows.
+the error that this shows. It shows one error of many that rounding can make: of hundred models drawn at random, one had
+a gradient of few elements whose error was 11.7 times as large in a layout. A gradient that is rounding alone, without a
+correct digit, has a size that is chance too; it may be MARGIN times as large again (18 times was seen).
 """
 
 import math
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 # Folder of a reference's first step in another precision, and how many times the error that it shows is allowed.
-COMPANION, MARGIN = "companion", 8.0
+COMPANION, MARGIN = "companion", 16.0
 UNIT_ROUNDOFF = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-9}
 
 

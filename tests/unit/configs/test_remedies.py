@@ -117,6 +117,18 @@ EXPERTS = ["model.moe.num_experts=8"]
             "model.position.scaling is for rotary positions, not none; leave it out",
             ["model.position.scaling=none"],
         ),
+        *(
+            (
+                1,
+                [
+                    "model.position={ kind = 'rotary', scaling.kind = 'dynamic', scaling.factor = 2.0 }",
+                    "model.head_dim=2",
+                ],
+                "set model.position.scaling.kind=linear, or give heads 4 rotated elements or more",
+                [remedy],
+            )
+            for remedy in ("model.position.scaling.kind=linear", "model.head_dim=4")
+        ),
         (
             1,
             ["model.head.outputs=2"],

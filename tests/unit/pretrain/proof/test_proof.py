@@ -152,23 +152,37 @@ def test_a_weight_that_stays_zero_has_a_bound(tmp_path: Path) -> None:
     assert 0 <= allowed_weight(name, step, step, Bounds(MODEL, 16, 128, "bf16"), config) < math.inf
 
 
+def recorded_steps(folder: Path, exact: float, exact_norm: float = 1.0) -> list[RecordedStep]:
+    """Writes a step and its companion, whose one gradient is 1 and `exact`; the norms of all are 1 and `exact_norm`."""
+    steps = []
+    for precision, gradient, norm in (("own", 1.0, 1.0), ("companion", exact, exact_norm)):
+        (folder / precision).mkdir(parents=True)
+        facts = {"grad_norm": norm, "clip_grad": 1.0, "norm_terms": {}}
+        (folder / precision / "step.json").write_text(json.dumps(facts))
+        metadata = {"grad/layers.0.attention.bias": json.dumps([(0,), (3,)])}
+        file = folder / precision / "rank_00000.safetensors"
+        save_file({"grad/layers.0.attention.bias": torch.full((3,), gradient)}, str(file), metadata)
+        steps.append(RecordedStep(folder / precision))
+    return steps
+
+
 def test_a_second_moment_may_differ_by_the_square_of_what_its_gradient_may(tmp_path: Path) -> None:
     """Bounds the second moment of a gradient that is zero in exact arithmetic, whose errors are larger than itself."""
-    name = "layers.0.attention.bias"
-    steps = []
-    for folder, gradient in (("bf16", 1.0), ("fp64", -9.0)):
-        (tmp_path / folder).mkdir()
-        facts = {"grad_norm": 1.0, "clip_grad": 1.0, "norm_terms": {}}
-        (tmp_path / folder / "step.json").write_text(json.dumps(facts))
-        metadata = {f"grad/{name}": json.dumps([(0,), (3,)])}
-        file = tmp_path / folder / "rank_00000.safetensors"
-        save_file({f"grad/{name}": torch.full((3,), gradient)}, str(file), metadata)
-        steps.append(RecordedStep(tmp_path / folder))
+    name, steps = "layers.0.attention.bias", recorded_steps(tmp_path, -9.0)
     config, bounds = load(PretrainConfig, Path("configs/pretrain/demo.toml"), []), Bounds(MODEL, 16, 128, "bf16")
     one = torch.ones(3)
     error, square = (_allowed(f"{kind}/{name}", one, *steps, bounds, config) for kind in ("grad", "state.exp_avg_sq"))
-    assert error == pytest.approx(MARGIN * 10)
+    assert error == pytest.approx(MARGIN**2 * 10)  # MARGIN once more, since it has no correct digit
     assert (1 + error) ** 2 - 1 <= square < 1.1 * ((1 + error) ** 2 - 1)
+
+
+def test_a_moment_may_differ_as_much_as_the_norm_by_which_its_gradient_is_clipped(tmp_path: Path) -> None:
+    config, bounds = load(PretrainConfig, Path("configs/pretrain/demo.toml"), []), Bounds(MODEL, 16, 128, "fp32")
+    name, one = "state.exp_avg/layers.0.attention.bias", torch.ones(3)
+    exact, off = (
+        _allowed(name, one, *recorded_steps(tmp_path / str(norm), 1.0, norm), bounds, config) for norm in (1.0, 1.001)
+    )
+    assert exact < 1e-4 and MARGIN * 0.001 < off < MARGIN * 0.001 + exact
 
 
 def test_a_layout_that_is_refused_is_mended_as_the_message_says() -> None:
