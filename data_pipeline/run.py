@@ -31,7 +31,7 @@ from data_pipeline.core.console import say, warn, wide_console
 from data_pipeline.core.full_disk import explain_write_error
 from data_pipeline.core.run_context import RunContext
 from data_pipeline.core.shortfalls import COUNTED, short_plans, short_sources
-from data_pipeline.core.stage import PublishedStage, Stage, made_by_other_code, perform, published, sole_user
+from data_pipeline.core.stage import LEDGER, PublishedStage, Stage, made_by_other_code, perform, published, sole_user
 from data_pipeline.cutting.cut_stages import (
     decontaminate_stage,
     lines_stage,
@@ -123,6 +123,8 @@ def run(
                 earlier.tally.check(stage.name, before)
             elif stage.name not in chosen:
                 continue
+            if not earlier:  # what later stages left is of an earlier run from now on
+                write_ledger(run_dir, stages, done, [], [])
             done[stage.name] = earlier or perform(stage, run_dir, before)
             if stage.name == "extract":
                 forget_failure(run_dir)
@@ -235,7 +237,7 @@ def write_ledger(
             for stage in done.values()
         ],
     }
-    write_atomic(run_dir / "ledger.json", (json.dumps(ledger, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(run_dir / LEDGER, (json.dumps(ledger, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def count_set_aside(done: Sequence[PublishedStage]) -> dict[str, int]:

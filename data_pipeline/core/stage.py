@@ -29,6 +29,7 @@ from data_pipeline.core.integrity import STAGE_MANIFEST, DamagedData, Expected, 
 from data_pipeline.core.ledger import Tally
 
 _HERE, _PACKAGE = Path(__file__).parents[1], "data_pipeline"
+LEDGER = "ledger.json"
 _SETTLED_NS = 2 * 10**9  # at least the resolution of file times on any file system
 # Modules that run, count or display the work; a change of them cannot change its result.
 _NEUTRAL = ("executors", "core.full_disk", "core.ledger", "core.progress")
@@ -186,6 +187,23 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     return read_sealed(STAGE, path, has_no_checksum=_is_from_before_checksums)
+
+
+def has_finished(run_dir: Path, stage: str) -> bool:
+    """Whether a stage's result belongs to the last run in `run_dir`, whose ledger lists its finished stages.
+
+    What else is there is of an earlier run: its rows may be of other documents, or its cuts be made no more.
+    """
+    names = in_ledger(run_dir)
+    return (run_dir / stage).is_dir() and (names is None or stage in names)
+
+
+def in_ledger(run_dir: Path) -> list[str] | None:
+    """Returns the names of the stages in a data run's ledger; None if there is none or it is damaged."""
+    try:
+        return [stage["name"] for stage in json.loads((run_dir / LEDGER).read_text(encoding="utf-8"))["stages"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _is_from_before_checksums(manifest: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from configs.rules import RuleSet
 from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.shards import read_records, shard_path, shards_under
-from data_pipeline.core.stage import read_manifest
+from data_pipeline.core.stage import has_finished, read_manifest
 from data_pipeline.core.tables import TABLE_STAGES, read_table, shards_of
 from data_pipeline.cutting.cuts import FOLDER as CUTS
 from data_pipeline.cutting.decontamination import FOLDER as MATCHES
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.stage not in _STAGES:
         raise ConfigError(f"--stage {args.stage!r} drops and cuts nothing; those that do: {', '.join(_STAGES)}")
     run_dir = Path(config.run.dir)
-    if read_manifest(run_dir / args.stage) is None:
+    if read_manifest(run_dir / args.stage) is None or not has_finished(run_dir, args.stage):
         if remedy := _switched_off(config, args.stage):
             raise ConfigError(f"--stage {args.stage}: the config has this stage switched off; {remedy}, and run it")
         raise ConfigError(

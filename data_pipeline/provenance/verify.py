@@ -5,7 +5,6 @@ data replan --out FOLDER`); for a plan, its token stores are verified too. Raw i
 the config's settings, are not verified: `trivium data run` checks both.
 """
 
-import json
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.integrity import STAGE_MANIFEST, DamagedData, Expected, fault, remedy
-from data_pipeline.core.stage import expected_files, read_manifest
+from data_pipeline.core.stage import expected_files, in_ledger, read_manifest
 from data_pipeline.mixture.earlier import USED_BY
 from data_pipeline.mixture.rows import PLAN_FILE, Plan, open_plans
 
@@ -55,7 +54,7 @@ def parts_of(folder: Path) -> list[VerifiedPart]:
         )
     parts = [_stage_part(stage) for stage in stages]
     named = {stage.name for stage in stages}
-    for name in _in_ledger(folder):
+    for name in in_ledger(folder) or []:
         if name not in named:
             lost = f"stage {name} ({folder / name}) has no {STAGE_MANIFEST}: run `trivium data run` again"
             parts.append(VerifiedPart(name, [], [lost]))
@@ -102,15 +101,6 @@ def _plan_part(folder: Path) -> VerifiedPart:
         return VerifiedPart("token stores", Plan.open(folder).store_files(), [])
     except ValueError as error:
         return VerifiedPart("token stores", [], [str(error)])
-
-
-def _in_ledger(folder: Path) -> list[str]:
-    """Returns the names of the stages in a data run's ledger; [] if there is none or it is damaged."""
-    path = folder / "ledger.json"
-    try:
-        return [stage["name"] for stage in json.loads(path.read_text(encoding="utf-8"))["stages"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []  # no fault: the ledger is only printed, no result depends on it
 
 
 class ReadProgress:

@@ -24,7 +24,7 @@ from configs.rules import RuleSet
 from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.checked_parquet import columns_in
 from data_pipeline.core.console import say, wide_console
-from data_pipeline.core.stage import read_manifest
+from data_pipeline.core.stage import has_finished, read_manifest
 from data_pipeline.core.tables import read_table, shards_of
 from data_pipeline.scan.scores import definition_of
 from data_pipeline.scores.filtering import broken, verdicts
@@ -92,7 +92,7 @@ def expanded(overrides: Sequence[str], rules: Sequence[str]) -> list[str]:
 def scores_of(run_dir: Path) -> pa.Table:
     """Reads the score stage's rows without excerpts; leaves canaries out; raises ConfigError if there are none."""
     folder = run_dir / "score"
-    shards = [shard for shard in shards_of(folder) if not is_canary(shard)] if folder.is_dir() else []
+    shards = [shard for shard in shards_of(folder) if not is_canary(shard)] if has_finished(run_dir, "score") else []
     if not shards:
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no scores yet; run: trivium data run CONFIG")
     columns = [name for name in columns_in(folder / f"{shards[0]}.parquet") if name != "head"]

@@ -19,6 +19,7 @@ from configs.folders import check_can_hold
 from configs.loader import ConfigError, load
 from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.console import say, wide_console
+from data_pipeline.core.stage import LEDGER
 from data_pipeline.report.report_page import write
 
 _SAMPLE_CHARS = 160
@@ -69,9 +70,10 @@ def print_ledger(ledger: dict[str, Any], run_dir: Path, console: Console) -> Non
         console.print(line, highlight=False, markup=False)
 
 
-def print_drops(run_dir: Path, console: Console) -> None:
+def print_drops(run_dir: Path, stages: Sequence[str], console: Console) -> None:
     """Prints a few of the dropped documents of each stage and reason, and of the broken records."""
-    for path in sorted([*run_dir.glob("*/drops/*.jsonl"), *run_dir.glob("*/rejected/*.jsonl")]):
+    found = [path for stage in stages for path in (run_dir / stage).glob("[dr]*/*.jsonl")]
+    for path in sorted(path for path in found if path.parent.name in ("drops", "rejected")):
         with path.open(encoding="utf-8") as lines:
             documents = (one for one in map(json.loads, lines) if not is_canary(one.get("source") or path.stem[:-5]))
             samples = list(itertools.islice(documents, _SAMPLES))
@@ -89,11 +91,16 @@ def print_drops(run_dir: Path, console: Console) -> None:
 
 def read_ledger(run_dir: Path) -> dict[str, Any]:
     """Reads the ledger of a data run; raises ValueError if it is missing or damaged."""
-    path = run_dir / "ledger.json"
+    path = run_dir / LEDGER
     if not path.is_file():
         raise ValueError(f"{path} does not exist: no data run has finished in {run_dir}; run: trivium data run CONFIG")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        ledger = json.loads(path.read_text(encoding="utf-8"))
+        if not ledger["stages"]:
+            raise LookupError
+        return ledger
+    except LookupError:
+        raise ValueError(f"{path} lists no finished stage; run: trivium data run CONFIG") from None
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged ({error}); run `trivium data run CONFIG` again, which rewrites it"
@@ -115,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"would report on {run_dir}, {len(ledger['stages'])} stages", soft_wrap=True)
             return 0
         print_ledger(ledger, run_dir, console)
-        print_drops(run_dir, console)
+        print_drops(run_dir, [stage["name"] for stage in ledger["stages"]], console)
         check_can_hold(run_dir, "report.html")
         # The config of the run itself: the thresholds in the file may have changed since.
         page = write(load(DataConfig, run_dir / "config.toml"), run_dir, ledger)

@@ -12,9 +12,10 @@ from configs.mixture import PlanConfig
 from data_pipeline import command
 from data_pipeline.mixture.plan_files import build_plan
 from data_pipeline.mixture.rows import Plan
-from data_pipeline.provenance import document_samples, explain, replan
+from data_pipeline.provenance import document_samples, explain, replan, what_if
 from data_pipeline.provenance.lookup import DataSpan, plans
 from data_pipeline.provenance.replan import rest
+from data_pipeline.report import ledger_tables
 from data_pipeline.tokens.sentencepiece_training import proto
 from tests.small_sources import write_config
 
@@ -45,6 +46,22 @@ def test_a_document_and_a_source_are_found_as_the_messages_say(
     with pytest.raises(ConfigError, match=r"--source 'small' is no source; known: big$") as said:
         document_samples.main([*args, "--stage", "filter", "--source", "small"])
     assert document_samples.main([*args, "--stage", "filter", "--source", str(said.value).rpartition(" ")[2]]) == 0
+
+    # What a stage says of an earlier input is not said of a later one, whose documents are in other rows.
+    (tmp_path / "big.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records[::-1]))
+    assert command.main([*args, "--until", "language"]) == 0
+    capsys.readouterr()
+    assert explain.main([*args, "--id", "big/4"]) == 0 and ledger_tables.main(args) == 0
+    shown = capsys.readouterr().out
+    assert "language" in shown and "word_count_min" not in shown
+    for main, more in ((document_samples.main, ["--stage", "filter"]), (what_if.main, ["word_count.min=9"])):
+        with pytest.raises(ConfigError, match=r"holds no (finished stage 'filter'|scores yet); run: trivium data run"):
+            main([*args, *more])
+    assert command.main([*args, "--until", "filter"]) == 0
+    assert document_samples.main([*args, "--stage", "filter"]) == 0
+    (tmp_path / "run/ledger.json").write_text('{"stages": []}')  # as it is while the first stage runs again
+    assert ledger_tables.main(args) == 1
+    assert "lists no finished stage; run: trivium data run CONFIG" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("names", [("",), ("general", "late")])
