@@ -74,7 +74,8 @@ def call(function: Callable[..., Any], arguments: dict[str, Any], options: dict[
         if type(error).__name__ == "Unscorable":
             return {"reason": str(error)}
         with suppress(BaseException):
-            return {"reason": f"raised {type(error).__name__}", "detail": _text(error)}
+            said = " ".join(str(error).split())[:SHOWN]
+            return {"reason": f"raised {type(error).__name__}", "detail": said and f"which says: {said}"}
         return {"reason": "raised an exception that cannot be shown"}
 
 

@@ -55,7 +55,7 @@ class HeldProblems:
             count = self.unscorable[score.reason]
             if str(count).strip("0") == "1":  # 1, 10, 100 and so on
                 said = f"{score.reason}{score.detail and ', ' + score.detail}"
-                print(f"note: {count} {what} {self.name} were unscorable so far: {said}", file=sys.stderr)
+                print(f"note: unscorable {what} {self.name}, {count} so far: {said}", file=sys.stderr)
 
     @property
     def reasons(self) -> str:
