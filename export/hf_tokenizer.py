@@ -41,10 +41,7 @@ _NEVER = 128  # times the lowest score
 
 def read_model(path: str | Path) -> Any:
     """Returns the parsed model. Raises ValueError if a fast tokenizer could not give the same ids."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"tokenizer model {path} does not exist; run the data pipeline's tokenizer stage")
-    model = proto.ModelProto()
+    path, model = Path(path), proto.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
     except Exception as error:  # protobuf's DecodeError is not a public name in every version

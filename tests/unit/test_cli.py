@@ -45,12 +45,14 @@ def test_every_command_leads_to_a_function(target: str) -> None:
         (["data", "veryfy"], 2, "did you mean 'data verify'?"),
         (["verify"], 2, "did you mean 'data verify'?"),
         (["SFT"], 2, "did you mean 'sft'?"),
-        (["qqq"], 2, "there is no command 'qqq'"),
+        (["qqq"], 2, "there is no command 'qqq'; `trivium --help` lists them"),
+        (["--help"], 0, "usage: trivium"),
     ],
 )
 def test_wrong_commands(argv: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == status
-    assert words in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert words in (said.err if status else said.out)
 
 
 def test_without_arguments_the_help_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

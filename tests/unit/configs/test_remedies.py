@@ -142,6 +142,12 @@ EXPERTS = ["model.moe.num_experts=8"]
             ["model.moe.dense_layers=[3]"],
         ),
         (
+            2,
+            [*EXPERTS, "model.moe.first_layer=9"],
+            "no layer has a mixture of experts by model.moe.first_layer, every and dense_layers; leave out model.moe",
+            ["model.moe.first_layer=0", "model.moe.dense_layers=[]"],
+        ),
+        (
             1,
             [*EXPERTS, "model.moe.weigh=input"],
             "model.moe.weigh = 'input' multiplies the input of one expert a token, and model.moe.top_k = 2; set model",

@@ -156,3 +156,18 @@ def test_an_export_of_a_folder_that_says_other_ends_is_made_anew(
     assert huggingface.main([str(tmp_path / "back.toml"), "verify.greedy_tokens=8", "--force"]) == 0
     assert "weights imported as LlamaForCausalLM" in (tmp_path / "back/README.md").read_text()
     assert f"published {tmp_path / 'back'}; load it with" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_model_writes_text_once_its_folder_had_a_tokenizer_as_the_message_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, files = gpt2()
+    hub = saved(tmp_path / "hub", made.get_vocab_size())
+    assert main([str(hub), str(tmp_path / "bare")]) == 0
+    told = (
+        r"bare\S* does not say which tokenizer it was trained with; a run of `trivium train` does, and an imported mod"
+    )
+    with pytest.raises(ConfigError, match=told):
+        text(tmp_path / "bare", capsys)
+    assert main([str(write(hub, made, files)), str(tmp_path / "whole")]) == 0
+    assert text(tmp_path / "whole", capsys, tokens=2)

@@ -76,7 +76,10 @@ def test_config_both_ways(moe, tie):
         ({"model_type": None, "architectures": 3}, "model_type = None is not supported"),
         ({"model_type": "mamba"}, "model_type = 'mamba' is not supported; supported are llama, mistral, mixtral, "),
         ({"hidden_act": "relu2"}, "hidden_act = 'relu2' is not supported .* expected 'silu' or"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config = .* is not supported"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "quantization_config = .* is not supported; import the weights in full precision, without that key",
+        ),
         ({"rope_scaling": {"type": "mrope"}}, "rope_scaling.rope_type = 'mrope' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
         (
@@ -95,6 +98,8 @@ def test_what_the_decoder_does_not_do_is_refused_by_key(tmp_path, capsys, keys, 
     with pytest.raises(ConfigError, match=named):
         main([str(tmp_path / "hf"), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+    path.write_text(json.dumps(right))
+    assert main([str(tmp_path / "hf"), str(tmp_path / "out"), "--dry-run"]) == 0
 
 
 def test_everything_wrong_with_a_folder_is_told_in_one_message(tmp_path):

@@ -35,7 +35,10 @@ def test_lengths_that_a_message_names_are_legal_and_the_longest() -> None:
         except ConfigError as error:
             text = str(error).replace("set verify.", "set ").replace(" sample_tokens=", " set sample_tokens=")
             suggested = {key: int(value) for key, value in remedies(text.replace("set set", "set"))}
+            assert text.endswith(", or shorten the prompts")
         assert suggested
+        shorter = validate(ExportConfig, {"run": "a", "out": "b", "verify": {"greedy_tokens": 1}, "sample_tokens": 1})
+        _check_lengths(context, [[1]], [], shorter)
         check(**{**numbers, **suggested})
         for key in suggested:
             with pytest.raises(ConfigError, match=f"{key} = {suggested[key] + 1}"):

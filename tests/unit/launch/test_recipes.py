@@ -70,6 +70,10 @@ def test_a_dry_run_checks_all_configs_and_says_what_each_stage_reads_and_writes(
         ('stages.student_base.more=["model.num_heads=7"]', r"stages.student_base: .*num_heads"),
         ('stages.sft.more=["init.run={later}"]', r"stages.sft.more: .*the stage 'later', which does not exist"),
         ("inputs.sft=runs/x", r"inputs.sft has the name of a stage"),
+        (
+            'stages.sft.set=["run.dir=x"]',
+            r"stages.sft.set has run.dir=x, and a recipe's stage writes into a folder of the recipe; leave it out",
+        ),
         ("stages.chosen.config=none.toml", r"stages.chosen.config = 'none.toml' does not exist"),
     ],
 )
@@ -78,9 +82,15 @@ def test_a_mistake_in_any_stage_is_said_before_the_first_one(override: str, word
         recipe.main([str(FOLDER / "r1.toml"), "--dry-run", override])
 
 
-def test_an_input_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"inputs.model = '{tmp_path}/none' does not exist; make it first"):
-        recipe.main([str(FOLDER / "r1.toml"), f"dir={tmp_path}/r1", f"inputs.model={tmp_path}/none"])
+def test_an_input_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = [str(FOLDER / "r1.toml"), f"dir={tmp_path}/r1", f"inputs.plan={tmp_path}"]
+    told = rf"inputs.model = '{tmp_path}/none' does not exist; make it first, or set (inputs\.model)=FOLDER"
+    with pytest.raises(ConfigError, match=told):
+        recipe.main([*args, f"inputs.model={tmp_path}/none"])
+    monkeypatch.setattr(recipe, "run_stages", lambda *args: 0)
+    for folder in ("none", "other"):
+        (tmp_path / folder).mkdir()
+        assert recipe.main([*args, f"inputs.model={tmp_path}/{folder}"]) == 0
 
 
 def test_a_hugging_face_folder_is_known_by_its_content(tmp_path: Path) -> None:

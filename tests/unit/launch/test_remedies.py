@@ -67,7 +67,12 @@ UNSHARE = shutil.which("unshare")
         ("slurm", ["--set", 'environment=["A=b"]', *TRAIN], "write the name", ["--set", 'environment=["A"]', *TRAIN]),
         ("slurm", ["--nnodes=2", "--min-nodes=1", *TUNED], "leave min_nodes out", ["--nnodes=2", *TUNED]),
         ("slurm", TUNED[:-1], "key 'run.dir' is missing; set it in the file or as run.dir=VALUE", TUNED),
-        ("slurm", ["--job-dir", "a\\b", *TRAIN], "choose another path", ["--job-dir", "ab", *TRAIN]),
+        (
+            "slurm",
+            ["--job-dir", "a\\b", *TRAIN],
+            "cannot hold the output of a Slurm job; choose another path",
+            ["--job-dir", "ab", *TRAIN],
+        ),
         ("local", ["--min-nodes=2", *TRAIN], "start it on as many, or set min_nodes=1", ["--min-nodes=1", *TRAIN]),
         (
             "local",

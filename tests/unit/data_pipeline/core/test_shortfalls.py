@@ -33,11 +33,12 @@ def test_sources_with_too_little_are_told_and_the_run_goes_on(
     config = write_config(tmp_path, {"big": 30, "one": 1, "short": 4, "none": 0}, mixture)
     assert command.main([str(config)]) == 0
     told = said(capsys)
-    assert "warning: source none has no usable record (no records); check sources.none.files" in told
+    assert "warning: source none has no usable record (no records); check sources.none.files and format\n" in told
     assert "warning: source none has no document left to train on, so it has no part in the mixture; no record" in told
     short = told.split("warning: source short has no document left to train on")[1]
     assert "change the rule or key behind them" in short.splitlines()[0]
-    assert "warning: source one has 1 document left, too few to hold one out" in told
+    assert "warning: source one has 1 document left, too few to hold one out: it is trained on and not ev" in told
+    assert "; give it more files if it should be\n" in told.split("too few to hold one out")[1]
     plan = Plan.open(tmp_path / "run/plan")
     assert plan.sources == ["big", "one"]
     assert plan.heldout_rows("big") and not plan.heldout_rows("one")
@@ -50,8 +51,10 @@ def test_sources_with_too_little_are_told_and_the_run_goes_on(
     assert "no record was read from its files: name others by sources.none.files, or correct its format" in told
     more = tmp_path / "more.jsonl"
     more.write_text("".join(json.dumps({"id": str(n), "text": text(n + 77)}) + "\n" for n in range(9)))
-    assert command.main([str(config), f"sources.none.files=['{more}']", f"run.dir={tmp_path}/again"]) == 0
-    assert "source none has" not in said(capsys)
+    files = [f"sources.{name}.files=['{tmp_path}/{name}.jsonl','{more}']" for name in ("none", "one")]
+    assert command.main([str(config), *files, "dedup.exact=false", f"run.dir={tmp_path}/again"]) == 0
+    told = said(capsys)
+    assert "source none has" not in told and "source one has" not in told
 
 
 def test_nothing_is_held_out_of_a_share_of_0(tmp_path: Path) -> None:

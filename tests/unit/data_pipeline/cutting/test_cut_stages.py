@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from configs.cuts import DecontaminateConfig
 from data_pipeline.command import main
 from data_pipeline.core.shards import read_records, shard_path, shards_under
+from data_pipeline.cutting.cut_stages import evaluation_files
 from tests.data_runs import data_config, ledger, published
 from tests.demo_corpus import demo_records, write_jsonl
 
@@ -174,7 +176,10 @@ def test_a_changed_stage_repeats_only_what_hangs_on_it(config: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ('decontaminate.files=["in/none.jsonl"]', "decontaminate.files: 'in/none.jsonl' matches no file"),
+        (
+            'decontaminate.files=["in/none.jsonl"]',
+            f"'in/none.jsonl' matches no file, looked for from {Path.cwd()}; correct the path, or run from the folder",
+        ),
         ("decontaminate.min_words=20", "min_words = 20 is above ngram = 13"),
         ('pii.replacements={card="x"}', "replacements.card has no effect; set actions = "),
         ('pii.actions={names="replace"}', "pii.actions"),
@@ -189,3 +194,11 @@ def test_a_wrong_config_is_one_sentence(config: Path, override: str, expected: s
     with pytest.raises(ConfigError) as error:
         main([str(config), override])
     assert expected in str(error.value)
+
+
+def test_evaluation_files_are_found_from_the_folder_that_they_are_relative_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evaluation.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert evaluation_files(DecontaminateConfig(files=("evaluation.jsonl",))) == ["evaluation.jsonl"]

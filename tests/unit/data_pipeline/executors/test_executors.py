@@ -222,7 +222,10 @@ def test_slurm_is_used_where_its_commands_are_and_paths_have_no_spaces(
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     executor = choose(DataRunConfig(dir="x", executor="slurm"))
-    for folder, said in (("my run", "set run.dir to a path without spaces"), ("run", "sbatch refused a stage")):
+    for folder, said in (
+        ("my run", "set run.dir to a path without spaces"),
+        ("run", "and the message above; correct run.slurm"),
+    ):
         prepare(tmp_path / folder)
         with pytest.raises(ConfigError, match=re.escape(said)):
             executor.run(PipelineJob("s", [MarkStep(str(tmp_path))], 2, tmp_path / folder), print)

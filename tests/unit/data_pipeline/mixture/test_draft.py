@@ -15,6 +15,7 @@ from configs.tokenizer import TokenizerConfig
 from data_pipeline.mixture.plan_files import build_plan, build_stages
 from data_pipeline.mixture.rows import Plan
 from data_pipeline.tokens import store
+from data_pipeline.tokens.tokenizer import Tokenizer
 from data_pipeline.tokens.tokenizer_training import train
 from tests.shards import write_shard
 from tests.unit.data_pipeline.mixture.plans import make
@@ -161,5 +162,7 @@ def test_a_plan_is_made_once_each_source_has_documents_as_the_messages_say(
 def test_another_tokenizer_is_refused(tokens: Path, tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.jsonl.zst", [{"text": "other words, other pieces " * 5}])
     train([path], tmp_path / "tokenizer", TokenizerConfig.model_construct(vocab_size=290))
-    with pytest.raises(ValueError, match="another tokenizer"):
+    with pytest.raises(ValueError, match=r"another tokenizer than \S+; tokenize it again, or name its own tokenizer$"):
         make(tokens, tmp_path / "tokenizer", tmp_path / "p")
+    store.build(path, tmp_path / "again/train/code/00000", Tokenizer.load(tmp_path / "tokenizer"))
+    make(tmp_path / "again", tmp_path / "tokenizer", tmp_path / "p", samples=1, weights={"code": 1.0})

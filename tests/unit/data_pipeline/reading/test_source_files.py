@@ -99,8 +99,12 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert [file.path for file in find_files("s", source("**/*.txt"))] == ["a.txt", "b/c.txt", "b/d/e.txt"]
     assert [file.path for file in find_files("s", source("b/**/*.txt", "b/c.txt"))] == ["b/c.txt", "b/d/e.txt"]
-    with pytest.raises(ConfigError, match=r"sources.s.files: 'none/\*.txt' matches no file"):
-        find_files("s", source("none/*.txt"))
+    told = r"sources.s.files: 'd/\*.txt' matches no file, looked for from \S+; correct the path, or run from the folder"
+    with pytest.raises(ConfigError, match=told):
+        find_files("s", source("d/*.txt"))
+    assert find_files("s", source("b/d/*.txt"))
+    monkeypatch.chdir(tmp_path / "b")
+    assert find_files("s", source("d/*.txt"))
 
 
 STRANGE = {

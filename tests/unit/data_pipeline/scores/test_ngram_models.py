@@ -51,7 +51,7 @@ def test_a_model_without_unk_and_one_of_single_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("ngram 2=3", "ngram 2=4", "has 3 2-grams where its header says 4"),
+        ("ngram 2=3", "ngram 2=4", "has 3 2-grams where its header says 4; check that it is complete"),
         ("ngram 2=3", "ngram 3=3", "should be 'ngram 2=COUNT'"),
         ("-0.6\ta b", "0.6\ta b", r"small.arpa:15: '0.6\\ta b\\t-0.25' should be a log10 probability"),
         ("<s> a b", "<s> a c", "should be a log10 probability, 3 words of"),
@@ -65,6 +65,7 @@ def test_damage_is_named(tmp_path: Path, old: str, new: str, said: str) -> None:
         path = small(tmp_path, SMALL.replace(old, new))
     with pytest.raises(ValueError, match=said):
         Arpa(path)
+    assert Arpa(small(tmp_path))("a b") > 1
 
 
 def words(text: str) -> list[str]:

@@ -172,8 +172,12 @@ def test_rows_without_a_position_come_back_as_they_were_and_serve_left_padding(t
 
 def test_opt_350m_is_refused_with_its_reason(tmp_path):
     _, folder = saved(tmp_path, "opt", word_embed_proj_dim=20, do_layer_norm_before=False)
-    with pytest.raises(ConversionError, match=r"word_embed_proj_dim = 20 is not hidden_size = 36.*OPT-350m"):
+    with pytest.raises(
+        ConversionError, match=r"proj_dim = 20 is not hidden_size = 36.*OPT-350m\); import another size of OPT"
+    ):
         import_directory(folder, tmp_path / "ours")
+    _, folder = saved(tmp_path / "other", "opt")
+    import_directory(folder, tmp_path / "ours")
 
 
 @pytest.mark.parametrize(
