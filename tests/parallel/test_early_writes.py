@@ -70,7 +70,7 @@ def test_a_refused_run_writes_nothing(ranks: RanksOf, tmp_path: Path) -> None:
                 set(listing(written)) ^ set(before),
             )
             assert not gone.exists()
-    assert f"would go on from {step_2}" in train(3, "--dry-run")["said"]
+    assert f"the run would go on from {step_2}" in train(3, "--dry-run")["said"]
     closed = [f"run.dir={gone}", f"checkpoint.local_dir={tmp_path / 'config.toml'}/local", "checkpoint.mirror="]
     answer = train(3, *closed)
     assert "name a folder that can be written on every node" in answer["error"] and not gone.exists(), answer

@@ -11,6 +11,7 @@ import pytest
 
 from configs.sealed import CHECKPOINT
 from posttrain import distill
+from pretrain.checkpoint.lineage import Pin
 from tests.remedies import Run, drawn, follow, refused, remedies, torchrun_environment
 from tests.untrained_models import ROW, dry_runs, write_untrained
 
@@ -117,6 +118,30 @@ def test_a_model_to_begin_from_is_found_as_the_message_says(
     else:
         right = [*(right or []), *(f"{key}={value}" for key, value in remedies(message) if "/" in value)]
     assert not refused(run["grpo"], 1, [*overrides, *right])
+
+
+def test_a_run_goes_on_without_the_model_that_it_began_from(
+    base: Path, run: dict[str, Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, first = tmp_path / "begun", tmp_path / "dense/checkpoints/step_1"
+    for run_dir in (own, tmp_path / "dense"):
+        shutil.copytree(base / run_dir.name, run_dir)
+    manifest = own / "checkpoints/step_2/manifest.json"
+    began = json.loads(manifest.read_text()) | {"init": vars(Pin.of(first))}
+    manifest.write_bytes(CHECKPOINT.write(began))
+    (first / "manifest.json").write_bytes(
+        CHECKPOINT.write(json.loads((first / "manifest.json").read_text()) | {"samples": 3})
+    )
+    gone = tmp_path / "gone"
+    for way, words in (
+        (["init.run=", f"init.checkpoint={gone}"], f"init.checkpoint = '{gone}' does not exist"),
+        (["init.run=", f"init.hf={gone}"], f"init.hf = '{gone}' does not exist"),
+        ([f"init.run={gone}"], f"init.run = '{gone}' has no checkpoint"),
+        ([f"init.run={tmp_path / 'dense'}"], f"{first} was written again since, and is ignored"),
+    ):
+        assert not refused(run["grpo"], 1, [f"run.dir={own}", *way])
+        said = f"note: {own} began from {first} and continues from its own weights; {words}"
+        assert said in capsys.readouterr().out
 
 
 def test_a_checkpoint_to_resume_that_is_of_another_kind_of_run_is_told(base: Path, run: dict[str, Run]) -> None:

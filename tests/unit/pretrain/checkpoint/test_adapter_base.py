@@ -30,7 +30,10 @@ def test_a_base_that_cannot_be_linked_leaves_the_others_kept(tmp_path: Path, mon
     keep_bases(run, [first], said.append)
     assert not said
     keep_bases(run, [first], said.append, mirror="s3://bucket/run")
-    assert said.pop().startswith(f"note: s3://bucket/run gets no copy of {tmp_path / 'first'}, ") and not said
+    told = (
+        f"note: s3://bucket/run gets no copy of {tmp_path / 'first'}, whose weights this run does not train; to go on"
+    )
+    assert said.pop() == f"{told} from there without this folder, keep that model where it is" and not said
     link = os.link
 
     def refuses(source: Path, target: Path) -> None:

@@ -1,6 +1,7 @@
 """`trivium drill` without its runs: how it shrinks a config, what it refuses, and what it makes of numbers."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,8 +14,9 @@ import pytest
 from configs.loader import ConfigError, Failure, load
 from configs.train import PretrainConfig
 from data_pipeline.mixture.rows import Plan
+from launch.processes import ProcessGroup
 from pretrain.drill import drill
-from pretrain.drill.drilled_run import share_of_node
+from pretrain.drill.drilled_run import DrilledRun, DrillError, share_of_node
 from pretrain.drill.small_config import VOCABULARIES, SmallConfig, default_ranks, fit_layout, given_keys, make_small
 from pretrain.drill.stand_in_rows import make_rows
 from pretrain.drill.verdicts import SAME, DrillOutcome, Numbers, as_record, summary
@@ -144,9 +146,35 @@ def test_the_last_bit_of_a_step_and_of_a_weight_counts_and_the_clock_does_not(tm
     short = Numbers.of_run(run_of(tmp_path / "d", 3.0, 2.0), 3)
     assert right.difference(short) == "step 3 is missing" and short.difference(right) == "step 3 is there too many"
     changed = Numbers.of_run(run_of(tmp_path / "e", 3.0, 2.0, 1.0, state=b"weightz"), 3)
-    assert right.difference(changed).endswith("at the end, in rank_00000.safetensors")
+    assert right.difference(changed) == "of the weights or the optimizer at the end, in rank_00000.safetensors"
     nothing = Numbers.of_run(tmp_path / "f", 3)
     assert nothing.difference(nothing) == "there is no last checkpoint to compare with"
+
+
+def test_runs_that_end_too_early_fail_the_drill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = small(DEMO, 2)
+    monkeypatch.setattr(drill, "cores", lambda: 1)
+    drill._print_setting(DEMO, made, has_plan=False)
+    said = capsys.readouterr().out
+    assert f"data.plan = {made.config.data.plan!r} is not there, so rows of random words are trained on" in said
+    assert "2 ranks share 1 cores, so times are longer than they need be" in said
+    monkeypatch.setattr(drill, "cores", lambda: 2)
+    drill._print_setting(DEMO, made, has_plan=True)
+    assert "is not there" not in (said := capsys.readouterr().out) and "ranks share" not in said
+    with ProcessGroup() as group:
+        run = DrilledRun(tmp_path / "config.toml", tmp_path, 2, group, print)
+        monkeypatch.setattr(DrilledRun, "processes", {0: os.getpid()})
+        with pytest.raises(DrillError, match="rank 1 was over before it could be sent SIGKILL"):
+            run.kill(1)
+        run.kill(0, 0)
+    monkeypatch.setattr(DrilledRun, "start", lambda run: None)
+    monkeypatch.setattr(DrilledRun, "wait", lambda run: [0, 137])
+    monkeypatch.setattr(DrilledRun, "output", "out of memory")
+    with pytest.raises(DrillError, match="the run that nothing happens to ended with status 137"):
+        next(drill._outcomes(made, tmp_path, {}))
+    assert "out of memory" in capsys.readouterr().err
 
 
 def test_a_difference_fails_the_drill_and_is_told(tmp_path: Path) -> None:

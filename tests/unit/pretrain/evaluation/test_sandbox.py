@@ -67,6 +67,9 @@ def test_files_outside_of_its_folder_stay_as_they_are(program: str, tmp_path: Pa
     kept.write_text("text")
     outcome = run_program(program.format(file=str(kept), folder=str(tmp_path)))
     assert "PermissionError" in outcome.result and kept.read_text() == "text"
+    told = f"a program may not write {str(kept)!r}, outside", f"a program may not change {str(tmp_path)!r}, outside"
+    if "open({file" in program or "rmtree" in program:
+        assert any(f"{words} of its folder" in outcome.result for words in told), outcome
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,14 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from pretrain.run.run_directory import ENDING, _take, _write
 
 
-def test_a_run_that_trains_is_not_waited_for_and_one_that_ends_is(tmp_path: Path) -> None:
+def test_a_run_that_trains_is_not_waited_for_and_one_that_ends_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with open(tmp_path / ".lock", "a+") as first, open(tmp_path / ".lock", "a+") as second:
         assert _take(first, tmp_path)
         _write(first, "")
@@ -18,6 +22,8 @@ def test_a_run_that_trains_is_not_waited_for_and_one_that_ends_is(tmp_path: Path
         _write(first, ENDING)
         threading.Timer(0.5, lambda: fcntl.flock(first, fcntl.LOCK_UN)).start()
         assert _take(second, tmp_path) and time.monotonic() - began > 0.5
+        words = f"waiting for the run in {tmp_path}, which got a signal to stop and is saving\n"
+        assert capsys.readouterr().out == words
         _write(second, "")
         assert (tmp_path / ".lock").read_text() == ""
 

@@ -44,7 +44,7 @@ def opened(run_dir: Path, **config: Any) -> Trackers:
 
 
 @contextmanager
-def collector(answers: bool = True) -> Iterator[tuple[str, list[bytes]]]:
+def collector(answers: bool = True, status: int = 200) -> Iterator[tuple[str, list[bytes]]]:
     """Serves a collector on loopback; gives its address and the bodies it gets. Without `answers` it never replies."""
     bodies: list[bytes] = []
     leave = threading.Event()
@@ -54,7 +54,7 @@ def collector(answers: bool = True) -> Iterator[tuple[str, list[bytes]]]:
             bodies.append(self.rfile.read(int(self.headers["Content-Length"])))
             if not answers:
                 leave.wait(60)
-            self.send_response(200)
+            self.send_response(status)
             self.end_headers()
 
         def log_message(self, *_: Any) -> None:
@@ -212,6 +212,19 @@ os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(0.02)
         assert time.monotonic() < deadline, "the tracker's process lives on"
     assert exported(bodies)["trivium.step"] == [1.0, 2.0]  # at once, and at the end
+
+
+@needs["otel"]
+def test_a_collector_that_refuses_metrics_is_told() -> None:
+    for status in (400, 200):
+        with collector(status=status) as (endpoint, bodies):
+            one = child.Otel({"name": "x", "endpoint": endpoint, "every_seconds": 0})
+            if status == 200:
+                one.write(1, {"loss": 1.0})
+            else:
+                with pytest.raises(ConnectionError, match="the collector did not take the metrics"):
+                    one.write(1, {"loss": 1.0})
+            assert len(bodies) == 1
 
 
 @needs["otel"]
