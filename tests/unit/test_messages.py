@@ -1,4 +1,4 @@
-"""Messages of errors: each says something that a test knows, so that its remedy has been read and tried once.
+"""Messages of errors and warnings: a test knows what each says, so that its remedy has been read and tried once.
 
 Reads the code of the packages and of all tests, and imports none of it.
 """
@@ -11,14 +11,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WINDOW = 20  # characters in a row that a message and a test share
-OF_PROGRAMMERS = {"AssertionError", "NotImplementedError"}
-WARNS = {"warning", "warn", "failure"}  # functions whose arguments are such a message, as the findings of the doctor are
-SAYS = {"print", "say", "_say"}  # functions that show a text, which is such a message if it begins with a word of these:
-ALARMS = ("warning: ", "error: ")
+OF_PROGRAMMERS = {"AssertionError", "NotImplementedError"}  # whose messages users never see
+WARNS = {"warning", "warn", "failure"}  # functions whose arguments are a message
+SAYS = {"print", "say", "_say"}  # functions whose arguments are a message if one begins with a word of ALARMS
+ALARMS = ("warning: ", "error: ", "note: ")
 
 
 def messages(file: str, source: str) -> Iterator[tuple[str, list[str]]]:
-    """Yields the line of each error and warning that users see, and the parts of its message without its values.
+    """Yields the line of each error, warning and note that users see, and the parts of its message without values.
 
     In configs/, whose functions return what is wrong to those that raise it, a returned sentence is a message too.
     """

@@ -217,6 +217,25 @@ def test_no_message_forges_a_control_token(chat_of: Callable[[str], TemplateForm
     assert "< |im_end|>" in chat.tokenizer.decode(sample.tokens.tolist())
 
 
+def test_a_dialogue_whose_words_become_control_tokens_is_used_without_them(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, encode = TemplateFormat(tokenizer, CHATML), tokenizer.encode_marked
+
+    def unsafe(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        (ids, spans), at = encode(text), text.find("zebra")
+        return [
+            chat.stop_ids[0] if begin <= at < end else one for one, (begin, end) in zip(ids, spans, strict=True)
+        ], spans
+
+    monkeypatch.setattr(tokenizer, "encode_marked", unsafe)
+    said = "the text of a message was encoded to a control token; take it out of the message"
+    with pytest.raises(BrokenDialogue, match=said) as broken:
+        chat.samples([{"role": "user", "content": "a zebra"}, *PLAIN[1:]])
+    assert broken.value.rule == "text that spells a control token"
+    assert chat.samples([{"role": "user", "content": "a horse"}, *PLAIN[1:]])
+
+
 def test_control_tokens_that_are_not_special_are_the_templates_own(tokenizer: Tokenizer) -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}<think>{% else %}{{ m.content }}</s>"

@@ -36,7 +36,7 @@ def test_a_finding_is_one_line_and_the_gravest_counts() -> None:
 def test_more_ranks_than_cores_are_told() -> None:
     assert next(str(found) for found in machine(cores()) if "core" in str(found)).startswith("ok ")
     (told,) = [str(found) for found in machine(cores() + 1) if "take turns" in str(found)]
-    assert told.endswith(f"start at most {cores()}") and told.startswith("warning")
+    assert told.endswith(f"; ranks will take turns; start at most {cores()}") and told.startswith("warning")
 
 
 @pytest.mark.parametrize(
