@@ -99,6 +99,10 @@ def evaluation_files(settings: DecontaminateConfig) -> list[str]:
     for pattern in settings.files:
         paths = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
         matches = [path for path in paths if Path(path).is_file()]
+        if not matches and Path(pattern).is_dir():
+            raise ConfigError(
+                f"decontaminate.files: {pattern!r} is a folder; name its files, as in {pattern.rstrip('/')}/*"
+            )
         if not matches:
             raise ConfigError(
                 f"decontaminate.files: {pattern!r} matches no file, looked for from {Path.cwd()}; correct the path, or "

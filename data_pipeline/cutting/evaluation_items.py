@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -19,6 +18,7 @@ from configs.loader import ConfigError
 from configs.sources import ExtractConfig
 from data_pipeline.reading.charsets import decode_whole, marked_charset
 from data_pipeline.reading.fields import lookup
+from data_pipeline.reading.jsonl import parse
 from data_pipeline.reading.line_splitter import Line
 from data_pipeline.reading.names import printable
 from data_pipeline.reading.whole_files import NotWhole, whole_content, whole_lines
@@ -128,12 +128,20 @@ def _fields(line: Line, name: str) -> Any:
             "text into several lines"
         )
     try:
-        return orjson.loads(line.content.removeprefix("\ufeff".encode()))
-    except orjson.JSONDecodeError as error:
+        fields = parse(line.content.removeprefix("\ufeff".encode()), set())
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"evaluation file {name}, line {line.number}: it is not valid utf-8 at byte {error.start} of the line; "
+            "convert the file to UTF-8"
+        ) from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"evaluation file {name}, line {line.number}: {error}; repair it, or set decontaminate.format to "
             '"text" if the file holds one text and not JSON lines'
         ) from None
+    if isinstance(fields, list):
+        raise ValueError(f"evaluation file {name}, line {line.number}: it is a list; give each of its items a line")
+    return fields
 
 
 def _rows(path: str, name: str, settings: DecontaminateConfig) -> Iterator[EvaluationItem]:

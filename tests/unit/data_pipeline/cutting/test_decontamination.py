@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import io
 import json
+import math
 import os
 import random
 import re
@@ -21,6 +22,7 @@ from configs.loader import ConfigError
 from configs.sources import ExtractConfig
 from data_pipeline.core.tables import as_table, read_table, write_table
 from data_pipeline.cutting import evaluation_items
+from data_pipeline.cutting.cut_stages import evaluation_files
 from data_pipeline.cutting.cuts import apply, merge, read_cuts
 from data_pipeline.cutting.decontamination import Decontaminate
 from data_pipeline.cutting.evaluation_items import check_first_items, read_items
@@ -246,7 +248,7 @@ def test_evaluation_files_may_have_keys_of_their_own(tmp_path: Path) -> None:
     assert found == [("1", "two words"), ("2", "and more"), ("x", "why\nA\nB"), ("x", "why\nA\nB")]
     with pytest.raises(ValueError, match=r"under .prompt.; set .* this one has question\.stem, .*choices"):
         list(read_items(files, settings.model_copy(update={"text_keys": ("prompt",)})))
-    rows = [{"prompt": "a", "context": None}, {"prompt": "b", "context": "c"}, {"prompt": "d"}]
+    rows = [{"prompt": "a", "context": None, "score": math.nan}, {"prompt": "b", "context": "c"}, {"prompt": "d"}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
     more = settings.model_copy(update={"text_keys": ("context", "prompt")})
     for file in (jsonl(tmp_path / "d.jsonl", rows), str(tmp_path / "d.parquet")):
@@ -261,6 +263,13 @@ def test_evaluation_files_may_have_keys_of_their_own(tmp_path: Path) -> None:
 def items_of(path: str, **settings: Any) -> list[tuple[str, str]]:
     config = DecontaminateConfig(files=(path,), id_key="task", text_keys=("text", "choices"), **settings)
     return [(item.id, item.text) for item in read_items([path], config)]
+
+
+def test_a_folder_of_evaluation_files_is_named_as_the_message_says(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"text": "x"}])
+    with pytest.raises(ConfigError, match="is a folder; name its files, as in ") as raised:
+        evaluation_files(DecontaminateConfig(files=(f"{tmp_path}/",)))
+    assert evaluation_files(DecontaminateConfig(files=(str(raised.value).split("as in ")[1],))) == [file]
 
 
 def test_evaluation_files_in_every_form_hold_the_same_items(tmp_path: Path) -> None:
@@ -319,13 +328,15 @@ ZIPPED = gzip.compress(b"".join(b'{"text": "%d"}\n' % number for number in range
         ("a.jsonl", LINE + b'\n{"texts": "x"}', {}, "a.jsonl, line 3: expected a string", LINE),
         ("a.jsonl", b'{"texts": "x"}', {}, "set decontaminate.text_keys to .*: this one has texts$", ("texts",)),
         ("a.jsonl", b'{"a": 1}', {}, "text_keys to the keys that hold its texts: this one has none$", LINE),
-        ("a.jsonl", b"[1]", {}, "hold its texts, in a file with an object on each line$", LINE),
+        ("a.jsonl", b"1", {}, "hold its texts, in a file with an object on each line$", LINE),
+        ("a.json", b'[{"text": "x"}]', {}, "line 1: it is a list; give each of its items a line$", LINE),
+        ("a.jsonl", LINE[:-3] + b"\xe9" + LINE[-3:], {}, "not valid utf-8 at byte 11 of the line; convert the", LINE),
         ("a.jsonl", LINE, {"format": "parquet"}, 'is no Parquet file; set decontaminate.format to "(jsonl)"', None),
         ("a.txt", b"x y", {"format": "parquet"}, 'or to "(text)" if all of a file is one text', None),
         ("a.parquet", b"PAR1 and no more", {}, "a.parquet cannot be read after row 0 .*; replace it by a whole", LINE),
         ("a.txt", b"caf\xe9", {"format": "text"}, "a.txt is not valid utf-8 at byte 3; convert it to UTF-8", "café"),
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_an_evaluation_file_that_cannot_be_read_ends_the_run_and_what_is_said_helps(
     tmp_path: Path, name: str, content: bytes, settings: dict[str, Any], message: str, mended: Any
