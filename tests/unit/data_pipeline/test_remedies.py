@@ -283,7 +283,8 @@ def test_a_trace_finds_its_plan_from_any_folder_and_when_all_has_moved(
 def test_arguments_are_right_once_they_are_as_the_message_says(finished: Path, tmp_path: Path, capsys) -> None:
     config, folder = str(finished), tmp_path / "run"
     said = outcome(recall.main, [config, "--similar", "80"], capsys)
-    assert not outcome(recall.main, [config, "--similar", found(r"such as ([\d.]+)$", said)[1], "--dry-run"], capsys)
+    assert recall.main([config, "--similar", found(r"such as ([\d.]+)$", said)[1], "--dry-run"]) == 0
+    assert f"{finished.parent}/run that deduplication saw" in " ".join(capsys.readouterr().out.split())
     show = [config, "--stage", "documents", "--kept"]
     for option in ("-n", "--chars"):
         said = outcome(document_samples.main, [*show, option, "0"], capsys)

@@ -85,6 +85,11 @@ def test_dropped_documents_with_the_score_that_broke_its_bound(config: Path, cap
 
 
 def test_kept_documents(config: Path, capsys: Any) -> None:
+    folder = config.parent / "run"
+    assert (
+        said(config, capsys, "--kept", "-n", "7", "--dry-run")
+        == f"would draw 7 documents of stage filter in {folder}\n"
+    )
     out = said(config, capsys, "--kept", "-n", "100")
     folder = config.parent / "run" / "filter"
     rows = [row for shard in shards_of(folder) for row in read_table(folder, shard).to_pylist()]

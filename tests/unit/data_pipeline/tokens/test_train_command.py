@@ -79,7 +79,12 @@ def test_files_of_several_formats_are_read_together(tmp_path: Path, capsys: pyte
     text = {"files": [str(tmp_path / "a.jsonl*"), str(tmp_path / "b.py")], "text_key": "body.text"}
     config = write_config(tmp_path, text)
     assert main([str(config), "--dry-run"]) == 0
-    assert "from 2 files" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    said = capsys.readouterr().out
+    assert (
+        " of them control symbols" in said
+        and " bytes of text from 2 files (" in said
+        and not (tmp_path / "out").exists()
+    )
     assert main([str(config)]) == 0
     said = capsys.readouterr().out
     assert "1 records had no text" in said and "tokenizer.file=" in said
