@@ -38,7 +38,7 @@ def read_texts(source: ModelSource, config: ExportConfig, console: Any) -> Texts
     if codec.chat_template is None:
         prompts = [codec.encode_prompt(text) for text in config.prompts]
     else:
-        prompts = [codec.encode_chat(user_message(text)) for text in config.chat_prompts]
+        prompts = [codec.encode_chat(codec.chat.question(text)) for text in config.chat_prompts]
     passages: list[list[int]] = []
     most, tokenizer = min(options.max_tokens, source.context), source.need_tokenizer()
     if config.plan is not None:
@@ -111,8 +111,3 @@ def _check_lengths(
             f"time, which the folder will state; set {' '.join(f'{key}={room}' for key, room in over.items())}, or "
             "shorten the prompts"
         )
-
-
-def user_message(text: str) -> list[dict[str, str]]:
-    """Returns a dialogue of one user message."""
-    return [{"role": "user", "content": text}]

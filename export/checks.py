@@ -288,8 +288,9 @@ def _leaves_control_tokens(tokenizer: Any, codec: TextCodec) -> bool:
     """
     if CONTROL not in codec.tokenizer.added_ids:
         return False
-    message = {"role": "user", "content": f"1{CONTROL}1"}
-    return message["content"] in tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    spelled = f"1{CONTROL}1"
+    messages = codec.chat.question(spelled)
+    return spelled in tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
 def _chat_difference(tokenizer: Any, codec: TextCodec, as_it_came: bool) -> str | None:
@@ -298,7 +299,7 @@ def _chat_difference(tokenizer: Any, codec: TextCodec, as_it_came: bool) -> str 
     With `as_it_came` the tokenizer may add its own beginning to the rendered dialogue, as published ones do.
     """
     spelled = CONTROL if not _leaves_control_tokens(tokenizer, codec) else "2"
-    messages = [{"role": "user", "content": f"1 + 1 = {spelled} 你好"}]
+    messages = codec.chat.question(f"1 + 1 = {spelled} 你好")
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ways = {
         "apply_chat_template": tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False),

@@ -207,8 +207,6 @@ def sample(hf: "Reloaded", reference: "Reference", config: ExportConfig, console
     from rich.table import Table
     from transformers import GenerationConfig
 
-    from export.checked_texts import user_message
-
     codec = reference.codec
     assert codec is not None
     table = Table(title=f"written by transformers, temperature {config.sample_temperature:g}", show_lines=True)
@@ -224,7 +222,8 @@ def sample(hf: "Reloaded", reference: "Reference", config: ExportConfig, console
     chat = codec.chat_template is not None
     for prompt in config.chat_prompts if chat else config.prompts:
         if chat:
-            ids = hf.tokenizer.apply_chat_template(user_message(prompt), add_generation_prompt=True, return_dict=False)
+            asked = codec.chat.question(prompt)
+            ids = hf.tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
         else:
             ids = hf.tokenizer(prompt).input_ids
         tokens = torch.tensor([ids])

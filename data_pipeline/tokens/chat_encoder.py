@@ -15,6 +15,7 @@ from typing import Any
 from data_pipeline.tokens.chat_template import ChatTemplate, Messages, Span, TemplateRefusal
 from data_pipeline.tokens.tokenizer import Tokenizer
 
+SYSTEM = "You are a helpful assistant."  # for a template that takes no dialogue without a system message
 USER, ANSWER, NEXT = "qzuserqz", "qzanswerqz", "qznextqz"  # contents of a dialogue that shows how a template writes one
 
 
@@ -62,6 +63,15 @@ class ChatEncoder:
             except TemplateRefusal as error:
                 refused = refused or f"refuses a user's message ({error})"
         raise ValueError(f"the chat template {refused}; correct it")
+
+    def question(self, text: str) -> list[dict[str, str]]:
+        """Returns a dialogue of one user's message, after a system message only if the template does not go without."""
+        user = {"role": "user", "content": text}
+        try:
+            self.text([user], open_answer=True)
+        except TemplateRefusal:
+            return [{"role": "system", "content": SYSTEM}, user]
+        return [user]
 
     def text(
         self, messages: Messages, open_answer: bool = False, tools: Sequence[Mapping[str, Any]] | None = None

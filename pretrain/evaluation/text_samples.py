@@ -31,7 +31,7 @@ class TextSamples:
         self._codec, self._path, self._step, self._prompts = codec, run_dir / FILE, step, config.prompts
         self._tokens = min(config.prompt_tokens, context - 1)
         self._ids = [
-            codec.encode_chat([{"role": "user", "content": text}]) if config.chat else codec.encode_prompt(text)
+            codec.encode_chat(codec.chat.question(text)) if config.chat else codec.encode_prompt(text)
             for text in self._prompts
         ]
         longest, text = max(((len(ids), text) for ids, text in zip(self._ids, self._prompts, strict=True)))

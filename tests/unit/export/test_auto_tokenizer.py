@@ -125,6 +125,24 @@ def test_a_rendered_dialogue_has_the_ids_of_training_both_ways(begin: str, tmp_p
         assert (keys["add_bos_token"], keys["add_prefix_space"]) == (as_it_came, False)
 
 
+def test_a_template_that_wants_a_system_message_first_gets_one(tmp_path: Path) -> None:
+    """Checks and samples ask in its way, and give a template that goes without no such message."""
+    turn = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end_of_text|>{% endfor %}"
+    refuses = "{% if messages[0].role != 'system' %}{{ raise_exception('a system message comes first') }}{% endif %}"
+    ours = Tokenizer.load(write(tmp_path / "hub", *llama3()))
+    for template, roles in ((turn, ["user"]), (refuses + turn, ["system", "user"])):
+        chat = ChatEncoder(ours, template)
+        chat.check()
+        asked = chat.question("of wisdom")
+        assert [one["role"] for one in asked] == roles and asked[-1]["content"] == "of wisdom"
+        config = tiny(vocab_size=ours.vocab_size)
+        source = make_source(config, random_weights(config), Path(ours.origin), template)
+        settings = ExportConfig(run="unused", out="unused", chat_prompts=["of wisdom"], sample_tokens=4)
+        assert read_texts(source, settings, Console(file=io.StringIO())).prompts == [chat.prompt(asked)]
+        write_tokenizer(tmp_path, ours.origin, 4096, template, "llama")
+        assert checks._chat_difference(load(tmp_path), TextCodec(ours.origin, template), False) is None
+
+
 @pytest.mark.parametrize("role", ["unk_token", "bos_token", "mask_token"])
 def test_a_token_that_only_tokenizer_config_calls_special_is_a_control_symbol(role: str, tmp_path: Path) -> None:
     made = byte_level(["<|endoftext|>"])
