@@ -65,9 +65,8 @@ def _converse(model: "TextModel", options: "TextOptions", system: str | None) ->
             prompt = model.codec.encode_chat(messages)
         except ValueError as error:
             messages.pop()
-            _say(
-                model, f"the chat template refuses the dialogue: {error}; start over with /reset, or leave out --system"
-            )
+            other = "leave out --system" if system else "give a system message by --system"
+            _say(model, f"the chat template refuses the dialogue: {error}; start over with /reset, or {other}")
             continue
         try:
             model.room(prompt)

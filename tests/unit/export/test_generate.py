@@ -219,6 +219,26 @@ def test_chat_keeps_the_dialogue(chat_model, capsys, monkeypatch):
     assert seen[2][1]["content"] == "anew"
 
 
+def test_a_dialogue_that_the_template_refuses_is_answered_by_what_would_help(chat_model, capsys, monkeypatch):
+    """Runs a template that wants a system message, and one that takes none; each is content once told."""
+    original, wanted = TextCodec.encode_chat, True
+
+    def encode_chat(self, messages):
+        if (messages[0]["role"] == "system") != wanted:
+            raise ValueError("no such dialogue")
+        return original(self, messages)
+
+    monkeypatch.setattr(TextCodec, "encode_chat", encode_chat)
+    remedies = {True: "give a system message by --system", False: "leave out --system"}
+    for wanted, remedy in remedies.items():
+        for given in (not wanted, wanted):
+            monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+            options = ["--system", "Be brief."] if given else []
+            assert chat.main([str(chat_model), "--max-new-tokens", "2", *options]) == 0
+            said = f"the chat template refuses the dialogue: no such dialogue; start over with /reset, or {remedy}\n"
+            assert (said in capsys.readouterr().err) == (given != wanted)
+
+
 def test_chat_prompt_is_that_of_training(model, tokenizer_path):
     codec = TextCodec(tokenizer_path, jinja_template())
     messages = [{"role": "user", "content": "of <|assistant|> wisdom\n"}]

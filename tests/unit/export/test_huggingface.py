@@ -186,14 +186,14 @@ def _config_key(key, value):
 
 
 def _head_adds_one(monkeypatch):
-    original = export.checks.reload
+    original = export.reloading.reload
 
     def changed(*args, **keys):
         hf = original(*args, **keys)
         hf.model.lm_head.register_forward_hook(lambda module, given, logits: logits + 1)
         return hf
 
-    monkeypatch.setattr(export.checks, "reload", changed)
+    monkeypatch.setattr(export.reloading, "reload", changed)
 
 
 def _reverse_merges(monkeypatch):
