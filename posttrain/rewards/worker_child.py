@@ -69,7 +69,7 @@ def call(function: Callable[..., Any], arguments: dict[str, Any], options: dict[
     try:
         return value_of(function(*(arguments[name] for name in ARGUMENTS), **options))
     except MemoryError:
-        return {"reason": "out of memory"}
+        return {"reason": "ran out of memory"}
     except BaseException as error:  # SystemExit and KeyboardInterrupt too
         if type(error).__name__ == "Unscorable":
             return {"reason": str(error)}

@@ -56,7 +56,8 @@ def _leave_out_long_ones(task: FileTask | VerifiersTask, chat: Chat, row: int | 
     task.keep(usable)
     is_beyond_model = longest > (context or UNLIMITED)
     longer = "start from a model that was trained on longer texts" if is_beyond_model else "raise train.seq_length"
-    task.check_share(f"lower task.max_new_tokens, or {longer}: of {room} tokens of room the longest takes {longest}")
+    remedy = f"lower task.max_new_tokens, or {longer}: of {room} tokens of room the longest takes {longest}"
+    task.check_share(remedy if longest else "")  # problems with other faults alone need no room
 
 
 def _remedy(task: FileTask) -> str:

@@ -129,7 +129,7 @@ def test_a_function_of_the_user_gives_any_number(here: Path, name: str, value: f
         ("aborts", "ended its process"),
         ("closes_all", "ended its process"),
         ("orphan", "ended its process"),
-        ("allocates", "out of memory"),
+        ("allocates", "ran out of memory"),
     ],
 )
 def test_what_is_no_number_is_unscorable_and_counted_by_its_reason(here: Path, name: str, reason: str) -> None:

@@ -184,6 +184,8 @@ def test_prompts_have_room_once_rows_are_as_long_as_the_message_says(tmp_path: P
     assert "too long" not in line
     (line,) = check_task(task_of(path, max_bad_share=0.1), chat, int(longest[1]) - 1)
     assert "too long" in line
+    odd = [{"prompt": f"\ud800 {i}", "answer": "1"} for i in range(9)]
+    assert refused(chat, written(path, [*GOOD, *odd])).endswith("; correct or remove them")
 
 
 def test_own_functions_are_tried_before_the_first_step(
