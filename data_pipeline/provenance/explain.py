@@ -17,7 +17,7 @@ from configs.loader import ConfigError
 from configs.rules import RuleSet
 from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.shards import TRAIN
-from data_pipeline.core.stage import read_manifest
+from data_pipeline.core.stage import has_finished, read_manifest
 from data_pipeline.provenance.lookup import (
     StoredDocument,
     data_spans,
@@ -56,7 +56,7 @@ def explain(config: DataConfig, document: str, run: Path | None) -> list[str]:
             f"--id {document!r} is not a document of {run_dir}; give a record's own id, or SOURCE/FILE/POSITION of "
             "one that has none"
         )
-    stores = stored(run_dir, {document}) if (run_dir / "tokens").is_dir() else []
+    stores = stored(run_dir, {document}) if has_finished(run_dir, "tokens") else []
     for location in found:
         lines += [document, f"  extract    source {location.source}, shard {location.shard}, row {location.row}"]
         for stage in stages:
@@ -114,7 +114,7 @@ def _training_lines(run_dir: Path, documents: Sequence[StoredDocument], run: Pat
         f"{one.origin[0]}:{one.origin[1]}"
         for one in documents
     ]
-    if read_manifest(run_dir / "plan") is None:
+    if read_manifest(run_dir / "plan") is None or not has_finished(run_dir, "plan"):
         return lines
     trained_on = data_spans(run) if run else []
     for name, plan in plans(run_dir, trained_on).items():

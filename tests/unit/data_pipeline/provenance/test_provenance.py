@@ -117,6 +117,10 @@ def test_a_takedown_leaves_nothing_of_a_document(
     out = tmp_path / "clean"
     command = [str(config), str(tmp_path / "list.txt"), "--out", str(out), "--run", str(training_run)]
     (run_dir / "language").mkdir(exist_ok=True)
+    (run_dir / "ledger.json").write_text('{"stages": [{"name": "language"}]}')  # the plan is of an earlier run
+    with pytest.raises(ConfigError, match=r"holds no plan yet; run: trivium data run"):
+        takedown.main(command)
+    (run_dir / "ledger.json").unlink()
     assert takedown.main([*command, "--dry-run"]) == 0
     assert not out.exists()
 
