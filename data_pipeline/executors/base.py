@@ -51,11 +51,11 @@ class Executor(ABC):
         """
 
     def serve(self) -> int:
-        """Runs tasks for the leading process until that ends the run; of executors with processes that do not lead.
+        """Runs tasks for the leading process until that ends the run, and returns an exit status.
 
-        Returns an exit status.
+        An executor whose processes all lead has none to run here.
         """
-        raise NotImplementedError
+        return 0
 
     def perform(
         self, title: str, steps: Sequence[PipelineStep], tasks: int, logs: Path, total_bytes: int, console: Console
