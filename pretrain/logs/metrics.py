@@ -14,13 +14,14 @@ class MetricsLog:
     """Log of a run: one JSON object per step in metrics.jsonl, and TensorBoard files and trackers if asked for.
 
     When a run is resumed, lines after the checkpoint's step `first_step` are removed first, and broken lines are moved
-    to metrics.broken. A full disk does not stop training: lines wait in memory until there is room, and no more
-    TensorBoard files are written.
+    to metrics.broken. A run that begins again keeps none, since it also repeats the evaluation before its first step.
+    A full disk does not stop training: lines wait in memory until there is room, and no more TensorBoard files are
+    written.
     """
 
     def __init__(self, run_dir: Path, first_step: int, tensorboard: bool, trackers: Trackers | None = None):
         self.path, self._tensorboard, self._trackers = run_dir / "metrics.jsonl", tensorboard, trackers
-        self._open(first_step)
+        self._open(first_step or -1)
 
     def go_back(self, step: int) -> None:
         """Removes the lines after step `step`, from which the run goes on; trackers keep theirs."""

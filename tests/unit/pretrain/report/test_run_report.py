@@ -152,6 +152,19 @@ def test_broken_lines_are_named_and_cost_no_other(tmp_path: Path, capsys: pytest
     assert (tmp_path / "metrics.broken").read_bytes().splitlines() == broken
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_evaluation_before_the_first_step_is_logged_once(tmp_path: Path, first: int) -> None:
+    """Goes on after a kill, before the first checkpoint or behind it; only the former evaluates at the start again."""
+    lines = [{"step": 0, "eval": {}}, {"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log = MetricsLog(tmp_path, first, tensorboard=False)
+    log.go_back(first)  # in the run itself it stays
+    for line in lines[2 * first :]:
+        log.write(line)
+    log.close()
+    assert read_metrics(tmp_path / "metrics.jsonl").records == lines
+
+
 def test_a_repeated_step_counts_once_with_its_later_values() -> None:
     records = [{"step": 1, "loss": 3}, {"step": 2, "loss": 2}, {"step": 2, "loss": 1}, {"step": 2, "eval": {}}]
     assert last_of_each_step(records) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 1, "eval": {}}]
