@@ -86,8 +86,10 @@ _WITH_TRUNK = re.compile(
     rf"|(?:0[1-9][0-9]{{1,3}}|\(0[1-9][0-9]{{0,4}}\))[{_SPACES}/{_DASHES}][0-9]{{2,8}}(?:[{_SPACES}{_DASHES}][0-9]{{2,5}}){{0,3}})"
     rf"{_EXTENSION}{_AFTER}"
 )
+# Behind nine digits a "/" begins another number ("020 7555 0153/020 7555 0154") or a few last digits ("/54").
 _ANY = re.compile(
-    rf"(?<![0-9])\+?\(?[0-9](?:(?:[ .\-()/\u00a0\u2010-\u2013\u2212]{{0,2}}| / )[0-9]){{6,14}}{_EXTENSION}(?![0-9])"
+    rf"(?<![0-9])\+?\(?[0-9](?:(?:[ .\-()/\u00a0\u2010-\u2013\u2212]{{0,2}}| / )[0-9]){{6,8}}"
+    rf"(?:[ .\-()\u00a0\u2010-\u2013\u2212]{{0,2}}[0-9]){{0,6}}(?:/[0-9]{{1,4}}(?![ .\-/]?[0-9]))?{_EXTENSION}(?![0-9])"
 )
 # What stands between two numbers after one such word, and words that count only before a number with the prefix 0.
 _AND_ANOTHER = re.compile(r"[ ]?(?:[,;/、]|\b(?:or|and|oder|und|ou|et|y|o|и|или)\b)[ ]?")

@@ -271,6 +271,8 @@ def test_all_numbers_of_a_list_after_one_word_are_found() -> None:
     ]
     assert phones("Telefon 030 555015 und 030 555016, 20 555 017 Besucher") == ["030 555015", "030 555016"]
     assert phones("Tel: 555 0153, 2016-06-02") == ["555 0153"]
+    assert phones("Tel: 020 7555 0153/020 7555 0154 / 020 7555 0155 x") == [f"020 7555 015{last}" for last in "345"]
+    assert phones("Tel. 030/55501530/31, Fax 030/55501532") == ["030/55501530/31", "030/55501532"]
 
 
 def test_other_numbers_are_left_alone() -> None:
