@@ -12,7 +12,7 @@ import transformers
 from configs.loader import ConfigError
 from configs.model import ModelConfig
 from configs.model_parts import AttentionConfig
-from export import checks, generate, huggingface, import_hf
+from export import generate, huggingface, import_hf, reloading
 from export.model_source import open_source
 from export.publishing import RECORD
 from tests.tiny_models import tiny, write_imported
@@ -72,15 +72,15 @@ def test_scores_that_change_with_padding_are_told_and_not_published(
     tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_imported(tmp_path / "ours", tiny().with_values(), tokenizer_path)
-    original = checks.reload
+    original = reloading.reload
 
-    def changed(*args: Any, **keys: Any) -> checks.Reloaded:
+    def changed(*args: Any, **keys: Any) -> reloading.Reloaded:
         """Returns a model whose scores are higher by one in a batch of several rows."""
         hf = original(*args, **keys)
         hf.model.score.register_forward_hook(lambda module, given, scores: scores + (len(scores) > 1))
         return hf
 
-    monkeypatch.setattr(checks, "reload", changed)
+    monkeypatch.setattr(reloading, "reload", changed)
     argv = ["configs/export/demo.toml", f"run={tmp_path / 'ours'}", f"out={tmp_path / 'out'}"]
     assert huggingface.main(argv) == 1
     assert re.search(r"in a batch padded with token 3, \S+ one by one", " ".join(capsys.readouterr().out.split()))
