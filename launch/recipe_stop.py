@@ -12,12 +12,7 @@ from pathlib import Path
 from configs.signals import STOPPED
 from launch.recipe_stages import RecipeStage
 
-SIGNALLED = (
-    STOPPED,
-    129,
-    130,
-    143,
-)  # statuses of a stage that was interrupted; the last three: SIGHUP, SIGINT, SIGTERM
+SIGNALLED = (STOPPED, 129, 130, 143)  # statuses of an interrupted stage; the last three: SIGHUP, SIGINT, SIGTERM
 LOG_END = 1 << 20  # bytes of a log in which its reason is looked for
 RAISED = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Expired)\b.*")  # last line of a Python traceback
 

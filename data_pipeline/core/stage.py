@@ -190,12 +190,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def has_finished(run_dir: Path, stage: str) -> bool:
-    """Whether a stage's result belongs to the last run in `run_dir`, whose ledger lists its finished stages.
+    """Tells whether a stage is published, and by the last run in `run_dir`, whose ledger lists its finished stages.
 
-    What else is there is of an earlier run: its rows may be of other documents, or its cuts be made no more.
+    What else is there is of an earlier run: its rows may be of other documents, or its cuts be made no more. Raises
+    DamagedData if the stage's manifest is damaged.
     """
     names = in_ledger(run_dir)
-    return (run_dir / stage).is_dir() and (names is None or stage in names)
+    return read_manifest(run_dir / stage) is not None and (names is None or stage in names)
 
 
 def in_ledger(run_dir: Path) -> list[str] | None:

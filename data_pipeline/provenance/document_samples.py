@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.stage not in _STAGES:
         raise ConfigError(f"--stage {args.stage!r} drops and cuts nothing; those that do: {', '.join(_STAGES)}")
     run_dir = Path(config.run.dir)
-    if read_manifest(run_dir / args.stage) is None or not has_finished(run_dir, args.stage):
+    if not has_finished(run_dir, args.stage):
         if remedy := _switched_off(config, args.stage):
             raise ConfigError(f"--stage {args.stage}: the config has this stage switched off; {remedy}, and run it")
         raise ConfigError(

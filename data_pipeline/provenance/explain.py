@@ -17,7 +17,7 @@ from configs.loader import ConfigError
 from configs.rules import RuleSet
 from data_pipeline.core.console import say, wide_console
 from data_pipeline.core.shards import TRAIN
-from data_pipeline.core.stage import has_finished, read_manifest
+from data_pipeline.core.stage import has_finished
 from data_pipeline.provenance.lookup import (
     StoredDocument,
     data_spans,
@@ -114,7 +114,7 @@ def _training_lines(run_dir: Path, documents: Sequence[StoredDocument], run: Pat
         f"{one.origin[0]}:{one.origin[1]}"
         for one in documents
     ]
-    if read_manifest(run_dir / "plan") is None or not has_finished(run_dir, "plan"):
+    if not has_finished(run_dir, "plan"):
         return lines
     trained_on = data_spans(run) if run else []
     for name, plan in plans(run_dir, trained_on).items():

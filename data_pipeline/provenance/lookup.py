@@ -16,7 +16,7 @@ from configs.loader import ConfigError
 from configs.sealed import CHECKPOINT
 from data_pipeline.core.checked_parquet import read_parquet
 from data_pipeline.core.shards import TRAIN
-from data_pipeline.core.stage import has_finished, read_manifest
+from data_pipeline.core.stage import has_finished
 from data_pipeline.core.tables import TABLE_STAGES, read_table, shards_of
 from data_pipeline.mixture.earlier import find
 from data_pipeline.mixture.rows import Plan, open_plans
@@ -50,7 +50,7 @@ class StoredDocument:
 
 def stages_of(run_dir: Path) -> list[str]:
     """Lists the last run's finished stages with tables, in their order; raises ConfigError if there is none."""
-    found = [name for name in TABLE_STAGES if read_manifest(run_dir / name) and has_finished(run_dir, name)]
+    found = [name for name in TABLE_STAGES if has_finished(run_dir, name)]
     if not found:
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no finished stage; run: trivium data run CONFIG")
     return found

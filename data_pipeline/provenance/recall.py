@@ -23,7 +23,7 @@ from configs.data import DataConfig
 from configs.loader import ConfigError, load
 from data_pipeline.core.canary_naming import is_canary
 from data_pipeline.core.console import say, wide_console
-from data_pipeline.core.stage import has_finished, read_manifest
+from data_pipeline.core.stage import has_finished
 from data_pipeline.core.tables import kept_rows, read_table, shards_of
 from data_pipeline.dedup.greedy import jaccard
 from data_pipeline.provenance.excerpts import texts
@@ -50,7 +50,7 @@ class CandidateDocuments:
 
 def documents_of(config: DataConfig, run_dir: Path) -> CandidateDocuments:
     """Reads the candidates of a run, without canaries; raises ConfigError if its dedup stage is not finished."""
-    if read_manifest(run_dir / "dedup") is None or not has_finished(run_dir, "dedup"):
+    if not has_finished(run_dir, "dedup"):
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no finished dedup stage; run: trivium data run CONFIG")
     splitters = {name: Splitter[rules.splitter] for name, rules in config.rules.items()}
     found = CandidateDocuments([], [], [], [], [], {})

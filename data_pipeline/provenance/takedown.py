@@ -19,7 +19,7 @@ from configs.files import new_folder, write_atomic
 from configs.folders import check_writable
 from configs.loader import ConfigError, load
 from data_pipeline.core.console import say, wide_console
-from data_pipeline.core.stage import has_finished, read_manifest
+from data_pipeline.core.stage import has_finished
 from data_pipeline.mixture.plan_files import build_stages
 from data_pipeline.mixture.rows import open_plans
 from data_pipeline.personal_data.hiding import hide
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ConfigError(f"--out {args.out} exists already; name a new folder, nothing is overwritten")
     check_writable(args.out.parent, "--out", args.out)
     run_dir, console = Path(config.run.dir), wide_console()
-    if read_manifest(run_dir / "plan") is None or not has_finished(run_dir, "plan"):
+    if not has_finished(run_dir, "plan"):
         raise ConfigError(f"run.dir = {str(run_dir)!r} holds no plan yet; run: trivium data run {args.config}")
     try:
         wanted = named(run_dir, wanted)

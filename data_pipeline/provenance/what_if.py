@@ -71,7 +71,7 @@ def changes(before: dict[str, RuleSet], after: dict[str, RuleSet]) -> list[Bound
 
 
 def _stricter(side: str, was: float | None, would: float | None) -> bool:
-    """Whether the new bound lets fewer documents pass than the old one."""
+    """Tells whether the new bound lets fewer documents pass than the old one."""
     if was is None or would is None:
         return would is not None
     return would > was if side == "min" else would < was

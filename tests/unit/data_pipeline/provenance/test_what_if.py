@@ -52,6 +52,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for n, text in enumerate(texts)
         ]  # fmt: skip
         write_table(folder / "run/score", f"{source}/0", as_table(rows))
+    (folder / "run/score/stage.json").write_text("{}")
     (folder / "run/tokens").mkdir()
     stage = {"sources": {"prose": {"kept": {"bytes": 1000}, "notes": {"tokens": 250}}}}
     (folder / "run/tokens/stage.json").write_text(json.dumps(stage))
